@@ -1,0 +1,54 @@
+"""hf_adaclip: adaptive gradient clipping for `transformers.Trainer`, Accelerate and plain PyTorch loops."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_adaclip.clipper import AdaptiveClipper
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS, Reason
+from hf_adaclip.errors import (
+    ConfigError,
+    HfAdaclipError,
+    LedgerError,
+    NonFiniteGradientError,
+    StateError,
+    UnsupportedSetupError,
+)
+
+if TYPE_CHECKING:
+    from hf_adaclip.integrations.trainer import AdaptiveClipMixin, AdaptiveClipTrainer, attach
+
+__version__ = "0.1.0"
+
+# Importing transformers takes seconds; a plain PyTorch loop never needs it (PEP 562).
+_LAZY = {
+    "AdaptiveClipMixin": "hf_adaclip.integrations.trainer",
+    "AdaptiveClipTrainer": "hf_adaclip.integrations.trainer",
+    "attach": "hf_adaclip.integrations.trainer",
+}
+
+__all__ = [
+    "CONTROLLERS",
+    "AdaptiveClipConfig",
+    "AdaptiveClipMixin",
+    "AdaptiveClipTrainer",
+    "AdaptiveClipper",
+    "ConfigError",
+    "HfAdaclipError",
+    "LedgerError",
+    "NonFiniteGradientError",
+    "Reason",
+    "StateError",
+    "UnsupportedSetupError",
+    "attach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

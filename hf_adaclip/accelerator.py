@@ -1,0 +1,87 @@
+"""What the clipper needs of an `accelerate.Accelerator`, without importing Accelerate."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_adaclip.support import check_distributed_type
+
+
+class AcceleratorPort:
+    """The few things about an accelerator that clipping depends on.
+
+    Args:
+        accelerator: An `accelerate.Accelerator`.
+
+    Raises:
+        UnsupportedSetupError: Its distributed setup is not supported.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.how = check_distributed_type(accelerator.distributed_type)
+        self._accelerator = accelerator
+        # The stock method, kept even while `replace_clipping` has swapped it.
+        self.stock_clip: Callable[..., Tensor] = accelerator.clip_grad_norm_
+
+    @property
+    def syncs_now(self) -> bool:
+        """Whether this backward pass completes an accumulated gradient."""
+        return bool(self._accelerator.sync_gradients)
+
+    @property
+    def is_main_process(self) -> bool:
+        return bool(self._accelerator.is_main_process)
+
+    @property
+    def has_scaler(self) -> bool:
+        """Whether float16 gradients are scaled (Accelerate makes a GradScaler only then)."""
+        return self._accelerator.mixed_precision == "fp16" and getattr(self._accelerator, "scaler", None) is not None
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """The current loss scale, still on the device; reading it through `get_scale` would wait for it."""
+        scaler = getattr(self._accelerator, "scaler", None)
+        scale = getattr(scaler, "_scale", None)
+        return scale if isinstance(scale, torch.Tensor) else None
+
+    def unscale(self, optimizers: Sequence[Any]) -> None:
+        """Divide the loss scale out of the gradients of these optimizers, of all when there are none named.
+
+        Does nothing in other precisions. A second call in one step is an error of GradScaler, hence only what is ours.
+        """
+        self._accelerator.unscale_gradients(list(optimizers) or None)
+
+    def on_checkpoint(self, save: Callable[[str], None], load: Callable[[str], None]) -> list[Any]:
+        """Call back with the folder when the accelerator saves or loads its state; returns handles to `remove()`.
+
+        `register_for_checkpointing` would pickle the state, and would make Accelerate refuse every checkpoint that was written
+        before the clipper was added: it compares the number of registered objects.
+        """
+
+        def before_save(models: Any, weights: Any, folder: str) -> None:
+            if self.is_main_process:
+                save(folder)
+
+        def before_load(models: Any, folder: str) -> None:
+            load(folder)
+
+        return [
+            self._accelerator.register_save_state_pre_hook(before_save),
+            self._accelerator.register_load_state_pre_hook(before_load),
+        ]
+
+    @contextlib.contextmanager
+    def replace_clipping(self, clip: Callable[..., Tensor]) -> Iterator[None]:
+        """Swap the accelerator's `clip_grad_norm_` while the context is open."""
+        before = self._accelerator.__dict__.get("clip_grad_norm_")
+        self._accelerator.clip_grad_norm_ = clip
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._accelerator.clip_grad_norm_
+            else:
+                self._accelerator.clip_grad_norm_ = before

@@ -1,0 +1,100 @@
+"""Writing `clip_ledger.jsonl`."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from hf_adaclip.audit.schema import GENESIS, SCHEMA_VERSION, encode, seal_line
+from hf_adaclip.audit.tail import find_tail
+from hf_adaclip.errors import LedgerError
+
+logger = logging.getLogger(__name__)
+
+
+class Ledger:
+    """An append-only, sealed log of one run on the main process.
+
+    An existing file is continued: its last seal becomes the predecessor of the new header. A torn tail (what a killed process
+    wrote after its last seal) is cut off, and the header says how many bytes went and what their hash was.
+
+    A failing disk does not stop training: the first failure is logged, later steps are tried again, and the gap shows as
+    missing steps.
+
+    Args:
+        path: The file. Its folder is made.
+        header: Content of the header line, see `AdaptiveClipper`; `kind`, `schema` and `dropped_tail` are added here.
+
+    Raises:
+        LedgerError: The file exists and is not a ledger, or cannot be opened.
+    """
+
+    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self._warned = False
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tail = find_tail(self.path) if self.path.exists() and self.path.stat().st_size else None
+            # Unbuffered: after a failed write no remains of it may wait in a buffer and come out later.
+            self._file = open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise LedgerError(f"`ledger` must be a writable file, but {self.path} is not: {error}.") from error
+        self._head = GENESIS if tail is None else tail.sha256
+        self._sealed_bytes = 0 if tail is None else tail.offset
+        dropped = None
+        if tail is not None and tail.torn:
+            dropped = {"bytes": len(tail.torn), "sha256": hashlib.sha256(tail.torn).hexdigest()}
+            logger.warning(
+                "%s: a torn tail of %d bytes after the last seal was cut off (the run before this one was killed).",
+                self.path,
+                len(tail.torn),
+            )
+        self._write([{"kind": "header", "schema": SCHEMA_VERSION, **header, "dropped_tail": dropped}])
+
+    @property
+    def head(self) -> str:
+        """Hash of the last seal: what a checkpoint remembers and a resumed run names as its parent."""
+        return self._head
+
+    def steps(self, records: list[dict[str, Any]]) -> None:
+        """Append step records as one sealed block."""
+        if records:
+            self._write([{"kind": "step", **record} for record in records])
+
+    def close(self, footer: dict[str, Any] | None = None) -> None:
+        """Write the footer, unless the run did not end cleanly (`footer` None), and close the file."""
+        if self._file.closed:
+            return
+        if footer is not None:
+            self._write([{"kind": "footer", **footer}])
+        self._file.close()
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        body = b"".join(encode(line) for line in lines)
+        seal, digest = seal_line(self._head, len(lines), body)
+        try:
+            # Always from the end of the last seal: after a failed write its remains are overwritten, never chained.
+            self._file.seek(self._sealed_bytes)
+            self._file.truncate()
+            waiting = memoryview(body + seal)
+            while waiting:
+                waiting = waiting[self._file.write(waiting) or 0 :]
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    "%s: the ledger could not be written (%s). Training goes on; the missing steps will show as a gap.",
+                    self.path,
+                    error,
+                )
+                self._warned = True
+            return
+        self._head = digest
+        self._sealed_bytes += len(body) + len(seal)
+
+    def sync(self) -> None:
+        """Force what was written to the disk, for a checkpoint that refers to it."""
+        try:
+            os.fsync(self._file.fileno())
+        except (OSError, ValueError):  # a closed file or a file system without fsync
+            logger.debug("%s: fsync is not possible here", self.path)

@@ -1,0 +1,83 @@
+"""Lines of `clip_ledger.jsonl`: their kinds, their numbers, their seals.
+
+A ledger is a sequence of blocks. A block is one or more body lines (`header`, `step`, `footer`) and one `seal` line:
+
+    {"kind":"header","schema":1,...}
+    {"kind":"seal","lines":1,"previous":"000...","sha256":"..."}
+    {"kind":"step","step":0,"norm":1.25,"threshold":1.0,...}
+    {"kind":"step","step":1,...}
+    {"kind":"seal","lines":2,"previous":"...","sha256":"..."}
+
+A seal's hash is SHA-256 over the hash before it, the number of lines, and the bytes of the body lines. A resumed run appends a
+new header; the chain runs through it. Everything is strict JSON: NaN and infinities are the strings "nan", "inf", "-inf".
+"""
+
+import hashlib
+import json
+import math
+from typing import Any, Final
+
+import numpy as np
+
+SCHEMA_VERSION: Final = 1
+GENESIS: Final = "0" * 64
+MAX_LINE_BYTES: Final = 64 * 1024 * 1024
+
+STEP_FIELDS: Final = (
+    "step",
+    "norm",
+    "threshold",
+    "coefficient",
+    "pace",
+    "reason",
+    "loss",
+    "loss_scale",
+    "time",
+    "applied_norm",
+)
+
+
+def number(value: float) -> float | str:
+    """A float32 as JSON: the shortest decimal that rounds back to the same float32; non-finite values as strings."""
+    if math.isfinite(value):
+        return float(str(np.float32(value)))
+    return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+
+
+def number_or_null(value: float) -> float | str | None:
+    """Like `number`, with NaN as null: for fields where NaN means 'not known'."""
+    return None if math.isnan(value) else number(value)
+
+
+def parse_number(value: Any) -> float:
+    """The float that `number` or `number_or_null` wrote.
+
+    Raises:
+        ValueError: It is neither a number nor one of the three strings nor null.
+    """
+    if value is None:
+        return math.nan
+    if isinstance(value, str):
+        if value in ("nan", "inf", "-inf"):
+            return float(value)
+        raise ValueError(f"{value!r} is not a number")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
+
+
+def encode(line: dict[str, Any]) -> bytes:
+    """One line of the ledger, newline included."""
+    return (json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n").encode("utf-8")
+
+
+def seal_line(previous: str, lines: int, body: bytes) -> tuple[bytes, str]:
+    """The seal of a block and its hash.
+
+    Args:
+        previous: Hash of the seal before it, `GENESIS` for the first.
+        lines: Number of body lines.
+        body: The bytes of the body lines, newlines included.
+    """
+    digest = hashlib.sha256(f"{previous}:{lines}:".encode() + body).hexdigest()
+    return encode({"kind": "seal", "lines": lines, "previous": previous, "sha256": digest}), digest

@@ -1,0 +1,154 @@
+"""One segment of a ledger (from a header to the next): does each record follow from the ones before it?"""
+
+import hashlib
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from hf_adaclip.audit.records import Summary, state_bytes, state_from_json, summarise
+from hf_adaclip.audit.schema import STEP_FIELDS, parse_number
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS, Observation, Reason
+from hf_adaclip.controllers.base import coefficient_of
+from hf_adaclip.controllers.ops import ARRAY, SCALAR
+
+APPLIED_TOLERANCE = 0.01
+"""Relative difference between a measured and an intended norm that rounding explains (bfloat16 gradients: 1 in 256)."""
+
+SUM_TOLERANCE = 1e-5
+"""Relative difference in the summary of a per-tensor step: the order in which a device sums squares is its own."""
+
+
+class Segment:
+    """Replays a segment as its records come in.
+
+    Args:
+        header: The header line.
+
+    Raises:
+        ValueError, TypeError, KeyError: The header is not one.
+    """
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        self._config = AdaptiveClipConfig.from_dict(header["config"])
+        self._controller = CONTROLLERS[self._config.controller].from_config(self._config)
+        self._num_tensors = int(header["num_tensors"])
+        self._shape = (self._num_tensors,) if self._num_tensors else ()
+        self._ops = ARRAY if self._shape else SCALAR
+        self._state = state_from_json(self._controller, header["initial_state"], self._ops, self._shape)
+        self._static = np.float32(header["static_threshold"])
+        self._next_step = int(header["first_step"])
+        self._counts: Counter[str] = Counter(header["counts"])
+        self._broken = False
+        self._recomputed = self._measured = 0
+        self.closed = False
+
+    def point(self) -> tuple[int, bytes]:
+        """The next step and a digest of the state: equal points are the same moment of the same run."""
+        return self._next_step, hashlib.sha256(state_bytes(self._state)).digest()
+
+    def take_recomputed(self) -> int:
+        taken, self._recomputed = self._recomputed, 0
+        return taken
+
+    def take_measured(self) -> int:
+        taken, self._measured = self._measured, 0
+        return taken
+
+    def step(self, record: dict[str, Any]) -> list[str]:
+        """Check one step record; returns problems in words."""
+        problems = []
+        if self.closed:
+            problems.append("a step stands after the footer.")
+        missing = [key for key in STEP_FIELDS if key not in record]
+        if missing:
+            return [*problems, f"the record has no {', '.join(missing)}."]
+        step = record["step"]
+        if step != self._next_step:
+            problems.append(
+                f"step {self._next_step} should come here. Steps are missing, doubled or out of order; "
+                "decisions after it are not recomputed."
+            )
+            self._broken = True
+        self._next_step = step + 1 if isinstance(step, int) else self._next_step + 1
+        reason = str(record["reason"])
+        self._counts[reason] += 1
+        if self._broken:
+            return problems
+        try:
+            recorded = {k: parse_number(record[k]) for k in ("norm", "threshold", "coefficient", "pace", "loss")}
+            applied = parse_number(record["applied_norm"])
+            norms = [parse_number(n) for n in record["norms"]] if self._num_tensors else None
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            return [*problems, f"the record cannot be understood: {error}."]
+        if norms is not None and len(norms) != self._num_tensors:
+            return [*problems, f"the record has {len(norms)} norms for {self._num_tensors} tensors."]
+        summary = self._replay(recorded, norms)
+        problems += self._compare(summary, recorded, reason)
+        problems += self._compare_applied(recorded, applied, reason)
+        return problems
+
+    def footer(self, record: dict[str, Any]) -> list[str]:
+        """Check the footer; returns problems in words."""
+        self.closed = True
+        problems = []
+        if record.get("steps") != self._next_step:
+            problems.append(f"the footer counts {record.get('steps')!r} steps, the records {self._next_step}.")
+        if record.get("counts") != {k: v for k, v in self._counts.items() if v}:
+            problems.append("the footer's counts by reason are not those of the records.")
+        if self._broken or not self._controller.exact:
+            return problems
+        try:
+            final = state_from_json(self._controller, record["final_state"], self._ops, self._shape)
+            if state_bytes(final) != state_bytes(self._state):
+                problems.append("the footer's final state is not the one that the records lead to.")
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            problems.append(f"the footer's final state cannot be understood: {error}.")
+        return problems
+
+    def _replay(self, recorded: dict[str, float], norms: list[float] | None) -> Summary:
+        norm = np.float32(recorded["norm"])
+        observed = norm if norms is None else np.array(norms, dtype=np.float32)
+        seen = Observation(observed, np.float32(recorded["loss"]), self._static)
+        with np.errstate(all="ignore"):
+            decision, self._state = self._controller.update(self._state, seen)
+            return Summary(*decision) if norms is None else summarise(norm, observed, *decision)
+
+    def _compare(self, summary: Summary, recorded: dict[str, float], reason: str) -> list[str]:
+        problems = []
+        tolerance = 0.0 if self._controller.exact else self._controller.tolerance
+        if self._num_tensors:
+            tolerance = max(tolerance, SUM_TOLERANCE)
+        for key in ("threshold", "coefficient", "pace"):
+            want, have = getattr(summary, key), np.float32(recorded[key])
+            if not _close(want, have, tolerance):
+                problems.append(f"`{key}` is recorded as {have:g}, but the norms before it give {want:g}.")
+        want_reason = Reason(int(summary.reason)).name
+        if want_reason == Reason.NONFINITE.name and reason == Reason.SCALER_SKIPPED.name:
+            want_reason = reason  # the same norm; who skips it is known only to the run
+        if want_reason != reason:
+            problems.append(f"`reason` is recorded as {reason}, but the norms before it give {want_reason}.")
+        self._recomputed += not problems
+        return problems
+
+    def _compare_applied(self, recorded: dict[str, float], applied: float, reason: str) -> list[str]:
+        if applied != applied or reason in (Reason.NONFINITE.name, Reason.SCALER_SKIPPED.name):
+            return []
+        coefficient = recorded["coefficient"]
+        if self._config.shadow:
+            coefficient = float(coefficient_of(np.float32(recorded["norm"]), self._static, SCALAR))
+        intended = recorded["norm"] * coefficient
+        if not _close(intended, applied, APPLIED_TOLERANCE):
+            return [
+                f"the optimizer was given a gradient of norm {applied:g}, {intended:g} was intended: "
+                "something changed it between clipping and the step."
+            ]
+        self._measured += 1
+        return []
+
+
+def _close(a: float, b: float, tolerance: float) -> bool:
+    if a == b or (a != a and b != b):
+        return True
+    return abs(a - b) <= tolerance * max(abs(a), abs(b))

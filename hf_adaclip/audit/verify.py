@@ -1,0 +1,194 @@
+"""Checking a ledger: the chain of seals, the continuity of steps, and that every decision follows from the recorded norms."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_adaclip.audit.reader import Line, open_ledger, read_lines
+from hf_adaclip.audit.schema import GENESIS, SCHEMA_VERSION, seal_line
+from hf_adaclip.audit.segment import Segment
+
+MAX_FINDINGS = 50
+"""Findings kept in full; further ones are only counted."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found in a ledger.
+
+    Attributes:
+        violation: The ledger is not what the run wrote, or does not follow from itself. False: worth knowing, nothing wrong.
+        line: Line of the file, counted from 1.
+        step: Optimizer step concerned, if one is.
+        message: What was found, in words.
+    """
+
+    violation: bool
+    line: int
+    step: int | None
+    message: str
+
+    def __str__(self) -> str:
+        where = f"line {self.line}" if self.step is None else f"line {self.line}, step {self.step}"
+        return f"{'VIOLATION' if self.violation else 'note'} ({where}): {self.message}"
+
+
+@dataclass
+class VerifyReport:
+    """What `verify_ledger` found. `ok` is True when there is no violation."""
+
+    path: str
+    segments: int = 0
+    steps: int = 0
+    recomputed: int = 0
+    measured: int = 0
+    closed: bool = False
+    num_violations: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.num_violations == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "ok": self.ok}
+
+    def summary(self) -> str:
+        """The verdict in one line."""
+        verdict = "verified" if self.ok else f"NOT verified, {self.num_violations} violation(s)"
+        return (
+            f"{self.path}: {verdict}. {self.steps} steps in {self.segments} segment(s), {self.recomputed} decisions recomputed "
+            f"and equal, {self.measured} applied norms as intended, {'ended cleanly' if self.closed else 'no footer'}."
+        )
+
+
+def verify_ledger(path: str | Path) -> VerifyReport:
+    """Check a ledger from its first byte to its last, in bounded memory.
+
+    Checked are: strict JSON; the SHA-256 chain; that steps follow one another, over resumptions too; that each recorded
+    threshold, coefficient, pace and reason is what the controller decides from the recorded norms; that measured norms are what
+    was intended; that the footer agrees. An unfinished last block (a killed process) is noted, not held against the ledger.
+
+    Raises:
+        LedgerError: The file cannot be read or is no ledger at all.
+    """
+    return _Verifier(path).run()
+
+
+class _Verifier:
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+        self._report = VerifyReport(str(path))
+        self._head = GENESIS
+        self._block: list[Line] = []
+        self._segment: Segment | None = None
+        # By the hash of a seal: the step and the digest of the state at that point, for headers that name it as parent.
+        self._points: dict[str, tuple[int, bytes]] = {}
+
+    def run(self) -> VerifyReport:
+        with open_ledger(self._path) as file:
+            for line in read_lines(file):
+                if line.content is None:
+                    if line.cut:
+                        self._block.append(line)
+                    else:
+                        self._found(line, line.problem)
+                        self._block.append(line)
+                elif line.content.get("kind") == "seal":
+                    self._seal(line)
+                else:
+                    self._block.append(line)
+        self._end()
+        return self._report
+
+    # -- the chain -----------------------------------------------------------------------------------------------
+
+    def _seal(self, line: Line) -> None:
+        assert line.content is not None
+        block, self._block = self._block, []
+        expected, digest = seal_line(self._head, len(block), b"".join(b.raw for b in block))
+        if line.raw != expected:
+            claimed = line.content.get("sha256")
+            span = f"lines {block[0].number} to {block[-1].number}" if block else "an empty block"
+            self._found(line, f"the seal does not fit {span}: something in them, in the seal or before them was changed.")
+            # Go on from what the seal claims, so that one change gives one finding and not one per later block.
+            digest = claimed if isinstance(claimed, str) else digest
+        self._head = digest
+        for body in block:
+            if body.content is not None:
+                self._body(body, body.content)
+        if self._segment is not None:
+            self._points[digest] = self._segment.point()
+
+    def _end(self) -> None:
+        if self._block:
+            first = self._block[0]
+            count = len(self._block)
+            self._note(first, f"torn tail: {count} line(s) after the last seal, from a run that was killed; not checked.")
+        self._report.closed = self._segment is not None and self._segment.closed
+
+    # -- the content ---------------------------------------------------------------------------------------------
+
+    def _body(self, line: Line, content: dict[str, Any]) -> None:
+        kind = content.get("kind")
+        if kind == "header":
+            self._header(line, content)
+        elif kind in ("step", "footer"):
+            if self._segment is None:
+                self._found(line, f"a {kind} line stands before any header.")
+                return
+            check = self._segment.step if kind == "step" else self._segment.footer
+            for problem in check(content):
+                self._found(line, problem, content.get("step"))
+            if kind == "step":
+                self._report.steps += 1
+            self._report.recomputed += self._segment.take_recomputed()
+            self._report.measured += self._segment.take_measured()
+        else:
+            self._found(line, f"the kind of the line is {kind!r}, which this version does not know.")
+
+    def _header(self, line: Line, content: dict[str, Any]) -> None:
+        if content.get("schema") != SCHEMA_VERSION:
+            self._found(line, f"the schema is {content.get('schema')!r}; this version reads {SCHEMA_VERSION}.")
+            self._segment = None
+            return
+        first = self._report.segments == 0
+        if self._segment is not None and not self._segment.closed:
+            self._note(line, "the run before this header did not end cleanly.")
+        try:
+            self._segment = Segment(content)
+        except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
+            self._found(line, f"the header cannot be understood: {error}")
+            self._segment = None
+            return
+        self._report.segments += 1
+        dropped = content.get("dropped_tail")
+        if dropped:
+            self._note(line, f"a torn tail of {dropped.get('bytes')} bytes was cut off when the run was resumed.")
+        parent = content.get("parent")
+        if parent is None:
+            if not first:
+                self._note(line, "a new run begins here; it does not continue the one before.")
+            return
+        known = self._points.get(parent.get("sha256"))
+        if known is None:
+            self._note(line, "the run continues one whose ledger is not in this file; the join cannot be checked.")
+        elif known != self._segment.point():
+            self._found(line, "the state that the run resumed with is not the state that its parent had at that point.")
+
+    def _found(self, line: Line, message: str, step: Any = None) -> None:
+        self._report.num_violations += 1
+        self._add(Finding(True, line.number, _step_or_none(step), message))
+
+    def _note(self, line: Line, message: str) -> None:
+        self._add(Finding(False, line.number, None, message))
+
+    def _add(self, finding: Finding) -> None:
+        if len(self._report.findings) < MAX_FINDINGS:
+            self._report.findings.append(finding)
+
+
+def _step_or_none(step: Any) -> int | None:
+    return step if isinstance(step, int) and not math.isnan(step) else None

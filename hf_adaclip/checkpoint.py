@@ -1,0 +1,69 @@
+"""`clip_state.safetensors`: the controller's state beside the optimizer's in a checkpoint. Never pickle."""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.errors import ConfigError, StateError
+
+STATE_FILE: Final = "clip_state.safetensors"
+STATE_SCHEMA: Final = 1
+# Settings that may change between a checkpoint and its resumption without changing what is decided.
+_FREE_FIELDS: Final = ("ledger", "ring_capacity", "max_consecutive_nonfinite", "shadow")
+
+
+def write_state(folder: str | Path, tensors: dict[str, Tensor], config: AdaptiveClipConfig, **metadata: Any) -> Path:
+    """Write the state file into a checkpoint folder; `metadata` must be JSON."""
+    path = Path(folder) / STATE_FILE
+    text = {"schema": str(STATE_SCHEMA), "config": json.dumps(config.to_dict()), "metadata": json.dumps(metadata)}
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(path), metadata=text)
+    return path
+
+
+def read_state(folder: str | Path, config: AdaptiveClipConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Read the state file of a checkpoint.
+
+    Returns:
+        Tensors and metadata, or None when the folder has no state file (a checkpoint of the stock Trainer).
+
+    Raises:
+        StateError: The file is damaged, of another version, or was written under a config that decides differently.
+    """
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        if text.get("schema") != str(STATE_SCHEMA):
+            raise StateError(
+                f"`{STATE_FILE}` must have schema {STATE_SCHEMA}, but {path} has {text.get('schema')!r} instead. "
+                "Resume with the version of hf_adaclip that wrote it, or delete the file to start the controller afresh."
+            )
+        saved = AdaptiveClipConfig.from_dict(json.loads(text["config"]))
+        metadata = json.loads(text["metadata"])
+    except (SafetensorError, OSError, ValueError, KeyError, ConfigError, torch.OutOfMemoryError) as error:
+        raise StateError(
+            f"`{STATE_FILE}` must be a state file of hf_adaclip, but {path} is damaged: {error}. "
+            "Resume from an older checkpoint, or delete the file to start the controller afresh."
+        ) from error
+    _compare(path, saved, config)
+    return tensors, metadata
+
+
+def _compare(path: Path, saved: AdaptiveClipConfig, config: AdaptiveClipConfig) -> None:
+    before, now = saved.to_dict(), config.to_dict()
+    changed = [k for k in now if k not in _FREE_FIELDS and before[k] != now[k]]
+    if changed:
+        lines = "; ".join(f"`{k}` was {before[k]!r} and is {now[k]!r}" for k in changed)
+        raise StateError(
+            f"`clip` must be as it was when the checkpoint was written, but {lines}. Pass the config of the checkpoint, "
+            f"or delete {path} to start the controller afresh."
+        )

@@ -1,0 +1,425 @@
+"""`AdaptiveClipper`: controller, gradients and ledger in one object, driven once per optimizer step."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_adaclip.accelerator import AcceleratorPort
+from hf_adaclip.audit.ledger import Ledger
+from hf_adaclip.audit.records import Summary, state_from_tensors, state_to_json, state_to_tensors, summarise
+from hf_adaclip.checkpoint import STATE_FILE, read_state, write_state
+from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
+from hf_adaclip.controllers import CONTROLLERS, Observation, Reason
+from hf_adaclip.controllers.base import coefficient_of, is_finite_norm
+from hf_adaclip.controllers.ops import Ops, Value, ops_for
+from hf_adaclip.errors import ConfigError, NonFiniteGradientError, StateError
+from hf_adaclip.gradients import (
+    Gradients,
+    StepGuard,
+    TensorNorms,
+    collect,
+    global_norm,
+    observe_loss,
+    scale_,
+    tensor_norms,
+    to_value,
+)
+from hf_adaclip.gradients.norms import Parameters
+from hf_adaclip.recorder import Recorder
+from hf_adaclip.statistics import RunStatistics
+from hf_adaclip.versions import environment
+
+logger = logging.getLogger(__name__)
+
+MEASURE_EVERY = 50
+"""In loops that do not say otherwise, the applied norm is measured once in so many steps."""
+
+
+class AdaptiveClipper:
+    """Adaptive gradient clipping for any PyTorch loop.
+
+    Call [`clip_`] once per optimizer step, between `backward` and `optimizer.step()`, in place of
+    `torch.nn.utils.clip_grad_norm_` or `accelerator.clip_grad_norm_`.
+
+    Args:
+        clip: A controller name, an [`AdaptiveClipConfig`], or the path of its JSON.
+        accelerator: The loop's `accelerate.Accelerator`. Its loss scale is divided out before the norm is taken, and the
+            controller's state is saved and loaded with `save_state` and `load_state`.
+        optimizer: The optimizer (or several) that steps on these gradients. Known, a fused Adam(W) on an accelerator leaves a
+            non-finite step out without a host read, and the applied norm is measured at the last moment. Needed when
+            `max_pace` > 1.
+        ledger: Overrides `config.ledger`; `"auto"` means no ledger here.
+        static_threshold: Overrides `config.static_threshold`; unset in both, 1.0.
+        is_main_process: Whether this process writes the ledger. Taken from the accelerator, if there is one.
+
+    Raises:
+        ConfigError: A setting is wrong, or `max_pace` > 1 without an optimizer.
+        UnsupportedSetupError: The accelerator's distributed setup is not supported.
+
+    Example:
+        >>> import torch
+        >>> from hf_adaclip import AdaptiveClipper
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> clipper = AdaptiveClipper("adaptive", optimizer=optimizer)
+        >>> for _ in range(30):
+        ...     loss = model(torch.ones(2, 4)).square().mean()
+        ...     loss.backward()
+        ...     norm = clipper.clip_(model.parameters())
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> clipper.metrics()["clip/skipped"]
+        0
+    """
+
+    def __init__(
+        self,
+        clip: ClipArgument = "adaptive",
+        *,
+        accelerator: Any = None,
+        optimizer: Any = None,
+        ledger: str | Path | None = "auto",
+        static_threshold: float | None = None,
+        is_main_process: bool = True,
+    ) -> None:
+        config = AdaptiveClipConfig.resolve(clip)
+        if static_threshold is not None:
+            config = config.replace(static_threshold=float(static_threshold))
+        if ledger != "auto":
+            config = config.replace(ledger=None if ledger is None else str(ledger))
+        optimizers = _as_sequence(optimizer)
+        if config.max_pace > 1 and not optimizers:
+            raise ConfigError(
+                f"`optimizer` must be given when `max_pace` > 1 (it is {config.max_pace}), but is None instead: "
+                "the pace multiplies its learning rate."
+            )
+        self.config = config
+        self.statistics = RunStatistics()
+        self._controller = CONTROLLERS[config.controller].from_config(config)
+        self._static_threshold = 1.0 if config.static_threshold is None else config.static_threshold
+        self._optimizers = optimizers
+        self._port = None if accelerator is None else AcceleratorPort(accelerator)
+        self._scaled = self._port is not None and self._port.has_scaler
+        self._guards = [StepGuard(o, scaler=self._scaled) for o in optimizers]
+        self._is_main = is_main_process if self._port is None else self._port.is_main_process
+        self._handles: list[Any] = []
+        if self._port is not None:
+            self._handles = self._port.on_checkpoint(self.save_state, self._load_or_start_afresh)
+
+        # Made at the first step, when device and number of tensors are known.
+        self._state: tuple[Value, ...] | None = None
+        self._recorder: Recorder | None = None
+        self._ops: Ops | None = None
+        self._num_tensors = 0
+        self._tensor_norms = TensorNorms()
+        self._loaded: dict[str, Tensor] | None = None
+        self._parent: dict[str, Any] | None = None
+        self._step = 0
+        self._closed = False
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clip_(self, parameters: Parameters, *, loss: Tensor | float | None = None, measure: bool | None = None) -> Tensor:
+        """Decide on this step's gradient and scale it in place.
+
+        With an accelerator that is still accumulating, the norm so far is returned and nothing else happens.
+
+        Args:
+            parameters: Any iterable of parameters, or one tensor.
+            loss: Training loss of this step, a scalar. Recorded; needed for the pace to grow.
+            measure: Whether to measure and record the norm that really reaches the optimizer (one more read of the gradients, on
+                the device). By default once in 50 steps.
+
+        Returns:
+            The norm before clipping, float32, shape `[]`, on the gradients' device.
+
+        Raises:
+            ConfigError: There is no parameter, or none has a gradient.
+            UnsupportedSetupError: A gradient is sparse.
+            StateError: The state was loaded from, or made for, other parameters.
+            NonFiniteGradientError: Too many steps in a row were not finite (noticed when the rows are read).
+        """
+        gradients = collect(parameters)
+        if not gradients.tensors:
+            raise ConfigError(
+                f"`parameters` must have gradients, but none of the {len(gradients.parameters)} trainable ones has one "
+                "instead. Call `clip_` after `backward` and before `optimizer.step()` and `zero_grad()`."
+            )
+        if self._port is not None:
+            if not self._port.syncs_now:
+                return global_norm(tensor_norms(gradients.tensors))
+            self._port.unscale(self._optimizers)
+        norms = tensor_norms(gradients.tensors)
+        total = global_norm(norms)
+        ops, recorder = self._begin(gradients, total.device)
+
+        norm = to_value(total, ops)
+        finite = is_finite_norm(norm, ops)
+        observed = norm if not self._num_tensors else self._tensor_norms.spread(gradients, norms, finite, ops)
+        seen_loss = observe_loss(loss, total.device, ops, average=self.config.max_pace > 1)
+        static = ops(self._static_threshold)
+        assert self._state is not None
+        with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
+            decision, self._state = self._controller.update(self._state, Observation(observed, seen_loss, static))
+            summary = Summary(*decision) if not self._num_tensors else summarise(norm, observed, *decision)
+
+        applied = decision.coefficient
+        if self.config.shadow:
+            applied = ops.where(finite, coefficient_of(norm, static, ops), ops(1.0))
+        elif self._num_tensors:
+            applied = self._tensor_norms.gather(gradients, applied, total.device, ops)
+        scale_(gradients.tensors, applied)
+
+        recorder.append(self._row(norm, summary, seen_loss, ops), observed if self._num_tensors else None)
+        measure = self._step % MEASURE_EVERY == 0 if measure is None else measure
+        self._arm(gradients, finite, summary.pace, ops, measure)
+        self._step += 1
+        return total
+
+    def _row(self, norm: Value, summary: Summary, loss: Value, ops: Ops) -> tuple[Value, ...]:
+        reason = summary.reason
+        if self._scaled:
+            overflow = reason == ops(float(Reason.NONFINITE))
+            reason = ops.where(overflow, ops(float(Reason.SCALER_SKIPPED)), reason)
+        scale = None if self._port is None else self._port.loss_scale
+        scale_value = ops(math.nan) if scale is None else to_value(scale.float().reshape(()), ops)
+        return (norm, summary.threshold, summary.coefficient, summary.pace, reason, loss, scale_value)
+
+    def _arm(self, gradients: Gradients, finite: Value, pace: Value, ops: Ops, measure: bool) -> None:
+        recorder = self._recorder
+        assert recorder is not None
+
+        def take_measure() -> None:
+            tensors = [g for i in gradients.present if (g := gradients.parameters[i].grad) is not None]
+            if tensors:
+                with torch.no_grad():
+                    recorder.set_applied(global_norm(tensor_norms(tensors)))
+
+        skip = ~finite
+        on_device = bool(self._guards) and all(guard.path != "host" for guard in self._guards)
+        # In host memory the flag is a plain bool; on an accelerator, reading it is the one host read of this path.
+        if (ops.on_host or not on_device) and not self._scaled and bool(skip):
+            # Every optimizer passes over parameters without a gradient: no weight, moment or counter moves.
+            for i in gradients.present:
+                gradients.parameters[i].grad = None
+        if measure and not self._guards:
+            take_measure()
+        paced = pace if self.config.max_pace > 1 and not self.config.shadow else None
+        for position, guard in enumerate(self._guards):
+            guard.arm(
+                skip=None if ops.on_host else skip, pace=paced, measure=take_measure if measure and position == 0 else None
+            )
+
+    # -- beginning, reading, ending ------------------------------------------------------------------------------
+
+    def _begin(self, gradients: Gradients, device: torch.device) -> tuple[Ops, Recorder]:
+        count = len(gradients.parameters) if self.config.granularity == "tensor" else 0
+        if self._recorder is not None and self._ops is not None:
+            if count != self._num_tensors:
+                raise StateError(
+                    f"`parameters` must be the {self._num_tensors} trainable tensors that the state was made for when "
+                    f"`granularity` is 'tensor', but are {count} instead. Use one clipper per set of parameters."
+                )
+            return self._ops, self._recorder
+        shape = (count,) if count else ()
+        ops = ops_for(device, shape)
+        if self._loaded is None:
+            self._state = self._controller.init(ops, shape)
+        else:
+            try:
+                self._state = state_from_tensors(self._controller, self._loaded, ops, shape, device)
+            except ValueError as error:
+                raise StateError(f"`{STATE_FILE}` does not fit: {error}. Resume with the same model.") from error
+        self._ops, self._num_tensors, self._loaded = ops, count, None
+        ledger = None
+        if self.config.ledger not in (None, "none", "auto") and self._is_main:
+            ledger = Ledger(str(self.config.ledger), self._header(self._state, device))
+        self._recorder = Recorder(
+            capacity=self.config.ring_capacity,
+            num_tensors=count,
+            ops=ops,
+            device=device,
+            statistics=self.statistics,
+            first_step=self._step,
+            ledger=ledger,
+        )
+        return ops, self._recorder
+
+    def _header(self, state: tuple[Value, ...], device: torch.device) -> dict[str, Any]:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return {
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": environment(),
+            "config": self.config.to_dict(),
+            "controller": self.config.controller,
+            "exact": self._controller.exact,
+            "static_threshold": self._static_threshold,
+            "device": device.type,
+            "world_size": torch.distributed.get_world_size() if distributed else 1,
+            "seed": torch.initial_seed(),
+            "num_tensors": self._num_tensors,
+            "first_step": self._step,
+            "counts": self.statistics.counts_by_name(),
+            "initial_state": state_to_json(state),
+            "parent": self._parent,
+        }
+
+    def flush(self) -> None:
+        """Read the rows that wait on the device (the one host read), count them, write the ledger.
+
+        Raises:
+            NonFiniteGradientError: `max_consecutive_nonfinite` steps in a row were skipped.
+        """
+        if self._recorder is None:
+            return
+        self._recorder.flush()
+        limit, found = self.config.max_consecutive_nonfinite, self.statistics.consecutive_nonfinite
+        if found >= limit:
+            raise NonFiniteGradientError(
+                f"The gradient norm was NaN or infinite in {found} steps in a row (`max_consecutive_nonfinite` is {limit}), "
+                f"the last of them step {self._step - 1}. All were skipped, so the weights are those of the last good step. Look "
+                "at the loss of these batches, at the learning rate, and at float16 overflow (bfloat16 has none); then resume "
+                "from the last checkpoint.",
+                step=self._step - 1,
+                consecutive=found,
+            )
+
+    def metrics(self) -> dict[str, float | int | str]:
+        """What to log: the last decision, and what happened since the last call. Reads the device once."""
+        self.flush()
+        return self.statistics.metrics()
+
+    def close(self, *, clean: bool = True) -> None:
+        """Write what is left, end the ledger with a footer, and let go of the optimizer. May be called twice.
+
+        Args:
+            clean: Whether the run ended as it should; a ledger without a footer says that it did not.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush()
+        finally:
+            for guard in self._guards:
+                guard.detach()
+            for handle in self._handles:
+                handle.remove()
+            if self._recorder is not None and self._recorder.ledger is not None and self._state is not None:
+                footer = {
+                    "steps": self._step,
+                    "counts": self.statistics.counts_by_name(),
+                    "final_state": state_to_json(self._state),
+                }
+                self._recorder.ledger.close(footer if clean else None)
+
+    def __enter__(self) -> "AdaptiveClipper":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close(clean=kind is None)
+
+    def explain(self) -> str:
+        """Which way this clipper takes, and why, in a few lines for people."""
+        config = self.config
+        shadow = ", shadow: the static threshold is what is applied" if config.shadow else ""
+        lines = [
+            f"controller  {config.controller} on the {config.granularity} norm; static threshold {self._static_threshold:g} "
+            f"until {config.warmup_observations} norms are known{shadow}"
+        ]
+        if self._port is not None:
+            lines.append(f"setup       {self._port.how}")
+        lines += [f"skipping    {guard.why}" for guard in self._guards]
+        if not self._guards:
+            lines.append("skipping    no optimizer is known: on an accelerator one flag is read per step (pass `optimizer=`)")
+        lines.append("pace        off" if config.max_pace == 1 else f"pace        up to x{config.max_pace:g}")
+        lines.append(f"ledger      {'none' if config.ledger in (None, 'none', 'auto') else config.ledger}")
+        return "\n".join(lines)
+
+    # -- hand-written loops that cannot be edited ----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def install(self) -> Iterator["AdaptiveClipper"]:
+        """Answer the accelerator's `clip_grad_norm_` while the context is open; afterwards it is as it was.
+
+        The script's `max_norm` becomes the static threshold, unless the config sets one. A call with `max_norm=inf`, which only
+        asks for the norm, gets the norm.
+
+        Raises:
+            ConfigError: There is no accelerator, or the script asks for a norm other than L2.
+        """
+        if self._port is None:
+            raise ConfigError("`accelerator` must be given to AdaptiveClipper before `install`, but is None instead.")
+        stock = self._port.stock_clip
+
+        def clip_grad_norm_(parameters: Parameters, max_norm: float, norm_type: float = 2.0) -> Tensor:
+            if float(norm_type) != 2.0:
+                raise ConfigError(f"`norm_type` must be 2 under hf_adaclip, but is {norm_type} instead.")
+            if math.isinf(max_norm):
+                return stock(parameters, max_norm, norm_type)
+            if self.config.static_threshold is None and self._recorder is None:
+                self._static_threshold = float(max_norm)
+            return self.clip_(parameters)
+
+        with self._port.replace_clipping(clip_grad_norm_):
+            yield self
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def save_state(self, folder: str | Path) -> None:
+        """Write `clip_state.safetensors` into a checkpoint folder (nothing before the first step)."""
+        if self._state is None or self._recorder is None:
+            return
+        self.flush()
+        ledger = self._recorder.ledger
+        if ledger is not None:
+            ledger.sync()
+        write_state(
+            folder,
+            state_to_tensors(self._state),
+            self.config,
+            step=self._step,
+            static_threshold=self._static_threshold,
+            statistics=self.statistics.to_dict(),
+            ledger=None if ledger is None else ledger.head,
+        )
+
+    def load_state(self, folder: str | Path) -> bool:
+        """Read what [`save_state`] wrote; to be called before the first step.
+
+        Returns:
+            Whether there was a state to read. Without one the controller starts afresh.
+
+        Raises:
+            StateError: The file is damaged, or belongs to another controller or config, or a step was already taken.
+        """
+        if self._recorder is not None:
+            raise StateError("`load_state` must be called before the first `clip_`, but a step was already taken.")
+        read = read_state(folder, self.config)
+        if read is None:
+            return False
+        self._loaded, metadata = read
+        self._step = int(metadata["step"])
+        self._static_threshold = float(metadata["static_threshold"])
+        self.statistics = RunStatistics.from_dict(metadata["statistics"])
+        self._parent = {"sha256": metadata["ledger"], "step": self._step} if metadata["ledger"] else None
+        return True
+
+    def _load_or_start_afresh(self, folder: str | Path) -> None:
+        if not self.load_state(folder):
+            logger.info("%s has no %s: the controller starts afresh.", folder, STATE_FILE)
+
+
+def _as_sequence(optimizer: Any) -> Sequence[Any]:
+    if optimizer is None:
+        return ()
+    return tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)

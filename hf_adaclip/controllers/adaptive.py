@@ -1,0 +1,180 @@
+"""`adaptive`: a range around the running level of the norm that widens while training is stable and narrows when it is not.
+
+    d(n, L)   = 2 (n - L) / (n + L)                 signed deviation, about log(n / L), bounded by 2
+    u(e, L)   = L (2 + e) / (2 - e)                 the norm at deviation e above L, exact inverse of d
+    x_t       = d(n_t, L_{t-1})
+    far       = w_{t-1} S_{t-1}                     the edge of the range; near = near_width S_{t-1}
+    high, low = x_t > far, x_t < -far               an excursion
+    threshold = u(near, L) if high else u(far, L)   only an excursion upward is cut, and it is cut well below the edge
+    L_t       = u(a clip(x_t, -far, far), L_{t-1})  a = max(1 / (count + 1), 1 - decay)
+    S_t       = max(min_spread, S_{t-1} + a (min(|x_t|, far) - S_{t-1}))
+    w_t       = max(min_far_width, w narrow_factor) if high else min(max_far_width, w + widen_step)
+
+`accept_after` excursions in a row that agree with their own mean (within far of it) are a lasting new level, not spikes: L
+jumps there and the step passes. Excursions that keep growing do not agree with each other and are not accepted.
+
+Two numbers, a far edge and a near target, give "no harm when calm" and "small applied spikes" at once; one threshold cannot.
+The deviation is rational (the [1/1] Pade approximant of the logarithm), so the update needs only + - * / and comparisons: a
+replay gives the same bits on every IEEE device, and no single norm can move the statistics by more than a bounded amount.
+
+Source: this package. Related: log-space tracking with bounded learning in lingvo's GradNormTracker; a robust location and scale
+by a bounded influence function, Huber 1964.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from hf_adaclip.controllers.base import (
+    Controller,
+    Decision,
+    Observation,
+    Reason,
+    coefficient_of,
+    is_finite_norm,
+)
+from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.pace import Pace, PaceState, update_pace
+
+MAX_DEVIATION = 1.9
+"""Largest deviation used for an edge: u(1.9, L) = 39 L. At 2 the inverse would be infinite."""
+
+
+class AdaptiveState(NamedTuple):
+    """State of the controller, each of the norm's shape.
+
+    Attributes:
+        level: Running level of the norm.
+        spread: Running mean absolute deviation from it.
+        width: Half-width of the range, in spreads.
+        candidate: Mean norm of the excursions in the current run.
+        run: Length of that run; 0 when the last norm was inside the range.
+        count: Usable norms seen.
+        pace, loss_fast, loss_slow: See `hf_adaclip.controllers.pace`.
+    """
+
+    level: Value
+    spread: Value
+    width: Value
+    candidate: Value
+    run: Value
+    count: Value
+    pace: Value
+    loss_fast: Value
+    loss_slow: Value
+
+
+@dataclass(frozen=True)
+class AdaptiveController(Controller[AdaptiveState]):
+    """The package's own controller."""
+
+    paces: ClassVar[bool] = True
+
+    decay: float = 0.97
+    warmup_observations: int = 20
+    far_width: float = 5.0
+    near_width: float = 1.5
+    min_far_width: float = 4.5
+    max_far_width: float = 8.0
+    widen_step: float = 0.01
+    narrow_factor: float = 0.8
+    accept_after: int = 6
+    min_spread: float = 0.05
+    max_pace: float = 1.0
+    pace_growth: float = 1.02
+    pace_backoff: float = 0.7
+    pace_progress_fast: float = 0.9
+    pace_progress_slow: float = 0.98
+
+    def init(self, ops: Ops, shape: Shape) -> AdaptiveState:
+        return AdaptiveState(
+            level=ops.full(shape, 0.0),
+            spread=ops.full(shape, self.min_spread),
+            width=ops.full(shape, self.far_width),
+            candidate=ops.full(shape, 0.0),
+            run=ops.full(shape, 0.0),
+            count=ops.full(shape, 0.0),
+            pace=ops.full(shape, 1.0),
+            loss_fast=ops.full(shape, float("nan")),
+            loss_slow=ops.full(shape, float("nan")),
+        )
+
+    def update(self, state: AdaptiveState, observation: Observation) -> tuple[Decision, AdaptiveState]:
+        norm = observation.norm
+        ops = ops_of(norm)
+        one, zero, edge = ops(1.0), ops(0.0), ops(MAX_DEVIATION)
+        finite = is_finite_norm(norm, ops)
+        # A zero norm is finite but says nothing about the level: learned, it would end at a threshold of zero.
+        usable = finite & (norm > zero)
+        warm = state.count < ops(float(self.warmup_observations))
+
+        level = ops.where(state.count > zero, state.level, norm)
+        x = _deviation(norm, level, ops)
+        far = ops.minimum(state.width * state.spread, edge)
+        near = ops.minimum(ops(self.near_width) * state.spread, edge)
+        ready = usable & ~warm
+        high = ready & (x > far)
+        low = ready & (x < -far)
+        excursion = high | low
+
+        agrees = abs(_deviation(norm, state.candidate, ops)) <= far
+        run = ops.where(excursion, ops.where(agrees, state.run, zero) + one, zero)
+        candidate = ops.where(agrees & (state.run > zero), state.candidate, norm)
+        candidate = candidate + (norm - candidate) / ops.maximum(run, one)
+        accepted = run >= ops(float(self.accept_after))
+        spike = high & ~accepted
+
+        threshold = ops.where(accepted, candidate, level)
+        threshold = _above(threshold, ops.where(spike, near, far), ops)
+        # An accepted step passes even when it is itself a little beyond the new range.
+        threshold = ops.where(accepted, ops.maximum(threshold, norm), threshold)
+        threshold = ops.where(warm, observation.static_threshold, threshold)
+        act = spike | (warm & finite)
+        coefficient = ops.where(act, coefficient_of(norm, threshold, ops), one)
+
+        gain = ops.maximum(one / (state.count + one), ops(1.0 - self.decay))
+        reach = ops.where(warm, edge, far)
+        learned = ops.minimum(ops.maximum(x, -reach), reach)
+        new_level = ops.where(accepted, candidate, _above(level, gain * learned, ops))
+        new_spread = ops.maximum(state.spread + gain * (abs(learned) - state.spread), ops(self.min_spread))
+        wider = ops.minimum(state.width + ops(self.widen_step), ops(self.max_far_width))
+        narrower = ops.maximum(state.width * ops(self.narrow_factor), ops(self.min_far_width))
+        calm = ready & ~excursion
+        new_width = ops.where(spike, narrower, ops.where(calm, wider, state.width))
+
+        reason = ops.where(new_width > state.width, ops(float(Reason.WIDENED)), ops(float(Reason.WITHIN)))
+        reason = ops.where(warm, ops(float(Reason.WARMUP)), reason)
+        reason = ops.where(low | ~usable, ops(float(Reason.VANISHING)), reason)
+        reason = ops.where(accepted, ops(float(Reason.NEW_LEVEL)), reason)
+        reason = ops.where(spike, ops(float(Reason.SPIKE)), reason)
+        reason = ops.where(finite, reason, ops(float(Reason.NONFINITE)))
+
+        paced = PaceState(state.pace, state.loss_fast, state.loss_slow)
+        if self.max_pace > 1:
+            parameters = Pace(
+                self.max_pace, self.pace_growth, self.pace_backoff, self.pace_progress_fast, self.pace_progress_slow
+            )
+            loss = ops.expand(observation.loss, ops.shape(norm))
+            paced = update_pace(parameters, paced, loss, calm=calm, trouble=high | ~finite, ops=ops)
+
+        return Decision(threshold, coefficient, paced.pace, reason), AdaptiveState(
+            level=ops.where(usable, new_level, state.level),
+            spread=ops.where(usable, new_spread, state.spread),
+            width=new_width,
+            candidate=ops.where(usable, candidate, state.candidate),
+            run=ops.where(usable, ops.where(accepted, zero, run), state.run),
+            count=ops.where(usable, state.count + one, state.count),
+            pace=paced.pace,
+            loss_fast=paced.fast,
+            loss_slow=paced.slow,
+        )
+
+
+def _deviation(norm: Value, level: Value, ops: Ops) -> Value:
+    """d(n, L) = 2 (n - L) / (n + L), in [-2, 2]."""
+    return ops(2.0) * (norm - level) / (norm + level)
+
+
+def _above(level: Value, deviation: Value, ops: Ops) -> Value:
+    """u(e, L) = L (2 + e) / (2 - e), the inverse of `_deviation` in its first argument; |e| < 2."""
+    two = ops(2.0)
+    return level * (two + deviation) / (two - deviation)

@@ -1,0 +1,137 @@
+"""What every controller is made of: observation in, decision out, state carried along.
+
+A controller is a frozen dataclass of numbers with two pure functions, `init` and `update`. State and decision are NamedTuples
+of float32 values where the gradient lives: tensors on an accelerator, numpy numbers in host memory (see `ops`). Their shape is `[]`
+for the global norm and `[num_tensors]` per tensor, and the same elementwise maths serves both. Nothing here reads a tensor from
+the host, draws a random number or looks at a clock, so a run can be replayed from its norms alone.
+"""
+
+import dataclasses
+import enum
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from hf_adaclip.controllers.ops import Ops, Shape, Value
+
+State = TypeVar("State", bound=tuple[Value, ...])
+
+CLIP_EPS = 1e-6
+"""Added to the norm before dividing, as `torch.nn.utils.clip_grad_norm_` does, so that `static` gives its bits."""
+
+
+class Reason(enum.IntEnum):
+    """Why a step was treated as it was. Ordered by severity: over several tensors the largest one is reported."""
+
+    WITHIN = 0
+    WIDENED = 1
+    WARMUP = 2
+    VANISHING = 3
+    NEW_LEVEL = 4
+    CLIPPED = 5
+    SPIKE = 6
+    SCALER_SKIPPED = 7
+    NONFINITE = 8
+
+    @property
+    def sentence(self) -> str:
+        """The reason in a full sentence for people."""
+        return _SENTENCES[self]
+
+    @property
+    def phase(self) -> str:
+        """One word for dashboards: warmup, stable, unstable, vanishing or skipped."""
+        return _PHASES[self]
+
+
+_SENTENCES = {
+    Reason.WITHIN: "The norm is inside the range; the gradient was left as it was.",
+    Reason.WIDENED: "The norm is inside the range and has been for a while; the range was widened a little.",
+    Reason.WARMUP: "The controller is still learning what is normal; the static threshold rules.",
+    Reason.VANISHING: "The norm fell below the range; nothing was clipped, the step is flagged as vanishing.",
+    Reason.NEW_LEVEL: "Several excursions in a row agreed on one level; it is now the level, and nothing was clipped.",
+    Reason.CLIPPED: "The norm is above the threshold; the gradient was scaled down to it.",
+    Reason.SPIKE: "The norm left the range upward; the gradient was cut back and the range was narrowed.",
+    Reason.SCALER_SKIPPED: "The loss scaler found an overflow and skips the step; the controller learned nothing.",
+    Reason.NONFINITE: "The norm is NaN or infinite; the step was skipped and nothing was learned from it.",
+}
+
+_PHASES = {
+    Reason.WITHIN: "stable",
+    Reason.WIDENED: "stable",
+    Reason.WARMUP: "warmup",
+    Reason.VANISHING: "vanishing",
+    Reason.NEW_LEVEL: "stable",
+    Reason.CLIPPED: "unstable",
+    Reason.SPIKE: "unstable",
+    Reason.SCALER_SKIPPED: "skipped",
+    Reason.NONFINITE: "skipped",
+}
+
+
+class Observation(NamedTuple):
+    """What a controller may look at in one optimizer step.
+
+    Attributes:
+        norm: L2 norm of the gradient before clipping, float32, shape `[]` or `[num_tensors]`. NaN or inf means that
+            the step (or this tensor) must not enter any statistic.
+        loss: Training loss of the step, float32, shape `[]`; NaN when it is not known.
+        static_threshold: Threshold of the warm-up, float32, shape `[]`.
+    """
+
+    norm: Value
+    loss: Value
+    static_threshold: Value
+
+
+class Decision(NamedTuple):
+    """What a controller wants done with the gradient of one step. All float32, all of the shape of the norm.
+
+    Attributes:
+        threshold: Largest norm allowed to reach the optimizer.
+        coefficient: Multiplier on the gradient, in (0, 1]; exactly 1 when nothing is to be changed.
+        pace: Multiplier on the learning rate of this step, >= 1; exactly 1 when the pace is off.
+        reason: A [`Reason`] as a number.
+    """
+
+    threshold: Value
+    coefficient: Value
+    pace: Value
+    reason: Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Controller(Generic[State]):
+    """Base of all controllers. Subclasses add hyperparameters as fields and implement `init` and `update`.
+
+    Class attributes:
+        exact: Replaying the recorded norms gives the recorded decisions bit for bit, on any device. False only where
+            `update` needs log, exp or a reduction whose order is not fixed; then `tolerance` applies.
+        tolerance: Largest relative difference of a replayed threshold when `exact` is False.
+        paces: The controller can set the pace.
+    """
+
+    exact: ClassVar[bool] = True
+    tolerance: ClassVar[float] = 0.0
+    paces: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Controller[State]":
+        """Pick this controller's fields, by name, from an object that has them (an `AdaptiveClipConfig`)."""
+        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
+
+    def init(self, ops: Ops, shape: Shape) -> State:
+        """The state before the first step, for norms of this shape."""
+        raise NotImplementedError
+
+    def update(self, state: State, observation: Observation) -> tuple[Decision, State]:
+        """Decide on one step from what came before it, then learn a bounded version of what was seen."""
+        raise NotImplementedError
+
+
+def is_finite_norm(norm: Value, ops: Ops) -> Value:
+    """Whether a norm (never negative) is a number: one comparison, where `torch.isfinite` is four kernels."""
+    return norm < ops(float("inf"))
+
+
+def coefficient_of(norm: Value, threshold: Value, ops: Ops) -> Value:
+    """`min(1, threshold / (norm + 1e-6))`, the arithmetic of `torch.nn.utils.clip_grads_with_norm_`."""
+    return ops.minimum(threshold / (norm + ops(CLIP_EPS)), ops(1.0))

@@ -1,0 +1,197 @@
+"""The few operations that controllers are written in, for three kinds of numbers with the same bits.
+
+- `TensorOps`: float32 tensors on an accelerator. Nothing is read by the host; a step launches a few dozen tiny kernels.
+- `ScalarOps`: `numpy.float32`, for the global norm of gradients that live in host memory, and for replaying a ledger.
+  A 0-dim tensor costs 2 to 3 microseconds an operation on a CPU, a numpy scalar a twentieth of that.
+- `ArrayOps`: float32 arrays, the same for per-tensor norms.
+
+All three compute in IEEE float32 and round after each operation, so with + - * / sqrt and comparisons the results are equal bit for
+bit; tests/controllers/test_ops.py holds them to it. A controller gets its operations from `ops_of(norm)`.
+"""
+
+import functools
+import math
+from typing import Any, Final, Protocol, TypeAlias
+
+import numpy as np
+import torch
+
+Value: TypeAlias = Any
+"""A float32 tensor, a `numpy.float32` or a float32 array; of bools, the same. Arithmetic and comparisons are operators."""
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+class Ops(Protocol):
+    """What a controller may do besides arithmetic. `where` takes both branches as values, as `torch.where` does."""
+
+    on_host: bool
+
+    def __call__(self, value: float) -> Value:
+        """A constant."""
+
+    def full(self, shape: Shape, value: float) -> Value: ...
+    def expand(self, value: Value, shape: Shape) -> Value: ...
+    def shape(self, value: Value) -> Shape: ...
+    def where(self, condition: Value, yes: Value, no: Value) -> Value: ...
+    def minimum(self, a: Value, b: Value) -> Value: ...
+    def maximum(self, a: Value, b: Value) -> Value: ...
+    def sqrt(self, a: Value) -> Value: ...
+    def floor(self, a: Value) -> Value: ...
+    def sort(self, history: Value) -> Value:
+        """Sorted along the first axis."""
+
+    def pick(self, history: Value, position: Value) -> Value:
+        """`history[position]` along the first axis, for whole-numbered float positions of the shape of one row."""
+
+    def put(self, history: Value, position: Value, value: Value, keep: Value) -> Value:
+        """A copy of `history` with `history[position] = value`, except where `keep`."""
+
+
+class TensorOps:
+    """Operations on tensors of one device. Constants are made once: tensor by tensor costs half of tensor by Python number."""
+
+    on_host = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._known: dict[float, torch.Tensor] = {}
+
+    def __call__(self, value: float) -> torch.Tensor:
+        known = self._known.get(value)
+        if known is None:
+            known = self._known[value] = torch.tensor(value, dtype=torch.float32, device=self.device)
+        return known
+
+    def full(self, shape: Shape, value: float) -> torch.Tensor:
+        return torch.full(shape, value, dtype=torch.float32, device=self.device)
+
+    def expand(self, value: Value, shape: Shape) -> torch.Tensor:
+        return value.expand(shape)  # type: ignore[no-any-return]
+
+    def shape(self, value: Value) -> Shape:
+        return tuple(value.shape)
+
+    def where(self, condition: Value, yes: Value, no: Value) -> torch.Tensor:
+        return torch.where(condition, yes, no)
+
+    def minimum(self, a: Value, b: Value) -> torch.Tensor:
+        return torch.minimum(a, b)
+
+    def maximum(self, a: Value, b: Value) -> torch.Tensor:
+        return torch.maximum(a, b)
+
+    def sqrt(self, a: Value) -> torch.Tensor:
+        return torch.sqrt(a)
+
+    def floor(self, a: Value) -> torch.Tensor:
+        return torch.floor(a)
+
+    def sort(self, history: Value) -> torch.Tensor:
+        return torch.sort(history, dim=0).values
+
+    def pick(self, history: Value, position: Value) -> torch.Tensor:
+        return history.gather(0, position.long().unsqueeze(0)).squeeze(0)  # type: ignore[no-any-return]
+
+    def put(self, history: Value, position: Value, value: Value, keep: Value) -> torch.Tensor:
+        places = torch.arange(len(history), device=self.device).reshape(-1, *([1] * value.dim()))
+        return torch.where((places == position) & ~keep, value, history)
+
+
+class ArrayOps:
+    """Operations on float32 arrays in host memory."""
+
+    on_host = True
+
+    def __call__(self, value: float) -> Value:
+        return np.float32(value)
+
+    def full(self, shape: Shape, value: float) -> Value:
+        return np.full(shape, value, dtype=np.float32)
+
+    def expand(self, value: Value, shape: Shape) -> Value:
+        return np.broadcast_to(value, shape)
+
+    def shape(self, value: Value) -> Shape:
+        return tuple(value.shape)
+
+    def where(self, condition: Value, yes: Value, no: Value) -> Value:
+        return np.where(condition, yes, no)
+
+    def minimum(self, a: Value, b: Value) -> Value:
+        return np.minimum(a, b)
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        return np.maximum(a, b)
+
+    def sqrt(self, a: Value) -> Value:
+        return np.sqrt(a)
+
+    def floor(self, a: Value) -> Value:
+        return np.floor(a)
+
+    def sort(self, history: Value) -> Value:
+        return np.sort(history, axis=0)
+
+    def pick(self, history: Value, position: Value) -> Value:
+        return np.take_along_axis(history, position.astype(np.int64)[None], axis=0)[0]
+
+    def put(self, history: Value, position: Value, value: Value, keep: Value) -> Value:
+        places = np.arange(len(history)).reshape(-1, *([1] * value.ndim))
+        return np.where((places == position) & ~keep, value, history)
+
+
+class ScalarOps(ArrayOps):
+    """Operations on `numpy.float32` numbers. Plain Python where numpy's machinery for arrays would cost ten times as much."""
+
+    def full(self, shape: Shape, value: float) -> Value:
+        return np.full(shape, value, dtype=np.float32) if shape else np.float32(value)
+
+    def expand(self, value: Value, shape: Shape) -> Value:
+        return value
+
+    def where(self, condition: Value, yes: Value, no: Value) -> Value:
+        return yes if condition else no
+
+    # A NaN wins on either side, as it does in torch and in numpy.
+    def minimum(self, a: Value, b: Value) -> Value:
+        return a if a < b or a != a else b
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        return a if a > b or a != a else b
+
+    def floor(self, a: Value) -> Value:
+        return np.float32(math.floor(a))
+
+    def pick(self, history: Value, position: Value) -> Value:
+        return history[int(position)]
+
+    def put(self, history: Value, position: Value, value: Value, keep: Value) -> Value:
+        if keep:
+            return history
+        changed = history.copy()
+        changed[int(position)] = value
+        return changed
+
+
+SCALAR: Final = ScalarOps()
+ARRAY: Final = ArrayOps()
+
+
+@functools.lru_cache(maxsize=64)
+def tensor_ops(device: torch.device) -> TensorOps:
+    return TensorOps(device)
+
+
+def ops_for(device: torch.device, shape: Shape) -> Ops:
+    """The operations for norms of this shape whose gradients live on this device."""
+    if device.type != "cpu":
+        return tensor_ops(device)
+    return ARRAY if shape else SCALAR
+
+
+def ops_of(value: Value) -> Ops:
+    """The operations for this kind of number."""
+    if isinstance(value, torch.Tensor):
+        return tensor_ops(value.device)
+    return ARRAY if isinstance(value, np.ndarray) else SCALAR

@@ -1,0 +1,90 @@
+"""`zscore`: ZClip.
+
+    z_t         = (n_t - mu_{t-1}) / (sd_{t-1} + 1e-6)
+    threshold_t = mu_{t-1} + z0 * sd_{t-1} * (z0 / z_t)      when z_t > z0 (reciprocal: larger spikes are cut harder)
+    threshold_t = mu_{t-1} + z0 * sd_{t-1}                   otherwise: the bound at which clipping would start
+    mu_t        = a mu_{t-1} + (1 - a) min(n_t, bound)
+    var_t       = a var_{t-1} + (1 - a) (min(n_t, bound) - mu_{t-1})^2
+
+Source: Kumar, Owen, Chowdhury, Guera 2025, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training" (arXiv 2504.02507),
+the reciprocal form with a = 0.97, z0 = 2.5 and 25 norms of warm-up in the authors' code; here `decay`, `z_threshold`
+and `warmup_observations`.
+
+Differs from the authors' code in:
+1. a NaN or infinite norm is not learned (there, one of them switches the method off for the rest of the run);
+2. what is learned from an excursion is bounded by mu + z0 sd, not by the cut norm, which with the reciprocal form is
+   about mu: that never learns a lasting rise and clips it for ever;
+3. the variance is taken around the old mean, not the one that this very norm has just moved;
+4. the static cap (`max_grad_norm` 1.0 there) guards the warm-up only: left on, it hides the method;
+5. norms are float32 whatever the gradient's dtype, and the state can be saved and restored.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hf_adaclip.controllers.base import (
+    Controller,
+    Decision,
+    Observation,
+    Reason,
+    coefficient_of,
+    is_finite_norm,
+)
+from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
+
+Z_EPS = 1e-6
+
+
+class ZScoreState(NamedTuple):
+    """`mean` and `variance` of the norm, `count` of finite norms seen."""
+
+    mean: Value
+    variance: Value
+    count: Value
+
+
+@dataclass(frozen=True)
+class ZScoreController(Controller[ZScoreState]):
+    """Clip norms whose z-score is above a threshold, harder the larger they are."""
+
+    z_threshold: float = 2.5
+    decay: float = 0.97
+    warmup_observations: int = 25
+
+    def init(self, ops: Ops, shape: Shape) -> ZScoreState:
+        return ZScoreState(*(ops.full(shape, 0.0) for _ in ZScoreState._fields))
+
+    def update(self, state: ZScoreState, observation: Observation) -> tuple[Decision, ZScoreState]:
+        norm = observation.norm
+        ops = ops_of(norm)
+        z0 = ops(self.z_threshold)
+        finite = is_finite_norm(norm, ops)
+        warm = state.count < ops(float(self.warmup_observations))
+
+        sd = ops.sqrt(state.variance)
+        z = (norm - state.mean) / (sd + ops(Z_EPS))
+        bound = state.mean + z0 * sd
+        excursion = z > z0
+        cut = state.mean + z0 * sd * (z0 / ops.where(excursion, z, z0))
+        threshold = ops.where(warm, observation.static_threshold, ops.where(excursion, cut, bound))
+        # Between z0 and the bound's own rounding nothing may be altered, hence the test and not a plain minimum.
+        act = finite & (excursion | warm)
+        coefficient = ops.where(act, coefficient_of(norm, threshold, ops), ops(1.0))
+        reason = ops.where(excursion, ops(float(Reason.CLIPPED)), ops(float(Reason.WITHIN)))
+        reason = ops.where(warm, ops(float(Reason.WARMUP)), reason)
+        reason = ops.where(finite, reason, ops(float(Reason.NONFINITE)))
+
+        # Warm-up: plain mean and population variance, by Welford's recurrence with weight 1 / (count + 1).
+        weight = ops.where(warm, ops(1.0) / (state.count + ops(1.0)), ops(1.0 - self.decay))
+        learned = ops.where(warm, norm, ops.minimum(norm, bound))
+        delta = learned - state.mean
+        mean = state.mean + weight * delta
+        welford = (ops(1.0) - weight) * (state.variance + weight * delta * delta)
+        ema = (ops(1.0) - weight) * state.variance + weight * delta * delta
+        variance = ops.where(warm, welford, ema)
+        new = ZScoreState(
+            mean=ops.where(finite, mean, state.mean),
+            variance=ops.where(finite, variance, state.variance),
+            count=ops.where(finite, state.count + ops(1.0), state.count),
+        )
+        return Decision(threshold, coefficient, ops.expand(ops(1.0), ops.shape(norm)), reason), new

@@ -1,0 +1,135 @@
+"""`convergence.jsonl`: what had been spent when each evaluation was made, and when a target was reached."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from hf_adaclip.convergence.energy import EnergyMeter
+
+CONVERGENCE_FILE: Final = "convergence.jsonl"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation and what it took to get there.
+
+    Attributes:
+        step: Optimizer steps done.
+        samples: Training examples seen, None when the dataset has no length.
+        tokens: Training tokens seen, None unless the Trainer counts them.
+        train_seconds: Wall-clock seconds of training, evaluations left out.
+        energy_wh: Energy in watt-hours over the same time, None when nothing on this machine tells.
+        energy_source: `nvml`, `rapl` or `codecarbon`; None with `energy_wh`.
+        energy_measured: False for an estimate (codecarbon).
+        metrics: What the evaluation returned.
+    """
+
+    step: int
+    samples: int | None
+    tokens: int | None
+    train_seconds: float
+    energy_wh: float | None
+    energy_source: str | None
+    energy_measured: bool | None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A quality fixed before any run that is judged by it.
+
+    Attributes:
+        metric: Name of the metric, such as `eval_loss`.
+        value: The value to reach.
+        greater_is_better: Direction of the metric.
+    """
+
+    metric: str
+    value: float
+    greater_is_better: bool = False
+
+    def reached_by(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        return value >= self.value if self.greater_is_better else value <= self.value
+
+
+def first_reaching(points: Sequence[Point], target: Target) -> Point | None:
+    """The first evaluation at or beyond the target, None if there is none: a run that never reached it took infinitely long."""
+    return next((p for p in points if target.reached_by(p.metrics.get(target.metric, math.nan))), None)
+
+
+class Stopwatch:
+    """Seconds and energy of training, with pauses.
+
+    Args:
+        meter: Counter of energy, or None.
+        seconds, energy_wh: Where to go on from when a run is resumed.
+    """
+
+    def __init__(self, meter: EnergyMeter | None = None, *, seconds: float = 0.0, energy_wh: float = 0.0) -> None:
+        self._meter = meter
+        self._seconds = seconds
+        self._energy_wh = energy_wh
+        self._since: tuple[float, float] | None = None
+
+    def run(self) -> None:
+        """Start or go on; running already, nothing changes."""
+        if self._since is None:
+            self._since = (time.perf_counter(), self._counter())
+
+    def pause(self) -> None:
+        """Stop counting; stopped already, nothing changes."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since[0]
+            self._energy_wh += self._counter() - self._since[1]
+            self._since = None
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds
+
+    @property
+    def energy_wh(self) -> float | None:
+        return None if self._meter is None else self._energy_wh
+
+    def _counter(self) -> float:
+        return 0.0 if self._meter is None else self._meter.read_wh()
+
+
+def append_point(path: Path, point: Point) -> None:
+    """Add a line to `convergence.jsonl`; non-finite metrics become strings."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(_plain(asdict(point)), allow_nan=False) + "\n")
+
+
+def read_points(path: Path) -> list[Point]:
+    """All points of a file; a torn last line (a killed process) is left out.
+
+    Raises:
+        ValueError: Another line is damaged.
+    """
+    points: list[Point] = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            values["metrics"] = {k: float(v) for k, v in values["metrics"].items()}
+            points.append(Point(**values))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}, line {number}, is not a point of convergence: {error}") from error
+    return points
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

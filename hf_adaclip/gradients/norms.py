@@ -1,0 +1,94 @@
+"""Gradient norms in float32, whatever the gradients' dtype, device or sharding.
+
+`torch.nn.utils.get_total_norm` returns the norm of bfloat16 gradients in bfloat16 (three significant digits) and lets
+float16 norms overflow. Here every norm is accumulated in float32; for float32 gradients on one device the result is that
+of torch bit for bit, because the same two kernels run in the same order.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+
+from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+
+Parameters = Iterable[Tensor] | Tensor
+
+
+class Gradients(NamedTuple):
+    """The gradients of one step.
+
+    Attributes:
+        parameters: Trainable parameters, each once (tied parameters are one tensor), in the order given.
+        present: Positions in `parameters` of those that have a gradient.
+        tensors: Their gradients, same order.
+    """
+
+    parameters: list[Tensor]
+    present: list[int]
+    tensors: list[Tensor]
+
+
+def collect(parameters: Parameters) -> Gradients:
+    """Look up the gradients of any iterable of parameters: a list, a generator, one tensor.
+
+    Frozen parameters are left out; so are parameters without a gradient, which keep their place for per-tensor state.
+
+    Raises:
+        ConfigError: There is no parameter at all, most often a generator that was used up before.
+        UnsupportedSetupError: A gradient is sparse.
+    """
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not given:
+        raise ConfigError(
+            "`parameters` must hold at least one tensor, but is empty instead. A generator such as "
+            "`model.parameters()` can be used only once: call it anew in every step."
+        )
+    unique = [p for p in dict.fromkeys(given) if p.requires_grad]
+    present = [i for i, p in enumerate(unique) if p.grad is not None]
+    tensors = [g for i in present if (g := unique[i].grad) is not None]
+    if any(g.is_sparse for g in tensors):
+        raise UnsupportedSetupError(
+            "`parameters` must have dense gradients, but one of them is sparse instead. "
+            "Build the embedding with `sparse=False`."
+        )
+    return Gradients(unique, present, tensors)
+
+
+def tensor_norms(gradients: list[Tensor]) -> Tensor:
+    """L2 norm of every gradient.
+
+    Args:
+        gradients: At least one dense tensor; dtypes and devices may differ, DTensors are reduced over their mesh.
+
+    Returns:
+        float32, shape `[len(gradients)]`, on the device of the first gradient.
+    """
+    groups = _group_tensors_by_device_and_dtype([gradients], with_indices=True)  # type: ignore[list-item]
+    if len(groups) == 1:
+        return torch.stack([_whole(n).float() for n in _norms_of(gradients)])
+    first = gradients[0].device
+    norms: list[Tensor | None] = [None] * len(gradients)
+    for (_, _), ([members], positions) in groups.items():
+        for position, norm in zip(positions, _norms_of(members), strict=True):  # type: ignore[arg-type]
+            norms[position] = _whole(norm).float().to(first, non_blocking=True)
+    return torch.stack([n for n in norms if n is not None])
+
+
+def global_norm(norms: Tensor) -> Tensor:
+    """L2 norm over all tensors from their norms, shape `[num_tensors]` -> `[]`."""
+    return torch.linalg.vector_norm(norms)
+
+
+def _norms_of(gradients: list[Tensor]) -> list[Tensor]:
+    # float64 gradients keep their precision until the end; asking for float32 would be an error.
+    dtype = None if gradients[0].dtype == torch.float64 else torch.float32
+    return list(torch._foreach_norm(gradients, 2, dtype))
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """The norm over all shards: a DTensor is reduced over its mesh, a plain tensor is whole already."""
+    full = getattr(norm, "full_tensor", None)
+    return norm if full is None else full()

@@ -1,0 +1,45 @@
+"""Scaling gradients in place by a number that stays on the device."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+
+from hf_adaclip.controllers.ops import Value
+
+
+def scale_(gradients: list[Tensor], coefficient: Value) -> None:
+    """Multiply gradients in place; a coefficient of exactly 1 leaves them as they are, bit for bit.
+
+    Args:
+        gradients: Tensors of any dtype and device.
+        coefficient: float32; shape `[]` for one factor on all, `[len(gradients)]` for one each. A tensor is never read by the host;
+            a number in host memory that is exactly 1 saves the whole pass.
+    """
+    if isinstance(coefficient, Tensor):
+        _scale_on_device(gradients, coefficient)
+    elif isinstance(coefficient, np.ndarray):
+        for gradient, factor in zip(gradients, coefficient.tolist(), strict=True):
+            if factor != 1.0:
+                gradient.mul_(factor)
+    elif coefficient != 1:
+        for members in _by_device_and_dtype(gradients):
+            torch._foreach_mul_(members, float(coefficient))
+
+
+def _scale_on_device(gradients: list[Tensor], coefficient: Tensor) -> None:
+    if coefficient.dim() == 0:
+        for members in _by_device_and_dtype(gradients):
+            # A 0-dim factor multiplies in the kernel's float32 arithmetic and is rounded once to the gradient's dtype.
+            torch._foreach_mul_(members, coefficient.to(members[0].device, non_blocking=True))  # type: ignore[arg-type]
+        return
+    for gradient, factor in zip(gradients, coefficient.unbind(), strict=True):
+        gradient.mul_(factor.to(gradient.device, non_blocking=True))
+
+
+def _by_device_and_dtype(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    groups = _group_tensors_by_device_and_dtype([gradients])  # type: ignore[list-item]
+    for [members], _ in groups.values():
+        yield members  # type: ignore[misc]

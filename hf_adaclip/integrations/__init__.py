@@ -1,0 +1,1 @@
+"""Thin layers between the clipper and the trainers that drive it."""

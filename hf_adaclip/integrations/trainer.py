@@ -1,0 +1,192 @@
+"""`AdaptiveClipTrainer`, `AdaptiveClipMixin` and `attach`: the clipper in the seam of `transformers.Trainer`.
+
+The seam is `Trainer._clip_grad_norm(model)`, called once per optimizer step after accumulation, in transformers 5.3 and later. What it
+returns is the `grad_norm` that the Trainer logs.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import Trainer
+
+from hf_adaclip.clipper import AdaptiveClipper
+from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
+from hf_adaclip.convergence.callback import ConvergenceCallback
+from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.support import check_distributed_type
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+LEDGER_FILE = "clip_ledger.jsonl"
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+class AdaptiveClipMixin(_Base):
+    """Gives any `Trainer` subclass adaptive clipping. It stands first: `class MyTrainer(AdaptiveClipMixin, SFTTrainer)`.
+
+    `args.max_grad_norm` keeps a meaning: it is the threshold while the controller warms up, unless `static_threshold` is set.
+
+    Args:
+        clip (`str`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
+            Name of a controller, a config, or the path of a config's JSON.
+        args, kwargs:
+            What the Trainer takes.
+
+    Raises:
+        ConfigError: A setting is wrong, or `max_grad_norm` is 0 or None, for which transformers never calls the seam.
+        UnsupportedSetupError: transformers has no seam (before 5.3), or the distributed setup is not supported.
+    """
+
+    clip_config: AdaptiveClipConfig
+    clipper: AdaptiveClipper | None
+
+    def __init__(self, *args: Any, clip: ClipArgument = "adaptive", **kwargs: Any) -> None:
+        config = AdaptiveClipConfig.resolve(clip)
+        super().__init__(*args, **kwargs)
+        self._set_up_clipping(config)
+
+    def _set_up_clipping(self, config: AdaptiveClipConfig) -> None:
+        _check_seam()
+        _check_max_grad_norm(self.args.max_grad_norm)
+        check_distributed_type(self.accelerator.distributed_type)
+        if config.ledger == "auto":
+            config = config.replace(ledger=str(Path(self.args.output_dir or ".") / LEDGER_FILE))
+        if config.static_threshold is None:
+            config = config.replace(static_threshold=float(self.args.max_grad_norm))
+        self.clip_config = config
+        self.clipper = None
+        self._step_loss: Tensor | None = None
+        self.add_callback(ConvergenceCallback(self.args.output_dir))
+
+    # -- the run -------------------------------------------------------------------------------------------------
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
+        self.clipper, self._step_loss = None, None
+        try:
+            output = super()._inner_training_loop(*args, **kwargs)
+        except BaseException:
+            self._end_clipping(clean=False)
+            raise
+        self._end_clipping(clean=True)
+        return output
+
+    def _end_clipping(self, *, clean: bool) -> None:
+        # The clipper stays: its statistics and its config are what people look at after training.
+        if self.clipper is not None:
+            self.clipper.close(clean=clean)
+
+    def _ready_clipper(self) -> AdaptiveClipper:
+        # The optimizer exists, and is prepared by Accelerate, only once training has begun.
+        if self.clipper is None:
+            self.clipper = AdaptiveClipper(self.clip_config, accelerator=self.accelerator, optimizer=self.optimizer)
+            logger.info("Adaptive clipping:\n%s", self.clipper.explain())
+        return self.clipper
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # The losses of the micro-batches of one step add up to the step's loss, as in the Trainer's own running sum.
+        self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
+        return loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
+        loss, self._step_loss = self._step_loss, None
+        return self._ready_clipper().clip_(model.parameters(), loss=loss, measure=self._logs_after_this_step())
+
+    def _logs_after_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        if step == 1 and self.args.logging_first_step:
+            return True
+        every = self.state.logging_steps
+        return self.args.logging_strategy == "steps" and every > 0 and step % every == 0
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if self.clipper is not None and "loss" in logs:
+            logs = {**logs, **self.clipper.metrics()}
+        super().log(logs, *args, **kwargs)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.clipper is not None:
+            self.clipper.flush()  # on every rank: if it has to stop the run, all of them stop
+            if self.args.should_save:
+                self.clipper.save_state(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self._ready_clipper().load_state(checkpoint):
+            logger.warning(
+                "%s has no state of hf_adaclip (a checkpoint of the stock Trainer?): the controller starts afresh.", checkpoint
+            )
+
+
+class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
+    """`transformers.Trainer` with adaptive clipping: everything else is Trainer.
+
+    Args:
+        clip (`str`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
+            Name of a controller, a config, or the path of a config's JSON.
+        args, kwargs:
+            What the Trainer takes.
+
+    Writes `clip_ledger.jsonl` and `convergence.jsonl` into `args.output_dir`, `clip_state.safetensors` into every checkpoint, and logs
+    `clip/threshold`, `clip/coefficient`, `clip/fraction`, `clip/pace`, `clip/phase` and `clip/skipped` beside `grad_norm`.
+    """
+
+
+def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
+    """Give adaptive clipping to a Trainer that somebody else built, before its `train()`. Returns the same object.
+
+    Args:
+        trainer: Any `transformers.Trainer`, of any subclass.
+        clip: As for [`AdaptiveClipTrainer`].
+
+    Raises:
+        ConfigError: It has adaptive clipping already, or a setting is wrong.
+        UnsupportedSetupError: transformers or the distributed setup is not supported.
+    """
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {type(trainer).__name__} instead.")
+    if isinstance(trainer, AdaptiveClipMixin):
+        raise ConfigError("`trainer` must not have adaptive clipping yet, but it has: attach once, before `train()`.")
+    config = AdaptiveClipConfig.resolve(clip)
+    kind, before = type(trainer), dict(trainer.__dict__)
+    # A subclass made on the spot, so that `super()` finds the methods of whatever Trainer this is.
+    trainer.__class__ = type(f"AdaptiveClip{kind.__name__}", (AdaptiveClipMixin, kind), {"__module__": kind.__module__})
+    try:
+        trainer._set_up_clipping(config)
+    except Exception:
+        trainer.__class__ = kind
+        trainer.__dict__.clear()
+        trainer.__dict__.update(before)
+        raise
+    return trainer
+
+
+def _check_seam() -> None:
+    if not callable(getattr(Trainer, "_clip_grad_norm", None)):
+        raise UnsupportedSetupError(
+            f"`transformers` must have Trainer._clip_grad_norm (5.3 or later), but is {transformers.__version__} instead. "
+            "Upgrade it, or use AdaptiveClipper in a loop of your own."
+        )
+
+
+def _check_max_grad_norm(value: float | None) -> None:
+    if value is None or not value > 0:
+        raise ConfigError(
+            f"`max_grad_norm` must be above 0 under adaptive clipping, but is {value} instead: transformers would never call the "
+            "clipping seam. It is the threshold of the warm-up; keep the default 1.0."
+        )

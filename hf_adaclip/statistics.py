@@ -1,0 +1,74 @@
+"""Counts of a run on the host, fed by the rows that the ring brings."""
+
+from collections import Counter
+from typing import Any
+
+from hf_adaclip.controllers import Reason
+
+_SKIPPED = (Reason.NONFINITE, Reason.SCALER_SKIPPED)
+
+
+class RunStatistics:
+    """How many steps were treated how, and the last decision."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[Reason] = Counter()
+        self.clipped = 0
+        self.consecutive_nonfinite = 0
+        self._window_steps = 0
+        self._window_clipped = 0
+        self._last: dict[str, float] | None = None
+        self._last_reason = Reason.WARMUP
+
+    @property
+    def steps(self) -> int:
+        return self.counts.total()
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out because the norm was not finite, by us or by a loss scaler."""
+        return sum(self.counts[reason] for reason in _SKIPPED)
+
+    def add(self, row: dict[str, float], reason: Reason) -> None:
+        """Count one step; `row` has the columns of the ring."""
+        altered = row["coefficient"] < 1
+        self.counts[reason] += 1
+        self.clipped += altered
+        self.consecutive_nonfinite = self.consecutive_nonfinite + 1 if reason is Reason.NONFINITE else 0
+        self._window_steps += 1
+        self._window_clipped += altered
+        self._last, self._last_reason = row, reason
+
+    def metrics(self) -> dict[str, float | int | str]:
+        """The `clip/*` values for a log line, and a new window for `clip/fraction`. Empty before the first step."""
+        if self._last is None:
+            return {}
+        fraction = self._window_clipped / max(self._window_steps, 1)
+        self._window_steps = self._window_clipped = 0
+        return {
+            "clip/threshold": self._last["threshold"],
+            "clip/coefficient": self._last["coefficient"],
+            "clip/fraction": fraction,
+            "clip/pace": self._last["pace"],
+            "clip/phase": self._last_reason.phase,
+            "clip/skipped": self.skipped,
+        }
+
+    def counts_by_name(self) -> dict[str, int]:
+        return {reason.name: self.counts[reason] for reason in Reason if self.counts[reason]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "counts": self.counts_by_name(),
+            "clipped": self.clipped,
+            "consecutive_nonfinite": self.consecutive_nonfinite,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunStatistics":
+        restored = cls()
+        restored.counts.update({Reason[name]: int(count) for name, count in values["counts"].items()})
+        restored.clipped = int(values["clipped"])
+        restored.consecutive_nonfinite = int(values["consecutive_nonfinite"])
+        return restored
