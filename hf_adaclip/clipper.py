@@ -128,7 +128,9 @@ class AdaptiveClipper:
     # -- the step ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def clip_(self, parameters: Parameters, *, loss: Tensor | float | None = None, measure: bool | None = None) -> Tensor:
+    def clip_(
+        self, parameters: Parameters, *, loss: Tensor | float | None = None, measure: bool | None = None
+    ) -> Tensor:
         """Decide on this step's gradient and scale it in place.
 
         With an accelerator that is still accumulating, the norm so far is returned and nothing else happens.
@@ -179,6 +181,8 @@ class AdaptiveClipper:
             applied = self._tensor_norms.gather(gradients, applied, total.device, ops)
         scale_(gradients.tensors, applied)
 
+        if recorder.full:
+            self.flush()
         recorder.append(self._row(norm, summary, seen_loss, ops), observed if self._num_tensors else None)
         measure = self._step % MEASURE_EVERY == 0 if measure is None else measure
         self._arm(gradients, finite, summary.pace, ops, measure)
@@ -216,7 +220,9 @@ class AdaptiveClipper:
         paced = pace if self.config.max_pace > 1 and not self.config.shadow else None
         for position, guard in enumerate(self._guards):
             guard.arm(
-                skip=None if ops.on_host else skip, pace=paced, measure=take_measure if measure and position == 0 else None
+                skip=None if ops.on_host else skip,
+                pace=paced,
+                measure=take_measure if measure and position == 0 else None,
             )
 
     # -- beginning, reading, ending ------------------------------------------------------------------------------
@@ -340,7 +346,9 @@ class AdaptiveClipper:
             lines.append(f"setup       {self._port.how}")
         lines += [f"skipping    {guard.why}" for guard in self._guards]
         if not self._guards:
-            lines.append("skipping    no optimizer is known: on an accelerator one flag is read per step (pass `optimizer=`)")
+            lines.append(
+                "skipping    no optimizer is known: on an accelerator one flag is read per step (pass `optimizer=`)"
+            )
         lines.append("pace        off" if config.max_pace == 1 else f"pace        up to x{config.max_pace:g}")
         lines.append(f"ledger      {'none' if config.ledger in (None, 'none', 'auto') else config.ledger}")
         return "\n".join(lines)

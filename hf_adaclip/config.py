@@ -27,6 +27,8 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("narrow_factor", 0.0, 1.0, False, True),
     ("accept_after", 2, math.inf, True, False),
     ("min_spread", 0.0, 2.0, False, False),
+    ("max_edge", 0.0, 1.9, False, True),
+    ("max_near", 0.0, 1.9, True, True),
     ("pace_growth", 1.0, 2.0, False, True),
     ("pace_backoff", 0.0, 1.0, False, False),
     ("pace_progress_fast", 0.0, 1.0, False, False),
@@ -91,7 +93,7 @@ class AdaptiveClipConfig:
         metadata={"help": "Steps kept on the device between two reads by the host (1 to 65536)."},
     )
     warmup_observations: int = field(
-        default=20,
+        default=50,
         metadata={"help": "Finite norms seen before the controller decides; the static threshold rules until then."},
     )
     decay: float = field(
@@ -106,7 +108,9 @@ class AdaptiveClipConfig:
         default=1.5,
         metadata={"help": "adaptive: what an excursion is cut back to: this many spreads above the level."},
     )
-    min_far_width: float = field(default=4.5, metadata={"help": "adaptive: the range never gets narrower, in spreads."})
+    min_far_width: float = field(
+        default=4.5, metadata={"help": "adaptive: the range never gets narrower, in spreads."}
+    )
     max_far_width: float = field(default=8.0, metadata={"help": "adaptive: the range never gets wider, in spreads."})
     widen_step: float = field(
         default=0.01, metadata={"help": "adaptive: spreads by which the range widens per step without an excursion."}
@@ -118,16 +122,31 @@ class AdaptiveClipConfig:
         default=6, metadata={"help": "adaptive: excursions in a row at one level that make it the new level."}
     )
     min_spread: float = field(
-        default=0.05, metadata={"help": "adaptive: floor of the spread, so that a very calm run is not held too tight."}
+        default=0.05,
+        metadata={"help": "adaptive: floor of the spread, so that a very calm run is not held too tight."},
+    )
+    max_edge: float = field(
+        default=0.6,
+        metadata={
+            "help": "adaptive: the edge of the range is never farther than this deviation (0.6: 1.86 x the level)."
+        },
+    )
+    max_near: float = field(
+        default=0.2,
+        metadata={
+            "help": "adaptive: an excursion is never left farther out than this deviation (0.2: 1.22 x the level)."
+        },
     )
     pace_growth: float = field(
         default=1.02, metadata={"help": "Factor by which the pace grows per step that is calm and progressing."}
     )
     pace_backoff: float = field(
-        default=0.7, metadata={"help": "Factor on the pace after an upward excursion or a skipped step; never below 1."}
+        default=0.7,
+        metadata={"help": "Factor on the pace after an upward excursion or a skipped step; never below 1."},
     )
     pace_progress_fast: float = field(
-        default=0.9, metadata={"help": "Decay of the fast average of the training loss; below the slow one = progress."}
+        default=0.9,
+        metadata={"help": "Decay of the fast average of the training loss; below the slow one = progress."},
     )
     pace_progress_slow: float = field(
         default=0.98, metadata={"help": "Decay of the slow average of the training loss."}

@@ -45,10 +45,13 @@ class Recorder:
         self._started = time.monotonic()
         self.ledger = ledger
 
+    @property
+    def full(self) -> bool:
+        """Whether the rows have to be read before another one fits."""
+        return self._ring.full
+
     def append(self, values: tuple[Any, ...], norms: Any = None) -> None:
-        """Add the row of one step: a float32 value per column but `applied_norm`. Reads the ring first if it is full."""
-        if self._ring.full:
-            self.flush()
+        """Add the row of one step: a float32 value per column but `applied_norm`."""
         self._ring.append(values, norms)
         self._times.append(time.monotonic() - self._started)
 

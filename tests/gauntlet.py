@@ -6,6 +6,7 @@ freedom and scale 0.12 (heavy tails, as gradient norms have them).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,9 @@ class Verdict:
     altered_decay: float
 
 
-def run_stream(controller: Controller, norms: np.ndarray, static_threshold: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def run_stream(
+    controller: Controller[Any], norms: np.ndarray, static_threshold: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Drive a batch of streams, shape [steps, streams]; returns coefficients and thresholds of that shape."""
     values = norms.astype(np.float32)
     state = controller.init(ARRAY, (norms.shape[1],))
@@ -46,10 +49,13 @@ def run_stream(controller: Controller, norms: np.ndarray, static_threshold: floa
     return np.stack(coefficients), np.stack(thresholds)
 
 
-def judge(controller: Controller, noise: str, seeds: int) -> Verdict:
+def judge(controller: Controller[Any], noise: str, seeds: int) -> Verdict:
     def stream(steps: int, base: int) -> np.ndarray:
         return np.stack(
-            [CALM_LEVEL * np.exp(NOISES[noise](np.random.default_rng(base + s), BURN_IN + steps)) for s in range(seeds)],
+            [
+                CALM_LEVEL * np.exp(NOISES[noise](np.random.default_rng(base + s), BURN_IN + steps))
+                for s in range(seeds)
+            ],
             axis=1,
         )
 

@@ -65,7 +65,9 @@ def _parse(number: int, raw: bytes) -> Line:
     except UnicodeDecodeError:
         return Line(number, raw, None, "the line is not UTF-8")
     except json.JSONDecodeError as error:
-        return Line(number, raw, None, f"the line is not JSON ({error.msg})", cut=not finished and _is_cut(text, error))
+        return Line(
+            number, raw, None, f"the line is not JSON ({error.msg})", cut=not finished and _is_cut(text, error)
+        )
     except (ValueError, RecursionError) as error:
         return Line(number, raw, None, f"the line is not strict JSON ({error})")
     if not isinstance(content, dict):
@@ -77,7 +79,7 @@ def _parse(number: int, raw: bytes) -> Line:
 
 
 def _is_cut(text: bytes, error: json.JSONDecodeError) -> bool:
-    if not text.startswith(b"{"[: len(text)]):
+    if not text.startswith(b"{") or error.msg == "Extra data":
         return False
     return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 1
 

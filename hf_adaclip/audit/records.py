@@ -73,7 +73,10 @@ def state_fields(state: tuple[Value, ...]) -> dict[str, Value]:
 
 def state_to_tensors(state: tuple[Value, ...]) -> dict[str, Tensor]:
     """The values of a state by name, as tensors."""
-    return {name: torch.as_tensor(np.asarray(v)) if not isinstance(v, Tensor) else v for name, v in state_fields(state).items()}
+    return {
+        name: torch.as_tensor(np.asarray(v)) if not isinstance(v, Tensor) else v
+        for name, v in state_fields(state).items()
+    }
 
 
 def state_from_tensors(
@@ -85,13 +88,15 @@ def state_from_tensors(
         ValueError: A field is missing or has another shape.
     """
     template = controller.init(ops, shape)
-    values = []
+    values: list[Value] = []
     for name, like in state_fields(template).items():
         if name not in tensors:
             raise ValueError(f"the state has no `{name}`")
         value, want = tensors[name].to(torch.float32), tuple(like.shape)
         if tuple(value.shape) != want:
-            raise ValueError(f"`{name}` of the state has shape {list(value.shape)}, these parameters need {list(want)}")
+            raise ValueError(
+                f"`{name}` of the state has shape {list(value.shape)}, these parameters need {list(want)}"
+            )
         if ops.on_host:
             array = value.cpu().numpy().copy()
             values.append(array if want else array[()])

@@ -25,7 +25,8 @@ class Rows(NamedTuple):
 class Ring(Protocol):
     """One row per optimizer step."""
 
-    full: bool
+    @property
+    def full(self) -> bool: ...
 
     def __len__(self) -> int: ...
 

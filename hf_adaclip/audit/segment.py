@@ -121,7 +121,7 @@ class Segment:
         if self._num_tensors:
             tolerance = max(tolerance, SUM_TOLERANCE)
         for key in ("threshold", "coefficient", "pace"):
-            want, have = getattr(summary, key), np.float32(recorded[key])
+            want, have = float(getattr(summary, key)), float(np.float32(recorded[key]))
             if not _close(want, have, tolerance):
                 problems.append(f"`{key}` is recorded as {have:g}, but the norms before it give {want:g}.")
         want_reason = Reason(int(summary.reason)).name

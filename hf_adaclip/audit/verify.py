@@ -90,16 +90,16 @@ class _Verifier:
     def run(self) -> VerifyReport:
         with open_ledger(self._path) as file:
             for line in read_lines(file):
-                if line.content is None:
-                    if line.cut:
-                        self._block.append(line)
-                    else:
-                        self._found(line, line.problem)
-                        self._block.append(line)
-                elif line.content.get("kind") == "seal":
+                kind = None if line.content is None else line.content.get("kind")
+                if kind == "seal":
                     self._seal(line)
-                else:
-                    self._block.append(line)
+                    continue
+                if line.content is None and not line.cut:
+                    self._found(line, line.problem)
+                elif line.content is not None and kind not in ("header", "step", "footer"):
+                    # At once, and not when its block is sealed: a seal whose kind was changed never seals anything.
+                    self._found(line, f"the kind of the line is {kind!r}, which this version does not know.")
+                self._block.append(line)
         self._end()
         return self._report
 
@@ -112,7 +112,9 @@ class _Verifier:
         if line.raw != expected:
             claimed = line.content.get("sha256")
             span = f"lines {block[0].number} to {block[-1].number}" if block else "an empty block"
-            self._found(line, f"the seal does not fit {span}: something in them, in the seal or before them was changed.")
+            self._found(
+                line, f"the seal does not fit {span}: something in them, in the seal or before them was changed."
+            )
             # Go on from what the seal claims, so that one change gives one finding and not one per later block.
             digest = claimed if isinstance(claimed, str) else digest
         self._head = digest
@@ -126,7 +128,9 @@ class _Verifier:
         if self._block:
             first = self._block[0]
             count = len(self._block)
-            self._note(first, f"torn tail: {count} line(s) after the last seal, from a run that was killed; not checked.")
+            self._note(
+                first, f"torn tail: {count} line(s) after the last seal, from a run that was killed; not checked."
+            )
         self._report.closed = self._segment is not None and self._segment.closed
 
     # -- the content ---------------------------------------------------------------------------------------------
@@ -146,8 +150,6 @@ class _Verifier:
                 self._report.steps += 1
             self._report.recomputed += self._segment.take_recomputed()
             self._report.measured += self._segment.take_measured()
-        else:
-            self._found(line, f"the kind of the line is {kind!r}, which this version does not know.")
 
     def _header(self, line: Line, content: dict[str, Any]) -> None:
         if content.get("schema") != SCHEMA_VERSION:
@@ -176,7 +178,9 @@ class _Verifier:
         if known is None:
             self._note(line, "the run continues one whose ledger is not in this file; the join cannot be checked.")
         elif known != self._segment.point():
-            self._found(line, "the state that the run resumed with is not the state that its parent had at that point.")
+            self._found(
+                line, "the state that the run resumed with is not the state that its parent had at that point."
+            )
 
     def _found(self, line: Line, message: str, step: Any = None) -> None:
         self._report.num_violations += 1

@@ -70,7 +70,7 @@ class AdaptiveController(Controller[AdaptiveState]):
     paces: ClassVar[bool] = True
 
     decay: float = 0.97
-    warmup_observations: int = 20
+    warmup_observations: int = 50
     far_width: float = 5.0
     near_width: float = 1.5
     min_far_width: float = 4.5
@@ -79,6 +79,8 @@ class AdaptiveController(Controller[AdaptiveState]):
     narrow_factor: float = 0.8
     accept_after: int = 6
     min_spread: float = 0.05
+    max_edge: float = 0.6
+    max_near: float = 0.2
     max_pace: float = 1.0
     pace_growth: float = 1.02
     pace_backoff: float = 0.7
@@ -109,8 +111,8 @@ class AdaptiveController(Controller[AdaptiveState]):
 
         level = ops.where(state.count > zero, state.level, norm)
         x = _deviation(norm, level, ops)
-        far = ops.minimum(state.width * state.spread, edge)
-        near = ops.minimum(ops(self.near_width) * state.spread, edge)
+        far = ops.minimum(state.width * state.spread, ops(self.max_edge))
+        near = ops.minimum(ops(self.near_width) * state.spread, ops(self.max_near))
         ready = usable & ~warm
         high = ready & (x > far)
         low = ready & (x < -far)

@@ -133,5 +133,8 @@ def is_finite_norm(norm: Value, ops: Ops) -> Value:
 
 
 def coefficient_of(norm: Value, threshold: Value, ops: Ops) -> Value:
-    """`min(1, threshold / (norm + 1e-6))`, the arithmetic of `torch.nn.utils.clip_grads_with_norm_`."""
-    return ops.minimum(threshold / (norm + ops(CLIP_EPS)), ops(1.0))
+    """`min(1, threshold / (norm + 1e-6))`, rounded as `torch.nn.utils.clip_grads_with_norm_` rounds it.
+
+    torch divides a Python number by a tensor as number times reciprocal, which is not the same last bit as a division.
+    """
+    return ops.minimum(ops(1.0) / (norm + ops(CLIP_EPS)) * threshold, ops(1.0))

@@ -48,7 +48,7 @@ class PercentileController(Controller[PercentileState]):
 
     percentile: float = 10.0
     history: int = 1000
-    warmup_observations: int = 20
+    warmup_observations: int = 50
 
     def init(self, ops: Ops, shape: Shape) -> PercentileState:
         return PercentileState(

@@ -7,8 +7,8 @@
     var_t       = a var_{t-1} + (1 - a) (min(n_t, bound) - mu_{t-1})^2
 
 Source: Kumar, Owen, Chowdhury, Guera 2025, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training" (arXiv 2504.02507),
-the reciprocal form with a = 0.97, z0 = 2.5 and 25 norms of warm-up in the authors' code; here `decay`, `z_threshold`
-and `warmup_observations`.
+the reciprocal form with a = 0.97 and z0 = 2.5 (here `decay` and `z_threshold`); the authors' code warms up on 25 norms, here
+`warmup_observations` do it, for all controllers alike.
 
 Differs from the authors' code in:
 1. a NaN or infinite norm is not learned (there, one of them switches the method off for the rest of the run);
@@ -49,7 +49,7 @@ class ZScoreController(Controller[ZScoreState]):
 
     z_threshold: float = 2.5
     decay: float = 0.97
-    warmup_observations: int = 25
+    warmup_observations: int = 50
 
     def init(self, ops: Ops, shape: Shape) -> ZScoreState:
         return ZScoreState(*(ops.full(shape, 0.0) for _ in ZScoreState._fields))

@@ -22,7 +22,11 @@ class ConvergenceCallback(TrainerCallback):
     """
 
     def __init__(
-        self, output_dir: str | Path | None, *, estimate_energy: bool = False, on_steps: Callable[[int], None] | None = None
+        self,
+        output_dir: str | Path | None,
+        *,
+        estimate_energy: bool = False,
+        on_steps: Callable[[int], None] | None = None,
     ) -> None:
         self._path = Path(output_dir or ".") / CONVERGENCE_FILE
         self._estimate = estimate_energy
@@ -49,12 +53,16 @@ class ConvergenceCallback(TrainerCallback):
         )
         self._watch.run()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._pause_before_evaluation(control)
         if self._on_steps is not None:
             self._on_steps(state.global_step)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._pause_before_evaluation(control)
 
     def on_evaluate(
@@ -83,7 +91,9 @@ class ConvergenceCallback(TrainerCallback):
         append_point(self._path, point)
         self._watch.run()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._meter is not None:
             self._meter.close()
         self._meter = self._watch = None

@@ -20,6 +20,7 @@ class Task:
         name: As in `--tasks`.
         title: For people.
         max_steps, batch_size, eval_steps: Schedule of a run.
+        step_cost: Cost of a step relative to the other tasks, for the progress bar.
         grid: Learning rates that the stock arm is tuned over.
         quality: Metric shown as final quality; its name, its direction, and a function from an evaluation's metrics.
         build: Makes model, train and eval dataset, and a `compute_metrics`; call it after seeding.
@@ -31,6 +32,7 @@ class Task:
     max_steps: int
     batch_size: int
     eval_steps: int
+    step_cost: float
     grid: tuple[float, ...]
     quality: str
     quality_greater: bool
@@ -79,7 +81,7 @@ def _build_digits_vit() -> Ingredients:
         intermediate_size=128,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=10,
+        num_labels=10,  # type: ignore[call-arg]  # a keyword of PretrainedConfig
     )
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
@@ -133,6 +135,7 @@ TASKS: Final[dict[str, Task]] = {
         max_steps=300,
         batch_size=64,
         eval_steps=10,
+        step_cost=1.0,
         grid=(3e-4, 1e-3, 3e-3, 6e-3, 1e-2),
         quality="accuracy",
         quality_greater=True,
@@ -146,6 +149,7 @@ TASKS: Final[dict[str, Task]] = {
         max_steps=250,
         batch_size=16,
         eval_steps=10,
+        step_cost=3.0,
         grid=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
         quality="perplexity",
         quality_greater=False,

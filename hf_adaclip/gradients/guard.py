@@ -59,7 +59,9 @@ class StepGuard:
             self.optimizer.register_step_post_hook(self._after_step),
         ]
 
-    def arm(self, *, skip: Tensor | None, pace: Value | None = None, measure: Callable[[], None] | None = None) -> None:
+    def arm(
+        self, *, skip: Tensor | None, pace: Value | None = None, measure: Callable[[], None] | None = None
+    ) -> None:
         """Prepare the next `optimizer.step()`.
 
         Args:

@@ -79,7 +79,8 @@ def tensor_norms(gradients: list[Tensor]) -> Tensor:
 
 def global_norm(norms: Tensor) -> Tensor:
     """L2 norm over all tensors from their norms, shape `[num_tensors]` -> `[]`."""
-    return torch.linalg.vector_norm(norms)
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total
 
 
 def _norms_of(gradients: list[Tensor]) -> list[Tensor]:
@@ -90,5 +91,7 @@ def _norms_of(gradients: list[Tensor]) -> list[Tensor]:
 
 def _whole(norm: Tensor) -> Tensor:
     """The norm over all shards: a DTensor is reduced over its mesh, a plain tensor is whole already."""
-    full = getattr(norm, "full_tensor", None)
-    return norm if full is None else full()
+    if hasattr(norm, "full_tensor"):
+        whole: Tensor = norm.full_tensor()
+        return whole
+    return norm

@@ -32,8 +32,8 @@ def scale_(gradients: list[Tensor], coefficient: Value) -> None:
 def _scale_on_device(gradients: list[Tensor], coefficient: Tensor) -> None:
     if coefficient.dim() == 0:
         for members in _by_device_and_dtype(gradients):
-            # A 0-dim factor multiplies in the kernel's float32 arithmetic and is rounded once to the gradient's dtype.
-            torch._foreach_mul_(members, coefficient.to(members[0].device, non_blocking=True))  # type: ignore[arg-type]
+            # For half-precision gradients torch rounds a 0-dim factor to their dtype first, here as in stock clipping.
+            torch._foreach_mul_(members, coefficient.to(members[0].device, non_blocking=True))
         return
     for gradient, factor in zip(gradients, coefficient.unbind(), strict=True):
         gradient.mul_(factor.to(gradient.device, non_blocking=True))

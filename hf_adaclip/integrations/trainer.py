@@ -129,7 +129,8 @@ class AdaptiveClipMixin(_Base):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and not self._ready_clipper().load_state(checkpoint):
             logger.warning(
-                "%s has no state of hf_adaclip (a checkpoint of the stock Trainer?): the controller starts afresh.", checkpoint
+                "%s has no state of hf_adaclip (a checkpoint of the stock Trainer?): the controller starts afresh.",
+                checkpoint,
             )
 
 
@@ -165,9 +166,11 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
     config = AdaptiveClipConfig.resolve(clip)
     kind, before = type(trainer), dict(trainer.__dict__)
     # A subclass made on the spot, so that `super()` finds the methods of whatever Trainer this is.
-    trainer.__class__ = type(f"AdaptiveClip{kind.__name__}", (AdaptiveClipMixin, kind), {"__module__": kind.__module__})
+    trainer.__class__ = type(
+        f"AdaptiveClip{kind.__name__}", (AdaptiveClipMixin, kind), {"__module__": kind.__module__}
+    )
     try:
-        trainer._set_up_clipping(config)
+        AdaptiveClipMixin._set_up_clipping(trainer, config)  # type: ignore[arg-type]
     except Exception:
         trainer.__class__ = kind
         trainer.__dict__.clear()

@@ -1,0 +1,145 @@
+"""Curves of a comparison: `curves.png` by matplotlib, and the same as zoomable figures by plotly for the report."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from hf_adaclip.convergence.worker import RESULT_FILE
+
+# Okabe-Ito: told apart with any colour vision, on white and on dark ground.
+COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+
+
+def load_curves(output: Path, task: str, arm: str, seeds: int) -> list[tuple[list[float], list[float], list[float]]]:
+    """Per seed: steps, training seconds, eval losses. Failed runs have none."""
+    curves = []
+    for seed in range(seeds):
+        path = output / "runs" / task / arm / f"seed-{seed}" / RESULT_FILE
+        points = json.loads(path.read_text(encoding="utf-8")).get("points", [])
+        curves.append(
+            (
+                [p["step"] for p in points],
+                [p["train_seconds"] for p in points],
+                [float(p["metrics"]["eval_loss"]) for p in points],
+            )
+        )
+    return curves
+
+
+def median_curve(
+    curves: list[tuple[list[float], list[float], list[float]]], axis: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Median over seeds, evaluation by evaluation, of the x axis chosen and of the loss."""
+    full = [c for c in curves if len(c[2]) == max(len(d[2]) for d in curves) and c[2]]
+    if not full:
+        return np.array([]), np.array([])
+    return np.median([c[axis] for c in full], axis=0), np.median([c[2] for c in full], axis=0)
+
+
+def draw_png(comparison: dict[str, Any], output: Path) -> Path:
+    """One row per task, eval loss over steps and over seconds; thin lines are seeds, thick ones medians."""
+    from matplotlib.figure import Figure
+
+    tasks = comparison["tasks"]
+    figure = Figure(figsize=(11, 4.2 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), 2, squeeze=False)
+    for row, task in zip(axes, tasks, strict=True):
+        for axis, (column, label) in zip(row, ((0, "optimizer steps"), (1, "training seconds")), strict=True):
+            lowest, start = math.inf, 0.0
+            for entry, colour in zip(task["arms"], COLOURS, strict=False):
+                curves = load_curves(output, task["task"], entry["arm"], comparison["seeds"])
+                for curve in curves:
+                    axis.plot(curve[column], curve[2], color=colour, alpha=0.25, linewidth=0.8)
+                x, y = median_curve(curves, column)
+                axis.plot(x, y, color=colour, linewidth=2, label=entry["arm"])
+                if len(y):
+                    lowest, start = min(lowest, float(np.nanmin(y))), max(start, float(y[0]))
+            axis.axhline(task["target"]["value"], color="#555555", linestyle="--", linewidth=1, label="target")
+            axis.set_xlabel(label)
+            axis.set_ylabel("eval loss")
+            axis.set_yscale("log")
+            if math.isfinite(lowest) and start > lowest:
+                axis.set_ylim(lowest * 0.9, start * 1.1)
+            axis.grid(True, which="both", alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_title(task["title"], loc="left", fontsize=10)
+        row[1].legend(frameon=False, fontsize=9)
+    path = output / "curves.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def plotly_curves(comparison: dict[str, Any], output: Path, task: dict[str, Any]) -> Any:
+    """Eval loss over steps, zoomable; hover shows the numbers."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for entry, colour in zip(task["arms"], COLOURS, strict=False):
+        curves = load_curves(output, task["task"], entry["arm"], comparison["seeds"])
+        for seed, curve in enumerate(curves):
+            figure.add_scatter(
+                x=curve[0],
+                y=curve[2],
+                mode="lines",
+                line={"color": colour, "width": 1},
+                opacity=0.3,
+                legendgroup=entry["arm"],
+                showlegend=False,
+                name=f"{entry['arm']} seed {seed}",
+            )
+        x, y = median_curve(curves, 0)
+        figure.add_scatter(
+            x=x, y=y, mode="lines", line={"color": colour, "width": 3}, legendgroup=entry["arm"], name=entry["arm"]
+        )
+    figure.add_hline(y=task["target"]["value"], line_dash="dash", line_color="#888888", annotation_text="target")
+    return style(figure, "optimizer steps", "eval loss")
+
+
+def plotly_norms(records: list[dict[str, Any]]) -> Any:
+    """Norm before clipping and threshold of one run on a log axis, altered steps marked."""
+    import plotly.graph_objects as go
+
+    steps = [r["step"] for r in records]
+    norms = [_finite(r["norm"]) for r in records]
+    altered = [(r["step"], _finite(r["norm"])) for r in records if r["coefficient"] != 1.0]
+    skipped = [r["step"] for r in records if r["reason"] in ("NONFINITE", "SCALER_SKIPPED")]
+    figure = go.Figure()
+    figure.add_scatter(x=steps, y=norms, mode="lines", name="norm", line={"color": COLOURS[0], "width": 1.5})
+    thresholds = [_finite(r["threshold"]) for r in records]
+    figure.add_scatter(x=steps, y=thresholds, mode="lines", name="threshold", line={"color": COLOURS[1], "width": 1.5})
+    figure.add_scatter(
+        x=[s for s, _ in altered],
+        y=[n for _, n in altered],
+        mode="markers",
+        name="clipped",
+        marker={"color": COLOURS[4], "size": 7, "symbol": "triangle-down"},
+    )
+    for step in skipped:
+        figure.add_vline(x=step, line_color=COLOURS[3], line_width=1, annotation_text="skipped")
+    return style(figure, "optimizer steps", "gradient norm")
+
+
+def style(figure: Any, x: str, y: str) -> Any:
+    """One look for all figures: transparent, so that they sit on a light and on a dark page."""
+    figure.update_layout(
+        xaxis_title=x,
+        yaxis_title=y,
+        yaxis_type="log",
+        height=380,
+        margin={"l": 60, "r": 16, "t": 16, "b": 48},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": "#808080", "family": "system-ui, sans-serif"},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        hovermode="x unified",
+    )
+    figure.update_xaxes(gridcolor="rgba(128,128,128,0.25)", zeroline=False)
+    figure.update_yaxes(gridcolor="rgba(128,128,128,0.25)", zeroline=False)
+    return figure
+
+
+def _finite(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,42 @@
+"""Every controller against its slow, independent implementation, with the state taken apart and put together on the way."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from hf_adaclip.audit.records import state_from_json, state_to_json
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS, Observation, Reason
+from hf_adaclip.controllers.ops import SCALAR
+from tests.cases import CASES
+from tests.streams import eventful, losses
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("seed", range(5))
+def test_decisions_equal_the_reference(case, seed):
+    rng = np.random.default_rng(seed)
+    config = AdaptiveClipConfig(controller=case.name, static_threshold=0.25, **case.settings)
+    controller = CONTROLLERS[case.name].from_config(config)
+    settings = {k: v for k, v in config.to_dict().items() if k != "controller"}
+    reference = case.reference(**settings)
+
+    state = controller.init(SCALAR, ())
+    for step, (norm, loss) in enumerate(zip(eventful(rng), losses(rng), strict=True)):
+        with np.errstate(all="ignore"):
+            decision, state = controller.update(state, Observation(norm, loss, np.float32(0.25)))
+        if step % 37 == 0:  # the state survives a round trip through JSON bit for bit
+            state = state_from_json(controller, json.loads(json.dumps(state_to_json(state))), SCALAR, ())
+        threshold, coefficient, pace, reason = reference.step(float(norm), float(loss))
+        where = f"step {step}, norm {norm}"
+        assert Reason(int(decision.reason)).name == reason, where
+        assert math.isclose(decision.coefficient, coefficient, rel_tol=case.rtol), where
+        if reason != "NONFINITE":  # such a step is left out; its threshold means nothing
+            assert math.isclose(decision.threshold, threshold, rel_tol=case.rtol), where
+        assert math.isclose(decision.pace, pace, rel_tol=1e-5), where
+
+
+def test_every_controller_has_a_case():
+    assert {case.name for case in CASES} == set(CONTROLLERS)

@@ -1,0 +1,195 @@
+"""Hand-written Accelerate loops, in one process: in place of `clip_grad_norm_`, and by `install()`."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError
+from hf_adaclip.audit import verify_ledger
+from tests.loops import make, weights
+
+CONFIG = AdaptiveClipConfig(warmup_observations=10)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def data(steps=40, batch=8):
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(steps * batch, 8, generator=g)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :1] * 2), batch_size=batch)
+
+
+def script(accelerator, clip=None, *, steps=40, start=0, model_and_optimizer=None, factors=None):
+    """What a user's script looks like. Without `clip` it is the stock one, and cannot be edited."""
+    model, optimizer = model_and_optimizer or make()
+    model, optimizer, loader = accelerator.prepare(model, optimizer, data())
+    done = 0
+    for i, (x, y) in enumerate(loader):
+        if i < start or done >= steps:
+            continue
+        with accelerator.accumulate(model):
+            loss = torch.nn.functional.mse_loss(model(x), y) * (factors or {}).get(i, 1.0)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                (clip or stock_clip)(accelerator, model, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        done += 1
+    return model, optimizer
+
+
+def stock_clip(accelerator, model, optimizer):
+    return accelerator.clip_grad_norm_(model.parameters(), 0.5)
+
+
+def test_clip_in_place_of_clip_grad_norm(tmp_path):
+    a, _ = script(Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = make()
+    clipper = AdaptiveClipper(
+        "static", accelerator=accelerator, optimizer=optimizer, static_threshold=0.5, ledger=tmp_path / "l.jsonl"
+    )
+    b, _ = script(accelerator, lambda acc, m, o: clipper.clip_(m.parameters()), model_and_optimizer=(model, optimizer))
+    clipper.close()
+
+    assert torch.equal(weights(a), weights(b))
+    assert verify_ledger(tmp_path / "l.jsonl").ok
+
+
+def test_install_answers_a_script_that_cannot_be_edited_and_undoes_itself():
+    a, _ = script(Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    before = accelerator.clip_grad_norm_
+    clipper = AdaptiveClipper("static", accelerator=accelerator)
+    with clipper.install():
+        b, _ = script(accelerator)
+
+    assert torch.equal(weights(a), weights(b))  # the script's own 0.5 is the threshold
+    assert clipper._step == 40
+    assert accelerator.clip_grad_norm_ == before
+    assert "clip_grad_norm_" not in vars(accelerator)
+    script(accelerator, steps=3)
+    assert clipper._step == 40
+
+
+def test_install_undoes_itself_after_an_error():
+    accelerator = Accelerator(cpu=True)
+    clipper = AdaptiveClipper(accelerator=accelerator)
+    with pytest.raises(ZeroDivisionError), clipper.install():
+        raise ZeroDivisionError
+    assert "clip_grad_norm_" not in vars(accelerator)
+
+
+def test_installed_clipping_cuts_a_planted_spike():
+    accelerator = Accelerator(cpu=True)
+    clipper = AdaptiveClipper(CONFIG, accelerator=accelerator, static_threshold=1e9)
+    applied = []
+
+    def watch(accelerator, model, optimizer):
+        accelerator.clip_grad_norm_(model.parameters(), 1e9)
+        applied.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+
+    with clipper.install():
+        script(accelerator, watch, factors={30: 1e4})
+
+    assert applied[30] < 2 * sorted(applied[20:30])[5]
+
+
+def test_install_passes_a_call_that_only_asks_for_the_norm_and_refuses_other_norms():
+    accelerator = Accelerator(cpu=True)
+    model, _ = make()
+    model(torch.ones(2, 8)).sum().backward()
+    clipper = AdaptiveClipper(accelerator=accelerator)
+    with clipper.install():
+        norm = accelerator.clip_grad_norm_(model.parameters(), float("inf"))
+        with pytest.raises(ConfigError, match="`norm_type` must be 2"):
+            accelerator.clip_grad_norm_(model.parameters(), 1.0, norm_type=1)
+
+    assert norm > 0
+    assert clipper._step == 0
+    with pytest.raises(ConfigError, match="`accelerator` must be given"), AdaptiveClipper().install():
+        pass
+
+
+def test_accumulated_micro_batches_are_one_step():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model, optimizer = make()
+    clipper = AdaptiveClipper(CONFIG, accelerator=accelerator, optimizer=optimizer)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, data())
+    for x, y in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(torch.nn.functional.mse_loss(model(x), y))
+            clipper.clip_(model.parameters())  # called in every micro-batch: only the completed ones count
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert clipper._step == 10
+
+
+def test_state_goes_with_save_state_and_load_state(tmp_path):
+    factors = {25: 100.0}
+    whole_accelerator = Accelerator(cpu=True)
+    pair = make()
+    whole_clipper = AdaptiveClipper(CONFIG, accelerator=whole_accelerator, optimizer=pair[1])
+    whole, _ = script(
+        whole_accelerator,
+        lambda a, m, o: whole_clipper.clip_(m.parameters()),
+        model_and_optimizer=pair,
+        factors=factors,
+    )
+
+    accelerator = Accelerator(cpu=True)
+    pair = make()
+    clipper = AdaptiveClipper(CONFIG, accelerator=accelerator, optimizer=pair[1])
+    script(accelerator, lambda a, m, o: clipper.clip_(m.parameters()), steps=20, model_and_optimizer=pair)
+    accelerator.save_state(str(tmp_path / "checkpoint"))
+    assert (tmp_path / "checkpoint/clip_state.safetensors").is_file()
+    assert not list((tmp_path / "checkpoint").glob("custom_checkpoint_*"))
+
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = make(seed=9)
+    clipper = AdaptiveClipper(CONFIG, accelerator=accelerator, optimizer=optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.load_state(str(tmp_path / "checkpoint"))
+    for i, (x, y) in enumerate(data()):
+        if i >= 20:
+            loss = torch.nn.functional.mse_loss(model(x), y) * factors.get(i, 1.0)
+            accelerator.backward(loss)
+            clipper.clip_(model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert torch.equal(weights(whole), weights(model))
+    assert [float(v) for v in clipper._state] == pytest.approx(
+        [float(v) for v in whole_clipper._state], abs=0, nan_ok=True
+    )
+
+
+def test_a_checkpoint_from_before_the_clipper_can_still_be_loaded(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    script(accelerator, steps=5)
+    accelerator.save_state(str(tmp_path / "old"))
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = make()
+    clipper = AdaptiveClipper(CONFIG, accelerator=accelerator, optimizer=optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.load_state(str(tmp_path / "old"))
+
+    assert clipper._step == 0
+
+
+def test_closing_lets_go_of_the_accelerator():
+    accelerator = Accelerator(cpu=True)
+    clipper = AdaptiveClipper(accelerator=accelerator)
+    clipper.close()
+
+    assert not accelerator._save_model_state_pre_hook
+    assert not accelerator._load_model_state_pre_hook

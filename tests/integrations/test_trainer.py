@@ -1,0 +1,256 @@
+"""`AdaptiveClipTrainer`, the mixin and `attach`, by real training runs."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_adaclip import (
+    AdaptiveClipConfig,
+    AdaptiveClipMixin,
+    AdaptiveClipTrainer,
+    ConfigError,
+    StateError,
+    UnsupportedSetupError,
+    attach,
+)
+from hf_adaclip.audit import verify_ledger
+from hf_adaclip.convergence.tracker import read_points
+from tests.integrations.trainers import STEPS, arguments, build, dataset, run, stock, weights
+
+CONFIG = AdaptiveClipConfig(warmup_observations=10)
+
+
+class SpikeTrainer(Trainer):
+    """Multiplies the loss of one step, as a bad batch would."""
+
+    spike_step, factor = 30, 1000.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        out = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if model.training and self.state.global_step == self.spike_step:
+            return (out[0] * self.factor, *out[1:]) if return_outputs else out * self.factor
+        return out
+
+
+class AdaptiveSpikeTrainer(AdaptiveClipMixin, SpikeTrainer):
+    pass
+
+
+class Watch(TrainerCallback):
+    """What reaches the optimizer."""
+
+    def __init__(self):
+        self.applied = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.applied.append(
+            torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+        )
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.3}, {"bf16": True}], ids=str
+)
+def test_static_is_the_stock_trainer_bit_for_bit(tmp_path, changes):
+    a = stock(tmp_path / "a", args=arguments(tmp_path / "a", **changes))
+    b = build(AdaptiveClipTrainer, tmp_path / "b", args=arguments(tmp_path / "b", **changes), clip="static")
+    run(a)
+    run(b)
+
+    assert b.clipper.statistics.clipped > 0
+    assert torch.equal(weights(a), weights(b))
+    assert [h["grad_norm"] for h in a.state.log_history if "grad_norm" in h] == [
+        h["grad_norm"] for h in b.state.log_history if "grad_norm" in h
+    ]
+
+
+def test_adaptive_changes_what_reaches_the_optimizer_when_a_spike_is_planted(tmp_path):
+    watch_stock, watch = Watch(), Watch()
+    args = arguments(tmp_path / "a", max_grad_norm=1e9)
+    plain = build(SpikeTrainer, tmp_path / "a", args=args, callbacks=[watch_stock])
+    ours = build(
+        AdaptiveSpikeTrainer,
+        tmp_path / "b",
+        args=arguments(tmp_path / "b", max_grad_norm=1e9),
+        callbacks=[watch],
+        clip=CONFIG,
+    )
+    run(plain)
+    run(ours)
+    calm = sorted(watch.applied[20:30])[5]
+
+    assert watch_stock.applied[30] > 100 * calm
+    assert watch.applied[30] < 2 * calm
+    assert not torch.equal(weights(plain), weights(ours))
+    lines = [json.loads(line) for line in (tmp_path / "b/clip_ledger.jsonl").read_text().splitlines()]
+    assert next(line for line in lines if line.get("step") == 30)["reason"] == "SPIKE"
+
+
+def test_a_nan_step_is_skipped_and_the_run_goes_on(tmp_path):
+    class NanTrainer(AdaptiveSpikeTrainer):
+        factor = float("nan")
+
+    trainer = build(NanTrainer, tmp_path, clip=CONFIG)
+    run(trainer)
+
+    assert torch.isfinite(weights(trainer)).all()
+    assert trainer.clipper.statistics.skipped == 1
+
+
+def test_logs_ledger_and_convergence(tmp_path):
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=20)
+    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, clip=CONFIG, eval_dataset=dataset().select(range(64)))
+    run(trainer)
+    logs = [h for h in trainer.state.log_history if "loss" in h]
+
+    assert len(logs) == 4
+    names = {"clip/threshold", "clip/coefficient", "clip/fraction", "clip/pace", "clip/phase", "clip/skipped"}
+    assert all(names <= set(entry) and entry["grad_norm"] > 0 for entry in logs)
+    assert not any(k.startswith("clip/") for h in trainer.state.log_history if "eval_loss" in h for k in h)
+    assert logs[0]["clip/phase"] == "warmup"
+    report = verify_ledger(tmp_path / "clip_ledger.jsonl")
+    assert report.ok, report.findings
+    assert (report.steps, report.closed, report.measured) == (STEPS, True, 4)
+    points = read_points(tmp_path / "convergence.jsonl")
+    assert [p.step for p in points] == [20, 40]
+    assert 0 < points[0].train_seconds < points[1].train_seconds
+    assert points[0].samples == 320
+    assert points[0].metrics["eval_loss"] > 0
+
+
+def test_the_step_loss_is_what_the_trainer_logs(tmp_path):
+    args = arguments(tmp_path, gradient_accumulation_steps=4, logging_steps=1, max_steps=6)
+    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, clip=CONFIG)
+    run(trainer)
+    lines = [json.loads(line) for line in (tmp_path / "clip_ledger.jsonl").read_text().splitlines()]
+    recorded = [line["loss"] for line in lines if line["kind"] == "step"]
+    logged = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+
+    assert recorded == pytest.approx(logged, rel=1e-6)
+
+
+def test_train_twice_starts_afresh(tmp_path):
+    trainer = build(AdaptiveClipTrainer, tmp_path, clip=CONFIG)
+    run(trainer)
+    first = trainer.clipper
+    run(trainer)
+
+    assert trainer.clipper is not first
+    assert trainer.clipper.statistics.steps == STEPS
+    report = verify_ledger(tmp_path / "clip_ledger.jsonl")
+    assert report.ok, report.findings
+    assert report.segments == 2
+    hooks = trainer.optimizer.optimizer._optimizer_step_pre_hooks
+    assert not hooks
+
+
+@pytest.mark.parametrize("max_pace", [1.0, 3.0])
+def test_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path, max_pace):
+    config = CONFIG.replace(max_pace=max_pace)
+    whole = build(AdaptiveSpikeTrainer, tmp_path / "whole", clip=config)
+    run(whole)
+
+    class StopsAt20(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 25
+
+    parts = {"save_strategy": "steps", "save_steps": 20}
+    first = build(
+        AdaptiveSpikeTrainer,
+        tmp_path / "parts",
+        args=arguments(tmp_path / "parts", **parts),
+        callbacks=[StopsAt20()],
+        clip=config,
+    )
+    run(first)
+    second = build(AdaptiveSpikeTrainer, tmp_path / "parts", args=arguments(tmp_path / "parts", **parts), clip=config)
+    run(second, resume_from_checkpoint=str(tmp_path / "parts/checkpoint-20"))
+
+    assert torch.equal(weights(whole), weights(second))
+    assert [float(v) for v in whole.clipper._state] == pytest.approx(
+        [float(v) for v in second.clipper._state], abs=0, nan_ok=True
+    )
+    assert whole.clipper.statistics.counts == second.clipper.statistics.counts
+    report = verify_ledger(tmp_path / "parts/clip_ledger.jsonl")
+    assert report.ok, report.findings
+    assert report.segments == 2
+    ends = [
+        json.loads((tmp_path / name / "clip_ledger.jsonl").read_text().splitlines()[-2]) for name in ("whole", "parts")
+    ]
+    assert ends[0] == ends[1]
+
+
+def test_resuming_a_stock_checkpoint_starts_afresh_with_a_warning(tmp_path, caplog):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=20)
+    run(stock(tmp_path, args=args))
+    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, clip=CONFIG)
+    run(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+
+    assert trainer.clipper.statistics.steps == 20
+    assert any("the controller starts afresh" in r.message for r in caplog.records)
+
+
+def test_resuming_with_another_controller_is_an_error_that_shows_the_difference(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=20)
+    run(build(AdaptiveClipTrainer, tmp_path, args=args, clip=CONFIG))
+    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, clip="zscore")
+    with pytest.raises(StateError, match=r"`controller` was 'adaptive' and is 'zscore'"):
+        run(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+
+
+def test_attach_gives_the_same_run_as_the_class(tmp_path):
+    a = build(AdaptiveClipTrainer, tmp_path / "a", clip=CONFIG)
+    b = attach(stock(tmp_path / "b"), clip=CONFIG)
+    run(a)
+    run(b)
+
+    assert isinstance(b, Trainer)
+    assert type(b).__name__ == "AdaptiveClipTrainer"
+    assert torch.equal(weights(a), weights(b))
+    with pytest.raises(ConfigError, match="must not have adaptive clipping yet"):
+        attach(b)
+    with pytest.raises(ConfigError, match=r"must be a transformers.Trainer, but is dict"):
+        attach({})
+
+
+def test_attach_that_fails_leaves_the_trainer_as_it_was(tmp_path):
+    trainer = stock(tmp_path, args=arguments(tmp_path, max_grad_norm=0.0))
+    before = list(trainer.callback_handler.callbacks)
+    with pytest.raises(ConfigError):
+        attach(trainer)
+
+    assert type(trainer) is Trainer
+    assert trainer.callback_handler.callbacks == before
+    assert not hasattr(trainer, "clipper")
+
+
+@pytest.mark.parametrize("value", [0.0, None, -1.0])
+def test_a_max_grad_norm_for_which_the_seam_is_never_called_is_refused(tmp_path, value):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"`max_grad_norm` must be above 0 under adaptive clipping, but is {value}")
+    ):
+        build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_grad_norm=value))
+
+
+def test_an_unknown_controller_and_a_bad_field_are_refused_at_construction(tmp_path):
+    with pytest.raises(ConfigError, match="Did you mean 'zscore'"):
+        build(AdaptiveClipTrainer, tmp_path, clip="zscor")
+    with pytest.raises(ConfigError, match="`decay`"):
+        build(AdaptiveClipTrainer, tmp_path, clip=AdaptiveClipConfig(decay=2.0))
+
+
+def test_a_transformers_without_the_seam_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delattr(Trainer, "_clip_grad_norm")
+    with pytest.raises(UnsupportedSetupError, match=r"must have Trainer._clip_grad_norm \(5.3 or later\)"):
+        build(AdaptiveClipTrainer, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "FSDP", "XLA", "SOMETHING_NEW"])
+def test_setups_that_are_not_supported_are_refused_with_those_that_are(tmp_path, monkeypatch, kind):
+    trainer = stock(tmp_path)
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", kind)
+    with pytest.raises(UnsupportedSetupError, match=f"must be one of MULTI_CPU, MULTI_GPU, NO, but is {kind} instead"):
+        attach(trainer)

@@ -1,0 +1,21 @@
+"""AutoClip (Seetharaman et al. 2020) with a bounded history that is judged before it learns; numpy.percentile is the oracle."""
+
+import math
+
+import numpy as np
+
+
+class PercentileReference:
+    def __init__(self, static_threshold=1.0, percentile=10.0, history=1000, warmup_observations=20, **_):
+        self.static, self.p, self.window, self.warmup = static_threshold, percentile, history, warmup_observations
+        self.seen = []
+
+    def step(self, norm, loss=math.nan):
+        warm = len(self.seen) < self.warmup
+        threshold = self.static if warm else float(np.percentile(self.seen[-self.window :], self.p))
+        if not math.isfinite(norm):
+            return threshold, 1.0, 1.0, "NONFINITE"
+        coefficient = min(1.0, threshold / (norm + 1e-6))
+        self.seen.append(norm)
+        reason = "WARMUP" if warm else ("CLIPPED" if coefficient < 1 else "WITHIN")
+        return threshold, coefficient, 1.0, reason

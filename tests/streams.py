@@ -1,0 +1,24 @@
+"""Norm streams with everything in them that a controller meets."""
+
+import numpy as np
+
+
+def eventful(rng, steps=400):
+    """Noise, decay, spikes (single and double), a lasting rise, a lasting fall, NaN, inf, zeros; float32, shape [steps]."""
+    norms = 0.3 * np.exp(0.15 * rng.standard_normal(steps)) * np.exp(-np.arange(steps) / steps)
+    norms[80] *= 100
+    norms[83] *= 100
+    norms[120:] *= 3
+    norms[220:] *= 0.2
+    norms[30], norms[31], norms[150] = np.nan, np.inf, np.nan
+    norms[60], norms[200] = 0.0, 0.0
+    norms[300] = 1e30
+    return norms.astype(np.float32)
+
+
+def losses(rng, steps=400):
+    """A loss that falls, plateaus and is sometimes unknown; float32, shape [steps]."""
+    loss = 2.0 + np.exp(-np.arange(steps) / 100) + 0.05 * rng.standard_normal(steps)
+    loss[100:110] = np.nan
+    loss[150] = np.inf
+    return loss.astype(np.float32)
