@@ -1,12 +1,14 @@
 """What the clipper needs of an `accelerate.Accelerator`, without importing Accelerate."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_adaclip.errors import ConfigError
 from hf_adaclip.support import check_distributed_type
 
 
@@ -74,10 +76,30 @@ class AcceleratorPort:
         ]
 
     @contextlib.contextmanager
-    def replace_clipping(self, clip: Callable[..., Tensor]) -> Iterator[None]:
-        """Swap the accelerator's `clip_grad_norm_` while the context is open."""
+    def replace_clipping(
+        self, clip: Callable[[Any], Tensor], take_threshold: Callable[[float], None]
+    ) -> Iterator[None]:
+        """Swap the accelerator's `clip_grad_norm_` while the context is open.
+
+        Args:
+            clip: Called with the parameters in its place. A call with `max_norm=inf`, which only asks for the norm, still goes to the
+                stock method.
+            take_threshold: Told the script's `max_norm` before that.
+
+        Raises:
+            ConfigError: In a later call, for a norm other than L2.
+        """
+
+        def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+            if float(norm_type) != 2.0:
+                raise ConfigError(f"`norm_type` must be 2 under hf_adaclip, but is {norm_type} instead.")
+            if math.isinf(max_norm):
+                return self.stock_clip(parameters, max_norm, norm_type)
+            take_threshold(float(max_norm))
+            return clip(parameters)
+
         before = self._accelerator.__dict__.get("clip_grad_norm_")
-        self._accelerator.clip_grad_norm_ = clip
+        self._accelerator.clip_grad_norm_ = clip_grad_norm_
         try:
             yield
         finally:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,21 @@ from torch import Tensor
 
 from hf_adaclip.accelerator import AcceleratorPort
 from hf_adaclip.audit.ledger import Ledger
-from hf_adaclip.audit.records import Summary, state_from_tensors, state_to_json, state_to_tensors, summarise
+from hf_adaclip.audit.records import (
+    Summary,
+    state_fields,
+    state_from_tensors,
+    state_to_json,
+    state_to_tensors,
+    summarise,
+)
 from hf_adaclip.checkpoint import STATE_FILE, read_state, write_state
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.controllers import CONTROLLERS, Observation, Reason
 from hf_adaclip.controllers.base import coefficient_of, is_finite_norm
 from hf_adaclip.controllers.ops import Ops, Value, ops_for
-from hf_adaclip.errors import ConfigError, NonFiniteGradientError, StateError
+from hf_adaclip.describe import describe
+from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients import (
     Gradients,
     StepGuard,
@@ -33,9 +40,8 @@ from hf_adaclip.gradients import (
     to_value,
 )
 from hf_adaclip.gradients.norms import Parameters
-from hf_adaclip.recorder import Recorder
+from hf_adaclip.recorder import Recorder, ledger_header
 from hf_adaclip.statistics import RunStatistics
-from hf_adaclip.versions import environment
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +131,16 @@ class AdaptiveClipper:
         self._step = 0
         self._closed = False
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps decided on so far, over resumptions."""
+        return self._step
+
+    @property
+    def state(self) -> dict[str, Value]:
+        """The controller's state by name; empty before the first step."""
+        return {} if self._state is None else state_fields(self._state)
+
     # -- the step ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -150,12 +166,7 @@ class AdaptiveClipper:
             StateError: The state was loaded from, or made for, other parameters.
             NonFiniteGradientError: Too many steps in a row were not finite (noticed when the rows are read).
         """
-        gradients = collect(parameters)
-        if not gradients.tensors:
-            raise ConfigError(
-                f"`parameters` must have gradients, but none of the {len(gradients.parameters)} trainable ones has one "
-                "instead. Call `clip_` after `backward` and before `optimizer.step()` and `zero_grad()`."
-            )
+        gradients = collect(parameters).required()
         if self._port is not None:
             if not self._port.syncs_now:
                 return global_norm(tensor_norms(gradients.tensors))
@@ -248,7 +259,18 @@ class AdaptiveClipper:
         self._ops, self._num_tensors, self._loaded = ops, count, None
         ledger = None
         if self.config.ledger not in (None, "none", "auto") and self._is_main:
-            ledger = Ledger(str(self.config.ledger), self._header(self._state, device))
+            header = ledger_header(
+                self.config,
+                exact=self._controller.exact,
+                state=self._state,
+                static_threshold=self._static_threshold,
+                device=device,
+                num_tensors=count,
+                first_step=self._step,
+                statistics=self.statistics,
+                parent=self._parent,
+            )
+            ledger = Ledger(str(self.config.ledger), header)
         self._recorder = Recorder(
             capacity=self.config.ring_capacity,
             num_tensors=count,
@@ -260,25 +282,6 @@ class AdaptiveClipper:
         )
         return ops, self._recorder
 
-    def _header(self, state: tuple[Value, ...], device: torch.device) -> dict[str, Any]:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": environment(),
-            "config": self.config.to_dict(),
-            "controller": self.config.controller,
-            "exact": self._controller.exact,
-            "static_threshold": self._static_threshold,
-            "device": device.type,
-            "world_size": torch.distributed.get_world_size() if distributed else 1,
-            "seed": torch.initial_seed(),
-            "num_tensors": self._num_tensors,
-            "first_step": self._step,
-            "counts": self.statistics.counts_by_name(),
-            "initial_state": state_to_json(state),
-            "parent": self._parent,
-        }
-
     def flush(self) -> None:
         """Read the rows that wait on the device (the one host read), count them, write the ledger.
 
@@ -288,16 +291,7 @@ class AdaptiveClipper:
         if self._recorder is None:
             return
         self._recorder.flush()
-        limit, found = self.config.max_consecutive_nonfinite, self.statistics.consecutive_nonfinite
-        if found >= limit:
-            raise NonFiniteGradientError(
-                f"The gradient norm was NaN or infinite in {found} steps in a row (`max_consecutive_nonfinite` is {limit}), "
-                f"the last of them step {self._step - 1}. All were skipped, so the weights are those of the last good step. Look "
-                "at the loss of these batches, at the learning rate, and at float16 overflow (bfloat16 has none); then resume "
-                "from the last checkpoint.",
-                step=self._step - 1,
-                consecutive=found,
-            )
+        self.statistics.stop_if_hopeless(self.config.max_consecutive_nonfinite, last_step=self._step - 1)
 
     def metrics(self) -> dict[str, float | int | str]:
         """What to log: the last decision, and what happened since the last call. Reads the device once."""
@@ -336,22 +330,8 @@ class AdaptiveClipper:
 
     def explain(self) -> str:
         """Which way this clipper takes, and why, in a few lines for people."""
-        config = self.config
-        shadow = ", shadow: the static threshold is what is applied" if config.shadow else ""
-        lines = [
-            f"controller  {config.controller} on the {config.granularity} norm; static threshold {self._static_threshold:g} "
-            f"until {config.warmup_observations} norms are known{shadow}"
-        ]
-        if self._port is not None:
-            lines.append(f"setup       {self._port.how}")
-        lines += [f"skipping    {guard.why}" for guard in self._guards]
-        if not self._guards:
-            lines.append(
-                "skipping    no optimizer is known: on an accelerator one flag is read per step (pass `optimizer=`)"
-            )
-        lines.append("pace        off" if config.max_pace == 1 else f"pace        up to x{config.max_pace:g}")
-        lines.append(f"ledger      {'none' if config.ledger in (None, 'none', 'auto') else config.ledger}")
-        return "\n".join(lines)
+        setup = None if self._port is None else self._port.how
+        return describe(self.config, self._static_threshold, [guard.why for guard in self._guards], setup)
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
 
@@ -367,19 +347,12 @@ class AdaptiveClipper:
         """
         if self._port is None:
             raise ConfigError("`accelerator` must be given to AdaptiveClipper before `install`, but is None instead.")
-        stock = self._port.stock_clip
-
-        def clip_grad_norm_(parameters: Parameters, max_norm: float, norm_type: float = 2.0) -> Tensor:
-            if float(norm_type) != 2.0:
-                raise ConfigError(f"`norm_type` must be 2 under hf_adaclip, but is {norm_type} instead.")
-            if math.isinf(max_norm):
-                return stock(parameters, max_norm, norm_type)
-            if self.config.static_threshold is None and self._recorder is None:
-                self._static_threshold = float(max_norm)
-            return self.clip_(parameters)
-
-        with self._port.replace_clipping(clip_grad_norm_):
+        with self._port.replace_clipping(self.clip_, self._take_script_threshold):
             yield self
+
+    def _take_script_threshold(self, max_norm: float) -> None:
+        if self.config.static_threshold is None and self._recorder is None:
+            self._static_threshold = max_norm
 
     # -- state ---------------------------------------------------------------------------------------------------
 

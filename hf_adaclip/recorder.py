@@ -1,17 +1,20 @@
 """What happened in a run: rows on the device, counts on the host, lines in the ledger."""
 
 import time
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_adaclip.audit.ledger import Ledger
-from hf_adaclip.audit.records import step_record
+from hf_adaclip.audit.records import state_to_json, step_record
 from hf_adaclip.audit.ring import COLUMNS, DeviceRing, HostRing, Ring
+from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
-from hf_adaclip.controllers.ops import Ops
+from hf_adaclip.controllers.ops import Ops, Value
 from hf_adaclip.statistics import RunStatistics
+from hf_adaclip.versions import environment
 
 
 class Recorder:
@@ -76,3 +79,47 @@ class Recorder:
             self._next_record += 1
         if self.ledger is not None:
             self.ledger.steps(records)
+
+
+def ledger_header(
+    config: AdaptiveClipConfig,
+    *,
+    exact: bool,
+    state: tuple[Value, ...],
+    static_threshold: float,
+    device: torch.device,
+    num_tensors: int,
+    first_step: int,
+    statistics: RunStatistics,
+    parent: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """All that the decisions of a run follow from, and where it ran: the first line of its segment in the ledger.
+
+    Args:
+        config: The complete config.
+        exact: Whether a replay gives the same bits.
+        state: The controller's state before the first step.
+        static_threshold: Threshold of the warm-up.
+        device: Where the gradients are.
+        num_tensors: Tensors with a norm of their own; 0 when only the global norm counts.
+        first_step: Step of the first record.
+        statistics: Counts so far, which the footer goes on from.
+        parent: For a resumed run, hash and step of the ledger's seal that its checkpoint refers to.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": environment(),
+        "config": config.to_dict(),
+        "controller": config.controller,
+        "exact": exact,
+        "static_threshold": static_threshold,
+        "device": device.type,
+        "world_size": torch.distributed.get_world_size() if distributed else 1,
+        "seed": torch.initial_seed(),
+        "num_tensors": num_tensors,
+        "first_step": first_step,
+        "counts": statistics.counts_by_name(),
+        "initial_state": state_to_json(state),
+        "parent": parent,
+    }

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from hf_adaclip.controllers import Reason
+from hf_adaclip.errors import NonFiniteGradientError
 
 _SKIPPED = (Reason.NONFINITE, Reason.SCALER_SKIPPED)
 
@@ -38,6 +39,23 @@ class RunStatistics:
         self._window_steps += 1
         self._window_clipped += altered
         self._last, self._last_reason = row, reason
+
+    def stop_if_hopeless(self, limit: int, *, last_step: int) -> None:
+        """End the run after `limit` skipped steps in a row.
+
+        Raises:
+            NonFiniteGradientError: It has come to that; the message says where to look.
+        """
+        found = self.consecutive_nonfinite
+        if found < limit:
+            return
+        raise NonFiniteGradientError(
+            f"The gradient norm was NaN or infinite in {found} steps in a row (`max_consecutive_nonfinite` is {limit}), the last of "
+            f"them step {last_step}. All were skipped, so the weights are those of the last good step. Look at the loss of these "
+            "batches, at the learning rate, and at float16 overflow (bfloat16 has none); then resume from the last checkpoint.",
+            step=last_step,
+            consecutive=found,
+        )
 
     def metrics(self) -> dict[str, float | int | str]:
         """The `clip/*` values for a log line, and a new window for `clip/fraction`. Empty before the first step."""

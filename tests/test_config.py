@@ -87,7 +87,7 @@ def test_what_clip_may_be(clip):
 def test_fields_become_flags_of_hf_argument_parser():
     from transformers import HfArgumentParser, TrainingArguments
 
-    parser = HfArgumentParser([TrainingArguments, AdaptiveClipConfig])
+    parser = HfArgumentParser([TrainingArguments, AdaptiveClipConfig])  # type: ignore[list-item]
     _, config = parser.parse_args_into_dataclasses(
         [
             "--output_dir",

@@ -30,6 +30,19 @@ class Gradients(NamedTuple):
     present: list[int]
     tensors: list[Tensor]
 
+    def required(self) -> "Gradients":
+        """These gradients, if there are any.
+
+        Raises:
+            ConfigError: No parameter has a gradient.
+        """
+        if not self.tensors:
+            raise ConfigError(
+                f"`parameters` must have gradients, but none of the {len(self.parameters)} trainable ones has one instead. "
+                "Clip after `backward` and before `optimizer.step()` and `zero_grad()`."
+            )
+        return self
+
 
 def collect(parameters: Parameters) -> Gradients:
     """Look up the gradients of any iterable of parameters: a list, a generator, one tensor.

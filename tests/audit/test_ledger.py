@@ -269,7 +269,7 @@ def test_a_full_disk_does_not_stop_training_and_leaves_a_visible_gap(tmp_path, m
 
             return fail
 
-    real, ledger._file = ledger._file, FullDisk()
+    real, ledger._file = ledger._file, FullDisk()  # type: ignore[assignment]
     ledger.steps([{"step": 1}])
     ledger.steps([{"step": 2}])
     ledger._file = real

@@ -66,11 +66,11 @@ def test_a_step_that_is_not_finite_leaves_no_trace(lane, kind, bad, known):
     for _ in range(3):
         step(model, optimizer, clipper)
     before = snapshot(model, optimizer)
-    state = {k: float(v) for k, v in clipper._state._asdict().items()}
+    state = {k: float(v) for k, v in clipper.state.items()}
     step(model, optimizer, clipper, bad)
 
     assert equal(before, snapshot(model, optimizer))
-    assert {k: float(v) for k, v in clipper._state._asdict().items()} == pytest.approx(state, abs=0, nan_ok=True)
+    assert {k: float(v) for k, v in clipper.state.items()} == pytest.approx(state, abs=0, nan_ok=True)
     assert clipper.metrics()["clip/skipped"] == 1
     step(model, optimizer, clipper)  # and the next step is an ordinary one
     assert not equal(before, snapshot(model, optimizer))

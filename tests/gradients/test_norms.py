@@ -59,7 +59,7 @@ def test_accumulates_in_float32_whatever_the_dtype():
     # torch's own norm of these float16 gradients overflows
     large = parameter((10_000,), torch.full((10_000,), 900.0), torch.float16)
     assert torch.nn.utils.get_total_norm([large.grad]).isinf()
-    assert norm_of([large]).item() == pytest.approx(90_000)
+    assert norm_of([large]).item() == pytest.approx(90_000, rel=1e-4)
 
 
 def test_mixed_dtypes_in_one_model():

@@ -73,11 +73,11 @@ def test_install_answers_a_script_that_cannot_be_edited_and_undoes_itself():
         b, _ = script(accelerator)
 
     assert torch.equal(weights(a), weights(b))  # the script's own 0.5 is the threshold
-    assert clipper._step == 40
+    assert clipper.step == 40
     assert accelerator.clip_grad_norm_ == before
     assert "clip_grad_norm_" not in vars(accelerator)
     script(accelerator, steps=3)
-    assert clipper._step == 40
+    assert clipper.step == 40
 
 
 def test_install_undoes_itself_after_an_error():
@@ -114,7 +114,7 @@ def test_install_passes_a_call_that_only_asks_for_the_norm_and_refuses_other_nor
             accelerator.clip_grad_norm_(model.parameters(), 1.0, norm_type=1)
 
     assert norm > 0
-    assert clipper._step == 0
+    assert clipper.step == 0
     with pytest.raises(ConfigError, match="`accelerator` must be given"), AdaptiveClipper().install():
         pass
 
@@ -131,7 +131,7 @@ def test_accumulated_micro_batches_are_one_step():
             optimizer.step()
             optimizer.zero_grad()
 
-    assert clipper._step == 10
+    assert clipper.step == 10
 
 
 def test_state_goes_with_save_state_and_load_state(tmp_path):
@@ -168,8 +168,8 @@ def test_state_goes_with_save_state_and_load_state(tmp_path):
             optimizer.zero_grad()
 
     assert torch.equal(weights(whole), weights(model))
-    assert [float(v) for v in clipper._state] == pytest.approx(
-        [float(v) for v in whole_clipper._state], abs=0, nan_ok=True
+    assert [float(v) for v in clipper.state.values()] == pytest.approx(
+        [float(v) for v in whole_clipper.state.values()], abs=0, nan_ok=True
     )
 
 
@@ -183,7 +183,7 @@ def test_a_checkpoint_from_before_the_clipper_can_still_be_loaded(tmp_path):
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.load_state(str(tmp_path / "old"))
 
-    assert clipper._step == 0
+    assert clipper.step == 0
 
 
 def test_closing_lets_go_of_the_accelerator():

@@ -1,0 +1,67 @@
+"""`convergence.jsonl` of real runs: of the stock Trainer as well as of ours, through a resumption too."""
+
+import time
+
+from transformers import TrainerCallback
+
+from hf_adaclip import AdaptiveClipTrainer
+from hf_adaclip.convergence.callback import ConvergenceCallback
+from hf_adaclip.convergence.tracker import read_points
+from tests.integrations.trainers import arguments, build, dataset, run, stock
+
+EVAL = {"eval_strategy": "steps", "eval_steps": 10, "max_steps": 40}
+
+
+class SlowEvaluation(TrainerCallback):
+    def on_prediction_step(self, args, state, control, **kwargs):
+        time.sleep(0.2)
+
+
+def test_evaluation_is_not_training_time(tmp_path):
+    trainer = stock(
+        tmp_path,
+        args=arguments(tmp_path, **EVAL),
+        eval_dataset=dataset().select(range(16)),
+        callbacks=[ConvergenceCallback(tmp_path), SlowEvaluation()],
+    )
+    started = time.perf_counter()
+    run(trainer)
+    wall = time.perf_counter() - started
+    points = read_points(tmp_path / "convergence.jsonl")
+
+    assert [p.step for p in points] == [10, 20, 30, 40]
+    assert points[-1].train_seconds < wall - 4 * 2 * 0.2  # two batches an evaluation
+    assert all(p.energy_wh is None or p.energy_wh >= 0 for p in points)
+
+
+def test_tokens_and_samples_are_counted(tmp_path):
+    args = arguments(tmp_path, include_num_input_tokens_seen="all", **EVAL)
+    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=dataset().select(range(16)))
+    run(trainer)
+    point = read_points(tmp_path / "convergence.jsonl")[1]
+
+    assert point.samples == 20 * 16
+    assert point.tokens == 20 * 16 * 32
+
+
+def test_a_resumed_run_goes_on_and_a_new_one_starts_over(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=20, **EVAL)
+    run(build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=dataset().select(range(16))))
+    first = read_points(tmp_path / "convergence.jsonl")
+    again = build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=dataset().select(range(16)))
+    run(again, resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    second = read_points(tmp_path / "convergence.jsonl")
+
+    assert [p.step for p in second] == [10, 20, 30, 40]
+    assert second[:2] == first[:2]
+    assert second[2].train_seconds > second[1].train_seconds
+    assert [p.metrics["eval_loss"] for p in second] == [p.metrics["eval_loss"] for p in first]
+    run(build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=dataset().select(range(16))))
+    assert [p.step for p in read_points(tmp_path / "convergence.jsonl")] == [10, 20, 30, 40]
+
+
+def test_an_evaluation_outside_of_training_is_not_recorded(tmp_path):
+    trainer = build(AdaptiveClipTrainer, tmp_path, eval_dataset=dataset().select(range(16)))
+    trainer.evaluate()
+
+    assert not (tmp_path / "convergence.jsonl").exists()

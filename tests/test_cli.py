@@ -1,0 +1,61 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hf_adaclip.cli import build_parser, main
+from tests.audit.test_ledger import write_run
+
+
+def test_exit_codes_of_verify(tmp_path, capsys):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    write_run(good)
+    bad.write_bytes(good.read_bytes().replace(b'"step":7,', b'"step":8,', 1))
+
+    assert main(["verify", str(good)]) == 0
+    assert "verified. 45 steps in 1 segment(s), 45 decisions recomputed" in capsys.readouterr().out
+    assert main(["verify", str(good), str(bad)]) == 1
+    out = capsys.readouterr().out
+    assert "NOT verified" in out
+    assert "VIOLATION (line" in out
+    assert main(["verify", str(tmp_path / "missing.jsonl")]) == 2
+    assert "missing.jsonl cannot be read: No such file or directory." in capsys.readouterr().err
+
+
+def test_verify_json(tmp_path, capsys):
+    path = tmp_path / "l.jsonl"
+    write_run(path)
+    assert main(["verify", "--json", str(path), str(tmp_path)]) == 2
+    reports = json.loads(capsys.readouterr().out)
+
+    assert reports[0]["ok"] is True
+    assert reports[0]["steps"] == 45
+    assert reports[1]["ok"] is None
+
+
+@pytest.mark.parametrize("command", ["compare", "verify"])
+def test_help_names_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    parser = build_parser()._subparsers._group_actions[0].choices[command]  # type: ignore[union-attr,index]
+
+    assert stop.value.code == 0
+    for action in parser._actions:
+        assert action.help
+        assert all(option in text for option in action.option_strings)
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["compare", "--seeds", "0"], ["verify"]])
+def test_wrong_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+def test_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_adaclip.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "compare" in done.stdout

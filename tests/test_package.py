@@ -1,0 +1,146 @@
+"""What holds for the package as a whole: imports, layers, the wheel."""
+
+import ast
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hf_adaclip
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hf_adaclip"
+# Lower layers first; a module imports only from its own layer and those before it.
+LAYERS = [
+    ("errors", "versions", "support"),
+    ("controllers",),
+    ("config", "gradients", "accelerator"),
+    ("checkpoint", "statistics", "audit"),
+    ("recorder", "describe"),
+    ("clipper",),
+    ("convergence", "integrations"),
+    ("cli",),
+]
+
+
+def layer_of(module):
+    name = module.split(".")[1] if "." in module else ""
+    return next((i for i, names in enumerate(LAYERS) if name in names), None)
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_layer_imports_upward(path):
+    own = layer_of(".".join(("hf_adaclip", *path.relative_to(PACKAGE).with_suffix("").parts)))
+    if path.name == "__init__.py" and path.parent == PACKAGE:
+        return
+    assert own is not None, f"{path} is in no layer"
+    for module in imports_of(path):
+        if module.startswith("hf_adaclip"):
+            layer = layer_of(module)
+            assert layer is not None, f"{path} imports {module}"
+            assert layer <= own, f"{path} imports {module}, which is above it"
+
+
+def test_only_integrations_and_convergence_know_transformers():
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] in ("integrations", "convergence"):
+            continue
+        known = {m.split(".")[0] for m in imports_of(path)}
+        assert not known & {"transformers", "accelerate", "datasets"}, path
+
+
+def test_controllers_do_no_io_and_know_no_clock():
+    for path in (PACKAGE / "controllers").glob("*.py"):
+        assert not {m.split(".")[0] for m in imports_of(path)} & {
+            "os",
+            "io",
+            "time",
+            "random",
+            "pathlib",
+            "logging",
+            "json",
+        }, path
+
+
+def test_import_is_light():
+    heavy = ("transformers", "accelerate", "datasets", "matplotlib", "pandas")
+    code = f"import sys, hf_adaclip; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_exist_and_are_documented():
+    for name in hf_adaclip.__all__:
+        value = getattr(hf_adaclip, name)
+        assert name == "CONTROLLERS" or value.__doc__, name
+    assert set(dir(hf_adaclip)) == set(hf_adaclip.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        hf_adaclip.nonsense  # noqa: B018
+
+
+def test_every_file_has_a_docstring_and_a_sane_length():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text)), path
+        assert text.count("\n") <= 400, path
+
+
+def test_doctests():
+    import doctest
+
+    import hf_adaclip.clipper
+    import hf_adaclip.controllers.static
+
+    for module in (hf_adaclip.clipper, hf_adaclip.controllers.static):
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0
+
+
+def test_the_wheel_installs_and_imports_from_an_empty_directory(tmp_path):
+    """Built without the network; dependencies come from this environment."""
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
+    wheel = next(tmp_path.glob("hf_adaclip-*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "hf_adaclip/py.typed" in names
+    assert "hf_adaclip/convergence/tuned.json" in names
+    assert not [n for n in names if n.startswith(("tests", "scripts", "model_cards"))]
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env/bin/python"
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site.stdout.strip())
+    here = next(p for p in sys.path if p.endswith("site-packages"))
+    code = f"import sys; sys.path.append({here!r}); import hf_adaclip; print(hf_adaclip.__file__); hf_adaclip.AdaptiveClipper()"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=empty)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
