@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,9 @@ class AdaptiveClipper:
             config = config.replace(static_threshold=float(static_threshold))
         if ledger != "auto":
             config = config.replace(ledger=None if ledger is None else str(ledger))
-        optimizers = _as_sequence(optimizer)
+        optimizers = (
+            () if optimizer is None else tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+        )
         if config.max_pace > 1 and not optimizers:
             raise ConfigError(
                 f"`optimizer` must be given when `max_pace` > 1 (it is {config.max_pace}), but is None instead: "
@@ -398,9 +400,3 @@ class AdaptiveClipper:
     def _load_or_start_afresh(self, folder: str | Path) -> None:
         if not self.load_state(folder):
             logger.info("%s has no %s: the controller starts afresh.", folder, STATE_FILE)
-
-
-def _as_sequence(optimizer: Any) -> Sequence[Any]:
-    if optimizer is None:
-        return ()
-    return tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)

@@ -61,6 +61,8 @@ def draw_png(comparison: dict[str, Any], output: Path) -> Path:
             axis.set_xlabel(label)
             axis.set_ylabel("eval loss")
             axis.set_yscale("log")
+            for kind in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                kind("{x:g}")
             if math.isfinite(lowest) and start > lowest:
                 axis.set_ylim(lowest * 0.9, start * 1.1)
             axis.grid(True, which="both", alpha=0.25)
@@ -94,7 +96,14 @@ def plotly_curves(comparison: dict[str, Any], output: Path, task: dict[str, Any]
         figure.add_scatter(
             x=x, y=y, mode="lines", line={"color": colour, "width": 3}, legendgroup=entry["arm"], name=entry["arm"]
         )
-    figure.add_hline(y=task["target"]["value"], line_dash="dash", line_color="#888888", annotation_text="target")
+    last = max((x for curve in curves for x in curve[0]), default=1)
+    figure.add_scatter(
+        x=[0, last],
+        y=[task["target"]["value"]] * 2,
+        mode="lines",
+        name="target",
+        line={"color": "#888888", "width": 1, "dash": "dash"},
+    )
     return style(figure, "optimizer steps", "eval loss")
 
 
@@ -129,11 +138,11 @@ def style(figure: Any, x: str, y: str) -> Any:
         yaxis_title=y,
         yaxis_type="log",
         height=380,
-        margin={"l": 60, "r": 16, "t": 16, "b": 48},
+        margin={"l": 60, "r": 16, "t": 32, "b": 48},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "#808080", "family": "system-ui, sans-serif"},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
         hovermode="x unified",
     )
     figure.update_xaxes(gridcolor="rgba(128,128,128,0.25)", zeroline=False)

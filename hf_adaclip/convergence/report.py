@@ -25,7 +25,7 @@ _TEMPLATE = """<!doctype html>
   table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; width: 100%; }
   th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
   th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
-  code { overflow-wrap: anywhere; }
+  code { overflow-wrap: anywhere; } .plotly-graph-div { max-width: 100%; overflow: hidden; }
 </style>
 <script>{{ plotly_js | safe }}</script>
 </head>
@@ -40,7 +40,7 @@ _TEMPLATE = """<!doctype html>
 <tr>{% for label in section.labels %}<th>{{ label }}</th>{% endfor %}</tr>
 {% for row in section.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
-<h3>Eval loss, thin lines seeds, thick lines medians</h3>
+<h3>Eval loss: thin lines are seeds, thick lines medians (drag to zoom, double-click to reset)</h3>
 {{ section.curves | safe }}
 {% for norms in section.norms %}<h3>Gradient norm, {{ norms.arm }}, seed 0</h3>
 <p class="soft">{{ norms.verdict }}</p>
@@ -96,5 +96,9 @@ def _norms(output: Path, task: str, entry: dict[str, Any]) -> dict[str, Any] | N
 
 def _embed(figure: Any) -> str:
     return str(
-        figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+        figure.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            config={"displaylogo": False, "responsive": True, "displayModeBar": False},
+        )
     )

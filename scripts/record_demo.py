@@ -1,0 +1,43 @@
+"""Record a comparison as the demo's card under model_cards/demo, and put its tables into the README.
+
+    python scripts/record_demo.py adaclip-demo
+
+The numbers in the README are never typed: a test holds them equal to model_cards/demo/comparison.json.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from hf_adaclip.convergence.present import heading, markdown_table
+
+ROOT = Path(__file__).parent.parent
+CARD = ROOT / "model_cards" / "demo"
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+
+
+def demo_section() -> str:
+    """What stands between the README's markers."""
+    comparison = json.loads((CARD / "comparison.json").read_text(encoding="utf-8"))
+    parts = []
+    for task in comparison["tasks"]:
+        parts += [f"**{heading(task)}**", markdown_table(task)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path, help="folder that `hf-adaclip compare` left")
+    folder = parser.parse_args().comparison
+    CARD.mkdir(parents=True, exist_ok=True)
+    for name in ("comparison.json", "README.md", "curves.png"):
+        shutil.copy(folder / name, CARD / name)
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{demo_section()}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Run under `torchrun` by test_ddp.py: one rank of a data-parallel run, with a Trainer or with a hand-written loop."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
+
+CONFIG = AdaptiveClipConfig(warmup_observations=10, max_pace=2.0)
+
+
+def main(kind, folder):
+    torch.set_num_threads(1)
+    if kind == "trainer":
+        from tests.integrations.trainers import arguments, build, run, weights
+
+        args = arguments(folder, max_steps=30, per_device_train_batch_size=8, ddp_backend="gloo")
+        trainer = build(AdaptiveClipTrainer, folder, args=args, clip=CONFIG)
+        run(trainer)
+        clipper, final, rank = trainer.clipper, weights(trainer), args.process_index
+    else:
+        from accelerate import Accelerator
+
+        from tests.loops import make, weights
+
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = make()
+        clipper = AdaptiveClipper(
+            CONFIG, accelerator=accelerator, optimizer=optimizer, ledger=folder / "clip_ledger.jsonl"
+        )
+        model, optimizer = accelerator.prepare(model, optimizer)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for step in range(40):
+            g = torch.Generator().manual_seed(step)
+            x = torch.randn(16, 8, generator=g)[rank::world]
+            y = x[:, :1] * 2
+            # Rank 1 alone gets the faults: a NaN at step 20, a spike at step 30.
+            fault = {20: float("nan"), 30: 500.0}.get(step, 1.0) if rank == world - 1 else 1.0
+            loss = torch.nn.functional.mse_loss(model(x), y) * fault
+            accelerator.backward(loss)
+            clipper.clip_(model.parameters(), loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        clipper.close()
+        final = weights(accelerator.unwrap_model(model))
+    (folder / f"rank{rank}.json").write_text(
+        json.dumps(
+            {
+                "state": {k: float(v).hex() for k, v in clipper.state.items()},
+                "counts": clipper.statistics.counts_by_name(),
+                "weights": final.double().sum().item().hex(),
+                "norm": final.norm().item(),
+                "has_ledger": clipper._recorder.ledger is not None,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

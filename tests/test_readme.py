@@ -1,0 +1,172 @@
+"""Every code block of the README is run, and every number in it that comes from a file is held to that file."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+# What the README's fragments take for granted: a model, data, a Trainer's arguments, a training function.
+SETTING = """
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from accelerate import Accelerator
+from hf_adaclip import *
+rows = torch.randint(0, 64, (32, 16))
+train_dataset = Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()}).with_format("torch")
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+args = TrainingArguments("out", max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy="no")
+"""
+LOOP = """
+accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+optimizer = torch.optim.AdamW(model.parameters())
+dataloader = torch.utils.data.DataLoader(train_dataset, batch_size=4)
+model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+"""
+MAIN = """
+def main(accelerator):
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.train()
+    for _ in range(3):
+        accelerator.backward(model(input_ids=rows, labels=rows).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+def run(code, folder, *check):
+    script = "\n".join([textwrap.dedent(code), *check])
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def blocks(language):
+    return [text for kind, text in BLOCKS if kind == language]
+
+
+def after(diff):
+    """The code as it is once the diff has been applied."""
+    return "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+
+
+def block_with(language, piece):
+    found = [text for text in blocks(language) if piece in text]
+    assert len(found) == 1, piece
+    return found[0]
+
+
+def test_every_block_is_of_a_kind_that_is_run():
+    assert {kind for kind, _ in BLOCKS} == {"python", "diff", "bash", "text"}
+    assert (len(blocks("python")), len(blocks("diff")), len(blocks("bash"))) == (4, 4, 2)
+
+
+def test_the_first_60_seconds_print_what_they_say(tmp_path):
+    out = run(block_with("python", "first-run"), tmp_path)
+    counts = eval(out.strip().splitlines()[-1])
+
+    assert counts["WARMUP"] == 50
+    assert counts["SPIKE"] >= 1
+    assert counts["WIDENED"] > 40
+    command = [c for c in block_with("bash", "hf-adaclip verify").splitlines() if c]
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_adaclip.cli", *shlex.split(command[0])[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert done.stdout == block_with("text", "first-run")
+
+
+def test_one_line_for_a_trainer(tmp_path):
+    run(
+        SETTING + after(block_with("diff", "= AdaptiveClipTrainer(")),
+        tmp_path,
+        "trainer.train()",
+        "assert trainer.clipper.step == 3",
+    )
+
+
+def test_one_line_for_a_subclass(tmp_path):
+    use = "trainer = MyTrainer(model=model, args=args, train_dataset=train_dataset); trainer.train()"
+    run(SETTING + after(block_with("diff", "class MyTrainer")), tmp_path, use, "assert trainer.clipper.step == 3")
+
+
+def test_one_line_for_somebody_elses_trainer(tmp_path):
+    run(SETTING + after(block_with("diff", "attach(")), tmp_path, "assert trainer.clipper.step == 3")
+
+
+def test_one_line_for_an_accelerate_loop(tmp_path):
+    run(SETTING + LOOP + after(block_with("diff", "accelerator.accumulate")), tmp_path, "assert clipper.step == 4")
+    assert (tmp_path / "clip_ledger.jsonl").is_file()
+
+
+def test_one_line_for_a_script_that_cannot_be_edited(tmp_path):
+    run(
+        SETTING + MAIN + block_with("python", ".install()").replace("Accelerator()", "Accelerator(cpu=True)"), tmp_path
+    )
+
+
+def test_plain_pytorch(tmp_path):
+    out = run(block_with("python", "torch.nn.Linear"), tmp_path)
+    assert "fused AdamW skips a step on the device" in out
+
+
+def test_config(tmp_path):
+    run(block_with("python", "clip.json"), tmp_path, "assert AdaptiveClipConfig.resolve('clip.json') == config")
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    for command in block_with("bash", "make demo").split("\n"):
+        if command:
+            subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_gate_runs_the_readmes_test_command():
+    assert "exec make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_demos_numbers_are_those_of_its_card():
+    from scripts.record_demo import BEGIN, CARD, END, demo_section
+
+    assert README.split(BEGIN)[1].split(END)[0].strip() == demo_section()
+    card = (CARD / "README.md").read_text(encoding="utf-8")
+    from hf_adaclip.convergence.present import markdown_table
+
+    for task in json.loads((CARD / "comparison.json").read_text())["tasks"]:
+        assert markdown_table(task) in card
+
+
+@pytest.mark.parametrize(("rule", "share"), [("adaptive", 0.005), ("zscore", 1.6), ("percentile", 90)])
+def test_shares_of_altered_steps_are_those_of_the_gauntlet(rule, share):
+    from hf_adaclip import CONTROLLERS, AdaptiveClipConfig
+    from tests.gauntlet import judge
+
+    controller = CONTROLLERS[rule].from_config(AdaptiveClipConfig(controller=rule))
+    measured = judge(controller, "normal", 20).altered_calm
+    assert float(f"{measured:.2g}" if measured < 10 else f"{measured:.0f}") == pytest.approx(share, rel=0.2)
+    assert f"| {share:g} % |" in next(line for line in README.splitlines() if line.startswith(f'| `"{rule}"`'))
+
+
+def test_setups_in_the_table_are_those_in_the_code():
+    from hf_adaclip.support import SETUPS
+
+    for name, support in SETUPS.items():
+        word = {"NO": "one process", "TP": "tensor parallel", "MEGATRON_LM": "Megatron", "DEEPSPEED": "DeepSpeed"}.get(
+            name, name
+        )
+        row = next(line for line in README.splitlines() if line.startswith("|") and word in line)
+        assert ("refused" in row) == (support.how is None), name
