@@ -341,11 +341,10 @@ class AdaptiveClipper:
     def install(self) -> Iterator["AdaptiveClipper"]:
         """Answer the accelerator's `clip_grad_norm_` while the context is open; afterwards it is as it was.
 
-        The script's `max_norm` becomes the static threshold, unless the config sets one. A call with `max_norm=inf`, which only
-        asks for the norm, gets the norm.
+        The script's `max_norm` becomes the static threshold, unless the config sets one.
 
         Raises:
-            ConfigError: There is no accelerator, or the script asks for a norm other than L2.
+            ConfigError: There is no accelerator.
         """
         if self._port is None:
             raise ConfigError("`accelerator` must be given to AdaptiveClipper before `install`, but is None instead.")
