@@ -45,8 +45,7 @@ from hf_adaclip.statistics import RunStatistics
 
 logger = logging.getLogger(__name__)
 
-MEASURE_EVERY = 50
-"""In loops that do not say otherwise, the applied norm is measured once in so many steps."""
+MEASURE_EVERY = 50  # steps between two measurements of the applied norm, in loops that do not say otherwise
 
 
 class AdaptiveClipper:
@@ -230,7 +229,7 @@ class AdaptiveClipper:
                 gradients.parameters[i].grad = None
         if measure and not self._guards:
             take_measure()
-        paced = pace if self.config.max_pace > 1 and not self.config.shadow else None
+        paced = None if self.config.max_pace == 1 or self.config.shadow else pace
         for position, guard in enumerate(self._guards):
             guard.arm(
                 skip=None if ops.on_host else skip,

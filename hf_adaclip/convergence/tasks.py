@@ -97,7 +97,7 @@ def _manual() -> bytes:
 
 
 _SEQUENCE: Final = 128
-_EVAL_SEQUENCES: Final = 96
+_EVAL_SEQUENCES: Final = 64
 
 
 def _build_pydoc_llama() -> Ingredients:
@@ -146,7 +146,7 @@ TASKS: Final[dict[str, Task]] = {
     "pydoc-llama": Task(
         name="pydoc-llama",
         title="byte-level Llama (0.4 M parameters, from scratch) on Python's manual",
-        max_steps=250,
+        max_steps=220,
         batch_size=16,
         eval_steps=10,
         step_cost=3.0,
