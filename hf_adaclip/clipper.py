@@ -23,7 +23,7 @@ from hf_adaclip.audit.records import (
 )
 from hf_adaclip.checkpoint import STATE_FILE, read_state, write_state
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
-from hf_adaclip.controllers import CONTROLLERS, Observation, Reason
+from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.base import coefficient_of, is_finite_norm
 from hf_adaclip.controllers.ops import Ops, Value, ops_for
 from hf_adaclip.describe import describe
@@ -110,7 +110,7 @@ class AdaptiveClipper:
             )
         self.config = config
         self.statistics = RunStatistics()
-        self._controller = CONTROLLERS[config.controller].from_config(config)
+        self._controller = build_controller(config)
         self._static_threshold = 1.0 if config.static_threshold is None else config.static_threshold
         self._optimizers = optimizers
         self._port = None if accelerator is None else AcceleratorPort(accelerator)

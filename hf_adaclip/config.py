@@ -37,7 +37,20 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("percentile", 0.0, 100.0, False, True),
     ("history", 10, math.inf, True, False),
     ("ring_capacity", 1, 65536, True, True),
+    ("divergence_spreads", 0.0, math.inf, True, False),
+    ("divergence_steps", 1, math.inf, True, False),
 )
+# The same for fields that may be None.
+_OPTIONAL_RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
+    ("static_threshold", 0.0, math.inf, False, False),
+    ("freeze_after", 0, math.inf, True, False),
+    ("min_threshold", 0.0, math.inf, False, False),
+    ("max_threshold", 0.0, math.inf, False, False),
+    ("max_widening_step", 1.0, math.inf, True, False),
+    ("max_widening_100", 1.0, math.inf, True, False),
+    ("max_skipped", 0, math.inf, True, False),
+)
+POLICIES = ("continue", "fallback", "stop")
 
 
 @dataclass(frozen=True)
@@ -157,6 +170,42 @@ class AdaptiveClipConfig:
     percentile: float = field(
         default=10.0, metadata={"help": "percentile: the percentile of past norms that becomes the threshold."}
     )
+    freeze_after: int | None = field(
+        default=None, metadata={"help": "Stop adapting from this step on (counted from 0) and keep range and pace."}
+    )
+    min_threshold: float | None = field(
+        default=None, metadata={"help": "Floor of the threshold, in units of the norm; holds in the warm-up too."}
+    )
+    max_threshold: float | None = field(
+        default=None, metadata={"help": "Ceiling of the threshold, in units of the norm; holds in the warm-up too."}
+    )
+    max_widening_step: float | None = field(
+        default=None,
+        metadata={"help": "Largest factor (>= 1) by which the threshold may grow from one step to the next."},
+    )
+    max_widening_100: float | None = field(
+        default=None, metadata={"help": "Largest factor (>= 1) by which the threshold may grow within 100 steps."}
+    )
+    max_skipped: int | None = field(
+        default=None, metadata={"help": "Budget of steps left out because they were not finite; more is trouble."}
+    )
+    divergence_spreads: float = field(
+        default=0.0,
+        metadata={
+            "help": "Trouble when the average loss is this many spreads above its best for `divergence_steps`; 0: off."
+        },
+    )
+    divergence_steps: int = field(
+        default=50, metadata={"help": "How many steps in a row the loss has to be that high to count as divergence."}
+    )
+    on_trouble: str = field(
+        default="continue",
+        metadata={
+            "help": "What to do on trouble: 'continue' (warn), 'fallback' (static threshold from there on) or 'stop' (keep a "
+            "checkpoint and end the run).",
+            "choices": list(POLICIES),
+        },
+    )
     history: int = field(default=1000, metadata={"help": "percentile: how many past norms are kept."})
 
     def __post_init__(self) -> None:
@@ -245,11 +294,16 @@ def _type_problems(config: AdaptiveClipConfig) -> list[str]:
     problems = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.name in ("controller", "granularity"):
+        if f.name in ("controller", "granularity", "on_trouble"):
             ok, rule = isinstance(value, str), "a string"
         elif f.name == "ledger":
             ok, rule = value is None or isinstance(value, str), "a path as a string, 'auto', 'none' or None"
-        elif f.name == "static_threshold":
+        elif f.name in ("freeze_after", "max_skipped"):
+            ok, rule = (
+                value is None or (isinstance(value, int) and not isinstance(value, bool)),
+                "a whole number or None",
+            )
+        elif f.default is None:
             ok, rule = value is None or _is_number(value), "a number or None"
         elif isinstance(f.default, bool):
             ok, rule = isinstance(value, bool), "True or False"
@@ -274,13 +328,12 @@ def _range_problems(config: AdaptiveClipConfig) -> list[str]:
         problems.append(
             f"`granularity` must be one of {', '.join(GRANULARITIES)}, but is {config.granularity!r} instead."
         )
-    if config.static_threshold is not None and not (0 < config.static_threshold < math.inf):
-        problems.append(
-            f"`static_threshold` must be finite and above 0, but is {config.static_threshold} instead. "
-            "Leave it unset to take `max_grad_norm`."
-        )
-    for name, low, high, low_in, high_in in _RANGES:
+    if config.on_trouble not in POLICIES:
+        problems.append(f"`on_trouble` must be one of {', '.join(POLICIES)}, but is {config.on_trouble!r} instead.")
+    for name, low, high, low_in, high_in in (*_RANGES, *_OPTIONAL_RANGES):
         value = getattr(config, name)
+        if value is None:
+            continue
         above = value >= low if low_in else value > low
         below = value <= high if high_in else value < high
         if not (above and below):
@@ -290,6 +343,14 @@ def _range_problems(config: AdaptiveClipConfig) -> list[str]:
         problems.append(
             f"`far_width` must be within [`min_far_width`, `max_far_width`] = [{config.min_far_width}, "
             f"{config.max_far_width}], but is {config.far_width} instead."
+        )
+    if (
+        config.min_threshold is not None
+        and config.max_threshold is not None
+        and config.min_threshold > config.max_threshold
+    ):
+        problems.append(
+            f"`min_threshold` must be at most `max_threshold` ({config.max_threshold}), but is {config.min_threshold} instead."
         )
     if config.near_width >= config.min_far_width:
         problems.append(

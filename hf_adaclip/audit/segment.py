@@ -9,7 +9,7 @@ import numpy as np
 from hf_adaclip.audit.records import Summary, state_bytes, state_from_json, summarise
 from hf_adaclip.audit.schema import STEP_FIELDS, parse_number
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS, Observation, Reason
+from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.base import coefficient_of
 from hf_adaclip.controllers.ops import ARRAY, SCALAR
 
@@ -32,7 +32,7 @@ class Segment:
 
     def __init__(self, header: dict[str, Any]) -> None:
         self._config = AdaptiveClipConfig.from_dict(header["config"])
-        self._controller = CONTROLLERS[self._config.controller].from_config(self._config)
+        self._controller = build_controller(self._config)
         self._num_tensors = int(header["num_tensors"])
         self._shape = (self._num_tensors,) if self._num_tensors else ()
         self._ops = ARRAY if self._shape else SCALAR

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason
+from hf_adaclip.controllers.oversight import GovernedController
 from hf_adaclip.controllers.percentile import PercentileController
 from hf_adaclip.controllers.static import StaticController
 from hf_adaclip.controllers.zscore import ZScoreController
@@ -18,4 +19,30 @@ CONTROLLERS: dict[str, type[Controller[Any]]] = {
     "zscore": ZScoreController,
 }
 
-__all__ = ["CONTROLLERS", "Controller", "Decision", "Observation", "Reason"]
+_LIMITS = (
+    "freeze_after",
+    "min_threshold",
+    "max_threshold",
+    "max_widening_step",
+    "max_widening_100",
+    "max_skipped",
+)
+
+
+def build_controller(config: Any) -> Controller[Any]:
+    """The controller that a config describes, under the limits that it sets; without any limit, the controller alone."""
+    inner = CONTROLLERS[config.controller].from_config(config)
+    limits = {name: getattr(config, name) for name in _LIMITS}
+    free = all(v is None for v in limits.values())
+    if free and config.divergence_spreads == 0 and config.on_trouble == "continue":
+        return inner
+    return GovernedController(
+        inner=inner,
+        divergence_spreads=config.divergence_spreads,
+        divergence_steps=config.divergence_steps,
+        fallback=config.on_trouble == "fallback",
+        **limits,
+    )
+
+
+__all__ = ["CONTROLLERS", "Controller", "Decision", "Observation", "Reason", "build_controller"]

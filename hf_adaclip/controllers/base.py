@@ -23,13 +23,21 @@ class Reason(enum.IntEnum):
 
     WITHIN = 0
     WIDENED = 1
-    WARMUP = 2
-    VANISHING = 3
-    NEW_LEVEL = 4
-    CLIPPED = 5
-    SPIKE = 6
-    SCALER_SKIPPED = 7
-    NONFINITE = 8
+    FROZEN = 2
+    WARMUP = 3
+    VANISHING = 4
+    NEW_LEVEL = 5
+    LIMIT_FLOOR = 6
+    LIMIT_CEILING = 7
+    LIMIT_WIDENING = 8
+    CLIPPED = 9
+    SPIKE = 10
+    FALLBACK = 11
+    SCALER_SKIPPED = 12
+    NONFINITE = 13
+    TROUBLE_STATISTICS = 14
+    TROUBLE_DIVERGENCE = 15
+    TROUBLE_BUDGET = 16
 
     @property
     def sentence(self) -> str:
@@ -38,32 +46,48 @@ class Reason(enum.IntEnum):
 
     @property
     def phase(self) -> str:
-        """One word for dashboards: warmup, stable, unstable, vanishing or skipped."""
+        """One word for dashboards: warmup, stable, unstable, vanishing, limited, frozen, fallback, trouble or skipped."""
         return _PHASES[self]
 
 
 _SENTENCES = {
     Reason.WITHIN: "The norm is inside the range; the gradient was left as it was.",
     Reason.WIDENED: "The norm is inside the range and has been for a while; the range was widened a little.",
+    Reason.FROZEN: "The controller is frozen: it has stopped adapting, and the norm is inside the range that it kept.",
     Reason.WARMUP: "The controller is still learning what is normal; the static threshold rules.",
     Reason.VANISHING: "The norm fell below the range; nothing was clipped, the step is flagged as vanishing.",
     Reason.NEW_LEVEL: "Several excursions in a row agreed on one level; it is now the level, and nothing was clipped.",
+    Reason.LIMIT_FLOOR: "The controller wanted a threshold below `min_threshold`; the floor holds.",
+    Reason.LIMIT_CEILING: "The controller wanted a threshold above `max_threshold`; the ceiling holds.",
+    Reason.LIMIT_WIDENING: "The controller wanted to widen faster than `max_widening_step` or `max_widening_100` allows.",
     Reason.CLIPPED: "The norm is above the threshold; the gradient was scaled down to it.",
     Reason.SPIKE: "The norm left the range upward; the gradient was cut back and the range was narrowed.",
+    Reason.FALLBACK: "The controller was put aside after trouble; the static threshold rules from here on.",
     Reason.SCALER_SKIPPED: "The loss scaler found an overflow and skips the step; the controller learned nothing.",
     Reason.NONFINITE: "The norm is NaN or infinite; the step was skipped and nothing was learned from it.",
+    Reason.TROUBLE_STATISTICS: "Trouble: the controller's threshold is not a positive number.",
+    Reason.TROUBLE_DIVERGENCE: "Trouble: the training loss has stayed far above its best for `divergence_steps` steps.",
+    Reason.TROUBLE_BUDGET: "Trouble: more steps were left out than `max_skipped` allows.",
 }
 
 _PHASES = {
     Reason.WITHIN: "stable",
     Reason.WIDENED: "stable",
+    Reason.FROZEN: "frozen",
     Reason.WARMUP: "warmup",
     Reason.VANISHING: "vanishing",
     Reason.NEW_LEVEL: "stable",
+    Reason.LIMIT_FLOOR: "limited",
+    Reason.LIMIT_CEILING: "limited",
+    Reason.LIMIT_WIDENING: "limited",
     Reason.CLIPPED: "unstable",
     Reason.SPIKE: "unstable",
+    Reason.FALLBACK: "fallback",
     Reason.SCALER_SKIPPED: "skipped",
     Reason.NONFINITE: "skipped",
+    Reason.TROUBLE_STATISTICS: "trouble",
+    Reason.TROUBLE_DIVERGENCE: "trouble",
+    Reason.TROUBLE_BUDGET: "trouble",
 }
 
 

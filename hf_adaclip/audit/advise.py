@@ -1,0 +1,119 @@
+"""Would adaptive clipping have done anything in a run that somebody already has? `hf-adaclip advise`."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hf_adaclip.audit.ingest import Series
+from hf_adaclip.audit.replay import find_spikes, outcome, replay
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS
+
+ALWAYS_ON = 0.5
+"""A threshold that alters more than this share of steps does not guard against spikes, it sets the size of every step."""
+
+
+def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
+    """Look at a run's norms and say what was there and what each controller would have done with it.
+
+    Args:
+        series: Norms of the run.
+        max_grad_norm: The static threshold of the run, as far as it is known.
+
+    Returns:
+        JSON-ready findings; `verdict` and `uncertainty` are sentences, `recommended` are fields of `AdaptiveClipConfig`.
+    """
+    finite = series.norms[np.isfinite(series.norms)]
+    spikes = find_spikes(series.norms)
+    static_share = float((finite > max_grad_norm).mean()) if len(finite) else 0.0
+    arms = {}
+    for name in CONTROLLERS:
+        decided = replay(series, AdaptiveClipConfig(controller=name), static_threshold=max_grad_norm)
+        arms[name] = outcome(series, decided.coefficients, decided.reasons, spikes)
+    calm = np.delete(series.norms, spikes)
+    calm = calm[np.isfinite(calm)]
+    threshold = _round_up(float(np.quantile(calm, 0.99))) if len(calm) else 1.0
+    largest = sorted(spikes.tolist(), key=lambda i: -float(series.norms[i]))[:10]
+    median = float(np.median(calm)) if len(calm) else math.nan
+    return {
+        "path": series.path,
+        "source": series.source,
+        "steps_known": len(series),
+        "every": series.every,
+        "not_finite": int((~np.isfinite(series.norms)).sum()),
+        "median_norm": median,
+        "spikes": len(spikes),
+        "largest_spikes": [
+            {
+                "step": int(series.steps[i]),
+                "norm": float(series.norms[i]),
+                "times_median": float(series.norms[i]) / median,
+            }
+            for i in largest
+        ],
+        "max_grad_norm": max_grad_norm,
+        "static_altered_share": static_share,
+        "static_always_on": static_share > ALWAYS_ON,
+        "controllers": arms,
+        "recommended": {"controller": "adaptive", "static_threshold": threshold},
+        "verdict": _verdict(series, len(spikes), static_share, arms["adaptive"], max_grad_norm),
+        "uncertainty": _uncertainty(series, len(spikes)),
+    }
+
+
+def _verdict(series: Series, spikes: int, static_share: float, adaptive: dict[str, Any], max_grad_norm: float) -> str:
+    parts = []
+    bad = int((~np.isfinite(series.norms)).sum())
+    if bad:
+        parts.append(f"{bad} step(s) had a NaN or infinite norm; every one would have been left out without a trace.")
+    if spikes:
+        others = adaptive["altered"] - adaptive["spikes_cut"]
+        parts.append(
+            f"{spikes} spike(s) were found; adaptive clipping would have cut {adaptive['spikes_cut']} of them and altered "
+            f"{others / max(len(series), 1):.1%} of the other steps, its warm-up included."
+        )
+    elif not bad:
+        parts.append(
+            "No spike and no bad step was found: adaptive clipping would have had next to nothing to do here."
+        )
+    if static_share > ALWAYS_ON:
+        parts.append(
+            f"A static {max_grad_norm:g} altered {static_share:.0%} of the steps: it is always on, and acts as a second "
+            "learning rate rather than as a guard. Taking it away changes the run; tune the learning rate again."
+        )
+    elif static_share == 0:
+        parts.append(f"A static {max_grad_norm:g} never acted.")
+    else:
+        parts.append(f"A static {max_grad_norm:g} altered {static_share:.1%} of the steps.")
+    return " ".join(parts)
+
+
+def _uncertainty(series: Series, spikes: int) -> str:
+    if series.every == 1:
+        return "Every step is known."
+    low, high = wilson(spikes, len(series))
+    return (
+        f"Only one in {series.every} steps was logged, so most spikes, which last one step, are unseen: {spikes} in {len(series)} known "
+        f"steps means between {low * 1000:.1f} and {high * 1000:.1f} per 1000 steps (95 %). Controllers were replayed on the logged norms "
+        "alone, so their memory spans more steps than in a real run. Log every step, or run once with shadow=True, to know."
+    )
+
+
+def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (Wilson 1927): sensible for no hits at all."""
+    if total == 0:
+        return 0.0, 1.0
+    p = hits / total
+    centre = p + z * z / (2 * total)
+    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def _round_up(value: float) -> float:
+    """Two significant digits, upward."""
+    if not value > 0:
+        return 1.0
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return round(math.ceil(value / unit - 1e-9) * unit, 12)
