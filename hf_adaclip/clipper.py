@@ -2,8 +2,7 @@
 
 import contextlib
 import logging
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.accelerator import AcceleratorPort
+from hf_adaclip.alerts import Alerts
 from hf_adaclip.audit.ledger import Ledger
 from hf_adaclip.audit.records import (
     Summary,
@@ -23,11 +23,12 @@ from hf_adaclip.audit.records import (
 )
 from hf_adaclip.checkpoint import STATE_FILE, read_state, write_state
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
-from hf_adaclip.controllers import Observation, Reason, build_controller
+from hf_adaclip.controllers import Observation, build_controller
 from hf_adaclip.controllers.base import coefficient_of, is_finite_norm
 from hf_adaclip.controllers.ops import Ops, Value, ops_for
 from hf_adaclip.describe import describe
 from hf_adaclip.errors import ConfigError, StateError
+from hf_adaclip.events import ClipEvent
 from hf_adaclip.gradients import (
     Gradients,
     StepGuard,
@@ -110,6 +111,7 @@ class AdaptiveClipper:
             )
         self.config = config
         self.statistics = RunStatistics()
+        self.alerts = Alerts()
         self._controller = build_controller(config)
         self._static_threshold = 1.0 if config.static_threshold is None else config.static_threshold
         self._optimizers = optimizers
@@ -195,20 +197,12 @@ class AdaptiveClipper:
 
         if recorder.full:
             self.flush()
-        recorder.append(self._row(norm, summary, seen_loss, ops), observed if self._num_tensors else None)
+        loss_scale = None if self._port is None else self._port.loss_scale
+        recorder.record(norm, summary, seen_loss, loss_scale=loss_scale, scaled=self._scaled, norms=observed)
         measure = self._step % MEASURE_EVERY == 0 if measure is None else measure
         self._arm(gradients, finite, summary.pace, ops, measure)
         self._step += 1
         return total
-
-    def _row(self, norm: Value, summary: Summary, loss: Value, ops: Ops) -> tuple[Value, ...]:
-        reason = summary.reason
-        if self._scaled:
-            overflow = reason == ops(float(Reason.NONFINITE))
-            reason = ops.where(overflow, ops(float(Reason.SCALER_SKIPPED)), reason)
-        scale = None if self._port is None else self._port.loss_scale
-        scale_value = ops(math.nan) if scale is None else to_value(scale.float().reshape(()), ops)
-        return (norm, summary.threshold, summary.coefficient, summary.pace, reason, loss, scale_value)
 
     def _arm(self, gradients: Gradients, finite: Value, pace: Value, ops: Ops, measure: bool) -> None:
         recorder = self._recorder
@@ -284,15 +278,22 @@ class AdaptiveClipper:
         return ops, self._recorder
 
     def flush(self) -> None:
-        """Read the rows that wait on the device (the one host read), count them, write the ledger.
+        """Read the rows that wait on the device (the one host read), count them, write the ledger, tell of events.
 
         Raises:
             NonFiniteGradientError: `max_consecutive_nonfinite` steps in a row were skipped.
+            TrainingTroubleError: Trouble was found and `on_trouble` is 'stop'.
         """
         if self._recorder is None:
             return
-        self._recorder.flush()
+        events = self._recorder.flush()
+        self.alerts.tell(events)
         self.statistics.stop_if_hopeless(self.config.max_consecutive_nonfinite, last_step=self._step - 1)
+        self.alerts.stop_on_trouble(self.config.on_trouble, events)
+
+    def on_event(self, listener: Callable[[ClipEvent], None]) -> None:
+        """Call `listener` with every [`ClipEvent`], when the rows are read."""
+        self.alerts.listeners.append(listener)
 
     def metrics(self) -> dict[str, float | int | str]:
         """What to log: the last decision, and what happened since the last call. Reads the device once."""
@@ -310,6 +311,8 @@ class AdaptiveClipper:
         self._closed = True
         try:
             self.flush()
+            if self._recorder is not None:
+                self.alerts.tell(self._recorder.finish())
         finally:
             for guard in self._guards:
                 guard.detach()

@@ -33,6 +33,19 @@ class LedgerError(HfAdaclipError, RuntimeError):
     """A ledger cannot be read or written at all (a ledger that is readable but wrong is a finding, not an error)."""
 
 
+class TrainingTroubleError(HfAdaclipError, RuntimeError):
+    """Trouble was found and `on_trouble` is 'stop': the run ends here, with the weights as they are.
+
+    Args:
+        message: The full text for people.
+        step: The optimizer step at which trouble was found, counted from 0.
+    """
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class NonFiniteGradientError(HfAdaclipError, RuntimeError):
     """Too many steps in a row had a NaN or infinite gradient norm; every one of them was skipped.
 

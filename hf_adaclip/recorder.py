@@ -1,5 +1,6 @@
 """What happened in a run: rows on the device, counts on the host, lines in the ledger."""
 
+import math
 import time
 from datetime import datetime, timezone
 from typing import Any
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.audit.ledger import Ledger
-from hf_adaclip.audit.records import state_to_json, step_record
+from hf_adaclip.audit.records import Summary, state_to_json, step_record
 from hf_adaclip.audit.ring import COLUMNS, DeviceRing, HostRing, Ring
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.events import ClipEvent, EventTracker
+from hf_adaclip.gradients import to_value
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.versions import environment
 
@@ -41,7 +44,9 @@ class Recorder:
         first_step: int,
         ledger: Ledger | None,
     ) -> None:
+        self._events = EventTracker()
         self._ring: Ring = HostRing(capacity) if ops.on_host else DeviceRing(capacity, num_tensors, device)
+        self._ops, self._num_tensors = ops, num_tensors
         self._statistics = statistics
         self._next_record = first_step
         self._times: list[float] = []
@@ -53,9 +58,26 @@ class Recorder:
         """Whether the rows have to be read before another one fits."""
         return self._ring.full
 
-    def append(self, values: tuple[Any, ...], norms: Any = None) -> None:
-        """Add the row of one step: a float32 value per column but `applied_norm`."""
-        self._ring.append(values, norms)
+    def record(
+        self, norm: Value, summary: Summary, loss: Value, *, loss_scale: Tensor | None, scaled: bool, norms: Value
+    ) -> None:
+        """Add the row of one step.
+
+        Args:
+            norm: Global norm before clipping.
+            summary: What was decided.
+            loss: Training loss, NaN when unknown.
+            loss_scale: The loss scaler's scale, on the device; None without one.
+            scaled: Whether a loss scaler is active: then it is who leaves a step out that is not finite.
+            norms: What the controller looked at; recorded too when the granularity is per tensor.
+        """
+        ops, reason = self._ops, summary.reason
+        if scaled:
+            overflow = reason == ops(float(Reason.NONFINITE))
+            reason = ops.where(overflow, ops(float(Reason.SCALER_SKIPPED)), reason)
+        scale = ops(math.nan) if loss_scale is None else to_value(loss_scale.float().reshape(()), ops)
+        values = (norm, summary.threshold, summary.coefficient, summary.pace, reason, loss, scale)
+        self._ring.append(values, norms if self._num_tensors else None)
         self._times.append(time.monotonic() - self._started)
 
     def set_applied(self, norm: Tensor) -> None:
@@ -63,22 +85,30 @@ class Recorder:
         if len(self._ring):
             self._ring.set_applied(norm)
 
-    def flush(self) -> None:
-        """Read all rows (one host read), count them, write them down."""
+    def flush(self) -> list[ClipEvent]:
+        """Read all rows (one host read), count them, write them down; returns the events that they complete."""
         if not len(self._ring):
-            return
+            return []
+        events: list[ClipEvent] = []
         rows = self._ring.drain()
         times, self._times = self._times, []
         records = []
         for position, (values, seconds) in enumerate(zip(rows.values, times, strict=True)):
             row = dict(zip(COLUMNS, values, strict=True))
-            self._statistics.add(row, Reason(int(row["reason"])))
+            reason = Reason(int(row["reason"]))
+            self._statistics.add(row, reason)
+            events.extend(self._events.feed(self._next_record, row, reason))
             if self.ledger is not None:
                 norms = None if rows.norms is None else rows.norms[position]
                 records.append(step_record(self._next_record, row, seconds, norms))
             self._next_record += 1
         if self.ledger is not None:
             self.ledger.steps(records)
+        return events
+
+    def finish(self) -> list[ClipEvent]:
+        """Events that were still going on when the run ended."""
+        return list(self._events.finish())
 
 
 def ledger_header(

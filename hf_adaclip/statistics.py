@@ -7,6 +7,7 @@ from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import NonFiniteGradientError
 
 _SKIPPED = (Reason.NONFINITE, Reason.SCALER_SKIPPED)
+_TROUBLE = (Reason.TROUBLE_STATISTICS, Reason.TROUBLE_DIVERGENCE, Reason.TROUBLE_BUDGET)
 
 
 class RunStatistics:
@@ -16,6 +17,7 @@ class RunStatistics:
         self.counts: Counter[Reason] = Counter()
         self.clipped = 0
         self.consecutive_nonfinite = 0
+        self.trouble: Reason | None = None
         self._window_steps = 0
         self._window_clipped = 0
         self._last: dict[str, float] | None = None
@@ -36,6 +38,8 @@ class RunStatistics:
         self.counts[reason] += 1
         self.clipped += altered
         self.consecutive_nonfinite = self.consecutive_nonfinite + 1 if reason is Reason.NONFINITE else 0
+        if reason in _TROUBLE and self.trouble is None:
+            self.trouble = reason
         self._window_steps += 1
         self._window_clipped += altered
         self._last, self._last_reason = row, reason

@@ -19,7 +19,7 @@ LAYERS = [
     ("controllers",),
     ("config", "gradients", "accelerator"),
     ("checkpoint", "statistics", "audit"),
-    ("recorder", "describe"),
+    ("events", "alerts", "recorder", "describe"),
     ("clipper",),
     ("convergence", "integrations"),
     ("cli",),

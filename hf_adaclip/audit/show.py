@@ -1,5 +1,6 @@
 """Findings of replay, advise and diff as text and pictures for people."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def keep_extremes(x: np.ndarray, y: np.ndarray, limit: int = _MAX_POINTS) -> np.
     low, high = np.where(np.isfinite(y), y, np.inf), np.where(np.isfinite(y), y, -np.inf)
     chosen = [
         start + offset
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        for start, stop in pairwise(edges)
         for offset in sorted({int(np.argmin(low[start:stop])), int(np.argmax(high[start:stop]))})
     ]
     return np.array(chosen)

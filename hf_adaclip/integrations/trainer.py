@@ -16,7 +16,8 @@ from transformers import Trainer
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.convergence.callback import ConvergenceCallback
-from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.errors import ConfigError, TrainingTroubleError, UnsupportedSetupError
+from hf_adaclip.events import ClipEvent
 from hf_adaclip.support import check_distributed_type
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class AdaptiveClipMixin(_Base):
         # The optimizer exists, and is prepared by Accelerate, only once training has begun.
         if self.clipper is None:
             self.clipper = AdaptiveClipper(self.clip_config, accelerator=self.accelerator, optimizer=self.optimizer)
+            self.clipper.on_event(self._tell_callbacks)
+            self.clipper.alerts.stop = self._end_on_trouble
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())
         return self.clipper
 
@@ -103,6 +106,17 @@ class AdaptiveClipMixin(_Base):
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         loss, self._step_loss = self._step_loss, None
         return self._ready_clipper().clip_(model.parameters(), loss=loss, measure=self._logs_after_this_step())
+
+    def _end_on_trouble(self, error: TrainingTroubleError) -> None:
+        logger.error("%s A checkpoint of the weights as they are now is kept.", error)
+        self.control.should_save = True
+        self.control.should_training_stop = True
+
+    def _tell_callbacks(self, event: ClipEvent) -> None:
+        for callback in self.callback_handler.callbacks:
+            hook = getattr(callback, "on_clip_event", None)
+            if hook is not None:
+                hook(self.args, self.state, self.control, event=event)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1

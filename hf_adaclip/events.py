@@ -1,0 +1,162 @@
+"""Adjustments of a run as events for people: what changed, when, from what to what, and why."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from hf_adaclip.controllers import Reason
+
+Kind = Literal[
+    "widened",
+    "tightened",
+    "spike",
+    "clipped",
+    "new_level",
+    "vanishing",
+    "limit",
+    "frozen",
+    "fallback",
+    "trouble",
+    "skipped",
+    "pace_raised",
+    "pace_lowered",
+]
+
+ALARMING: Final = frozenset({"trouble", "fallback", "limit", "skipped"})
+"""Kinds that are logged as warnings, each once per run (skipped steps each time); the others are only information."""
+
+_KINDS: Final[dict[Reason, Kind]] = {
+    Reason.WIDENED: "widened",
+    Reason.FROZEN: "frozen",
+    Reason.VANISHING: "vanishing",
+    Reason.NEW_LEVEL: "new_level",
+    Reason.LIMIT_FLOOR: "limit",
+    Reason.LIMIT_CEILING: "limit",
+    Reason.LIMIT_WIDENING: "limit",
+    Reason.CLIPPED: "clipped",
+    Reason.SPIKE: "spike",
+    Reason.FALLBACK: "fallback",
+    Reason.SCALER_SKIPPED: "skipped",
+    Reason.NONFINITE: "skipped",
+    Reason.TROUBLE_STATISTICS: "trouble",
+    Reason.TROUBLE_DIVERGENCE: "trouble",
+    Reason.TROUBLE_BUDGET: "trouble",
+}
+_SINGLE: Final = frozenset({"spike", "new_level", "trouble"})
+_PACE_SENTENCES: Final[dict[str, str]] = {
+    "pace_raised": "The norm is calm and the loss is falling; the learning rate of the step was raised.",
+    "pace_lowered": "The norm left its range or the step was left out; the learning rate of the step was taken back.",
+}
+_TIGHTENED: Final = "The range is narrower after an excursion; it widens again while training is stable."
+
+
+@dataclass(frozen=True)
+class ClipEvent:
+    """One adjustment, or a run of the same adjustment in consecutive steps.
+
+    Attributes:
+        step: First optimizer step concerned, counted from 0.
+        until: Last one.
+        kind: What happened.
+        before, after: For `spike` and `clipped` the largest norm and what was applied of it; for `pace_*` the pace; otherwise the
+            threshold.
+        reason: Why, in a sentence.
+    """
+
+    step: int
+    until: int
+    kind: Kind
+    before: float
+    after: float
+    reason: str
+
+    def __str__(self) -> str:
+        steps = f"step {self.step}" if self.step == self.until else f"steps {self.step}-{self.until}"
+        return f"{steps}: {self.kind.replace('_', ' ')}, {self.before:.4g} -> {self.after:.4g}. {self.reason}"
+
+
+@dataclass
+class _Run:
+    kind: Kind
+    reason: str
+    first: int
+    last: int
+    before: float
+    after: float
+
+    def event(self) -> ClipEvent:
+        return ClipEvent(self.first, self.last, self.kind, self.before, self.after, self.reason)
+
+
+class EventTracker:
+    """Turns steps, one after another, into events. The same rows always give the same events, live or from a ledger."""
+
+    def __init__(self) -> None:
+        self._edge: float | None = None
+        self._pace = 1.0
+        self._run: _Run | None = None
+        self._pace_run: _Run | None = None
+        self._narrowed = False
+
+    def feed(self, step: int, row: dict[str, float], reason: Reason) -> Iterator[ClipEvent]:
+        """Events that this step completes.
+
+        Args:
+            step: Optimizer step.
+            row: At least `norm`, `threshold`, `coefficient` and `pace`.
+            reason: The step's reason.
+        """
+        threshold, quiet = row["threshold"], row["coefficient"] == 1
+        kind = _KINDS.get(reason)
+        before, after = (self._edge if self._edge is not None else threshold), threshold
+        if kind in ("spike", "clipped"):
+            before, after = row["norm"], row["norm"] * row["coefficient"]
+        if self._narrowed and quiet and reason not in (Reason.NONFINITE, Reason.SCALER_SKIPPED):
+            self._narrowed = False
+            if self._edge is not None and threshold < self._edge:
+                yield ClipEvent(step, step, "tightened", self._edge, threshold, _TIGHTENED)
+                before = threshold
+        yield from self._step(kind, step, before, after, reason.sentence)
+        yield from self._pace_step(step, row["pace"])
+        if kind == "spike":
+            self._narrowed = True
+        if quiet and reason not in (Reason.NONFINITE, Reason.SCALER_SKIPPED):
+            self._edge = threshold
+
+    def finish(self) -> Iterator[ClipEvent]:
+        """Events that were still open at the end of the run."""
+        for run in (self._run, self._pace_run):
+            if run is not None:
+                yield run.event()
+        self._run = self._pace_run = None
+
+    def _step(self, kind: Kind | None, step: int, before: float, after: float, reason: str) -> Iterator[ClipEvent]:
+        run = self._run
+        if run is not None and kind == run.kind and reason == run.reason and kind not in _SINGLE:
+            run.last = step
+            if kind == "clipped" and before > run.before:
+                run.before, run.after = before, after
+            elif kind != "clipped":
+                run.after = after
+            return
+        if run is not None:
+            yield run.event()
+        self._run = None
+        if kind in _SINGLE:
+            assert kind is not None
+            yield ClipEvent(step, step, kind, before, after, reason)
+        elif kind is not None:
+            self._run = _Run(kind, reason, step, step, before, after)
+
+    def _pace_step(self, step: int, pace: float) -> Iterator[ClipEvent]:
+        if pace == self._pace:
+            return
+        kind: Kind = "pace_raised" if pace > self._pace else "pace_lowered"
+        run = self._pace_run
+        if run is not None and run.kind == kind:
+            run.last, run.after = step, pace
+        else:
+            if run is not None:
+                yield run.event()
+            self._pace_run = _Run(kind, _PACE_SENTENCES[kind], step, step, self._pace, pace)
+        self._pace = pace
