@@ -343,10 +343,7 @@ class AdaptiveClipper:
     def install(self) -> Iterator["AdaptiveClipper"]:
         """Answer the accelerator's `clip_grad_norm_` while the context is open; afterwards it is as it was.
 
-        The script's `max_norm` becomes the static threshold, unless the config sets one.
-
-        Raises:
-            ConfigError: There is no accelerator.
+        The script's `max_norm` becomes the static threshold, unless the config sets one. Raises ConfigError without an accelerator.
         """
         if self._port is None:
             raise ConfigError("`accelerator` must be given to AdaptiveClipper before `install`, but is None instead.")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,16 @@ class Series:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def decisions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Thresholds and coefficients as they were recorded.
+
+        Raises:
+            LedgerError: The log holds norms only.
+        """
+        if self.thresholds is None or self.coefficients is None:
+            raise LedgerError(f"{self.path} must hold decisions, but {self.source} holds norms only.")
+        return self.thresholds, self.coefficients
 
 
 def load_series(path: str | Path) -> Series:
@@ -110,7 +121,7 @@ def _from_ledger(path: Path) -> Series:
                 )
             for key, value in values_now.items():
                 rows[key].append(value)
-            reasons.append(str(line.get("reason")))
+            reasons.append(sys.intern(str(line.get("reason"))))
     if not reasons:
         raise LedgerError(f"{path} holds no step.")
     return Series(

@@ -66,6 +66,17 @@ def parse_number(value: Any) -> float:
     return float(value)
 
 
+def plain(value: Any) -> Any:
+    """A nested value ready for strict JSON: infinities and NaN become strings, tuples lists."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
 def encode(line: dict[str, Any]) -> bytes:
     """One line of the ledger, newline included."""
     return (json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n").encode("utf-8")

@@ -1,27 +1,76 @@
 """`README.md` of a comparison: a model card that states the question, the rules, and every result, losses as well as wins."""
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.convergence.present import heading, markdown_table, notes
 from hf_adaclip.convergence.tuning import Tuned
+from hf_adaclip.errors import LedgerError
+
+GRAMS_CO2_PER_WH: Final = 0.48
+"""World average of electricity (Ember, Global Electricity Review 2024: 480 g per kWh in 2023)."""
+
+_TASK_TYPES: Final = {"accuracy": "image-classification", "perplexity": "text-generation"}
 
 
-def write_card(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned]) -> Path:
-    """Write the card into the comparison's folder."""
-    from huggingface_hub import ModelCard, ModelCardData
+def write_card(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned], path: Path | None = None) -> Path:
+    """Write the card, by default as README.md into the comparison's folder."""
+    from huggingface_hub import ModelCard
 
-    data = ModelCardData(
-        library_name="transformers",
-        license="apache-2.0",
-        tags=["hf_adaclip", "gradient-clipping", "time-to-convergence"],
-    )
-    path = output / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(comparison, tuned)}").save(path)
+    path = path or output / "README.md"
+    text = _body(comparison, output, tuned)
+    ModelCard(f"---\n{card_metadata(comparison).to_yaml()}\n---\n\n{text}").save(path)
     return path
 
 
-def _body(comparison: dict[str, Any], tuned: dict[str, Tuned]) -> str:
+def card_metadata(comparison: dict[str, Any]) -> Any:
+    """Metadata for the Hub, a `huggingface_hub.ModelCardData`: tags, data, every arm's result, and emissions where energy was measured."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = []
+    for task in comparison["tasks"]:
+        for entry in task["arms"]:
+            for metric, value in (
+                (task["quality"], entry["median_quality"]),
+                ("steps to target", entry["median_step"]),
+            ):
+                if value is None or not math.isfinite(float(value)):
+                    continue  # a target that was never reached has no number; the table says so
+                results.append(
+                    EvalResult(
+                        task_type=_TASK_TYPES[task["quality"]],
+                        dataset_type=task["task"],
+                        dataset_name=task["title"],
+                        metric_type=metric,
+                        metric_name=f"{metric}, median of {comparison['seeds']} seeds, arm {entry['arm']}",
+                        metric_value=round(float(value), 6),
+                    )
+                )
+    data = ModelCardData(
+        model_name="hf_adaclip comparison",
+        library_name="transformers",
+        license="apache-2.0",
+        language="en",
+        datasets=[task["task"] for task in comparison["tasks"]],
+        tags=["hf_adaclip", "gradient-clipping", "time-to-convergence"],
+        eval_results=results or None,
+    )
+    energy = comparison["energy"]
+    if energy is not None and energy["measured"]:
+        spent = [row["energy_wh"] for t in comparison["tasks"] for e in t["arms"] for row in e["seeds"]]
+        total = sum(float(wh) for wh in spent if wh is not None and math.isfinite(float(wh)))
+        data.co2_eq_emissions = {
+            "emissions": round(total * GRAMS_CO2_PER_WH, 3),
+            "source": f"energy to target measured by {energy['source']}, at the world average of 480 g CO2 per kWh",
+            "training_type": "pre-training",
+            "hardware_used": comparison["device"],
+        }
+    return data
+
+
+def _body(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in comparison["versions"].items())
     parts = [
         "# Time to target: adaptive clipping against the stock Trainer",
@@ -40,7 +89,7 @@ def _body(comparison: dict[str, Any], tuned: dict[str, Tuned]) -> str:
             _every_seed(task),
         ]
     ledgers = [
-        f"| {task['task']} | {entry['arm']} | {row['seed']} | {row['ledger']['summary']} |"
+        f"| {task['task']} | {entry['arm']} | {row['seed']} | {row['ledger']['summary']} | {_seal(output, task, entry, row)} |"
         for task in comparison["tasks"]
         for entry in task["arms"]
         for row in entry["seeds"]
@@ -50,7 +99,7 @@ def _body(comparison: dict[str, Any], tuned: dict[str, Tuned]) -> str:
         "## Rules",
         "\n".join(f"- {note}" for note in notes(comparison)),
         "## Ledgers",
-        "\n".join(["| task | arm | seed | `hf-adaclip verify` |", "| --- | --- | --- | --- |", *ledgers]),
+        "\n".join(["| task | arm | seed | `hf-adaclip verify` | last seal |", "| --- " * 5 + "|", *ledgers]),
         "## Reproduce",
         f"```\n{comparison['command']}\n```",
         f"{comparison['created']}, {comparison['device']}, {versions}. The raw numbers are in `comparison.json`, the runs in `runs/`.",
@@ -67,3 +116,12 @@ def _every_seed(task: dict[str, Any]) -> str:
                 f"| {entry['arm']} | {row['seed']} | {steps} | {float(row['final_eval_loss']):.4f} | {row['error'] or ''} |"
             )
     return "\n".join(lines)
+
+
+def _seal(output: Path, task: dict[str, Any], entry: dict[str, Any], row: dict[str, Any]) -> str:
+    """Hash of the ledger's last seal: a ledger with this hash at its end is the one that the card speaks of."""
+    path = output / "runs" / task["task"] / entry["arm"] / f"seed-{row['seed']}" / row["ledger"]["file"]
+    try:
+        return f"`{find_tail(path).sha256}`"
+    except (OSError, LedgerError):
+        return "-"

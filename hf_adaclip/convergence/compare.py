@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 
+from hf_adaclip.audit.schema import plain
 from hf_adaclip.convergence.arms import ARMS, DEFAULT_LEARNING_RATE, STOCK, Arm, RunSpec, clip_config
 from hf_adaclip.convergence.pool import run_all
 from hf_adaclip.convergence.statistics import PairedRatio, median, paired_ratio
@@ -61,7 +62,7 @@ def compare(
     _refuse_other_settings(output, specs)
     results = run_all(specs, output, jobs=jobs, quiet=quiet)
     comparison = summarise(tasks, arms, seeds, tuned, results, command)
-    (output / COMPARISON_FILE).write_text(json.dumps(_plain(comparison), indent=1) + "\n", encoding="utf-8")
+    (output / COMPARISON_FILE).write_text(json.dumps(plain(comparison), indent=1) + "\n", encoding="utf-8")
     return comparison
 
 
@@ -72,7 +73,7 @@ def tune_tasks(output: Path, tasks: Sequence[str], *, jobs: int, command: str, q
     tuned = {task: settle(TASKS[task], [r for r in results if r["spec"]["task"] == task]) for task in tasks}
     date = datetime.now(timezone.utc).date().isoformat()
     values = tuned_to_json(tuned, command=command, date=date, versions=environment())
-    (output / "tuned.json").write_text(json.dumps(_plain(values), indent=1) + "\n", encoding="utf-8")
+    (output / "tuned.json").write_text(json.dumps(plain(values), indent=1) + "\n", encoding="utf-8")
     return tuned
 
 
@@ -217,14 +218,3 @@ def _refuse_other_settings(output: Path, specs: Sequence[RunSpec]) -> None:
                 f"`output` must be a new folder or one of the same comparison, but {path} was made with another "
                 f"{', '.join(f'`{c}`' for c in changed)}. Choose another folder, or remove this one."
             )
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity: it becomes the string "inf", NaN the string "nan"."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

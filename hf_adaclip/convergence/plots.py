@@ -3,14 +3,12 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
+from hf_adaclip.audit.figures import COLOURS, style
 from hf_adaclip.convergence.worker import RESULT_FILE
-
-# Okabe-Ito: told apart with any colour vision, on white and on dark ground.
-COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 
 def load_curves(output: Path, task: str, arm: str, seeds: int) -> list[tuple[list[float], list[float], list[float]]]:
@@ -39,7 +37,7 @@ def median_curve(
     return np.median([c[axis] for c in full], axis=0), np.median([c[2] for c in full], axis=0)
 
 
-def draw_png(comparison: dict[str, Any], output: Path) -> Path:
+def draw_png(comparison: dict[str, Any], output: Path, path: Path | None = None) -> Path:
     """One row per task, eval loss over steps and over seconds; thin lines are seeds, thick ones medians."""
     from matplotlib.figure import Figure
 
@@ -69,7 +67,7 @@ def draw_png(comparison: dict[str, Any], output: Path) -> Path:
             axis.spines[["top", "right"]].set_visible(False)
         row[0].set_title(task["title"], loc="left", fontsize=10)
         row[1].legend(frameon=False, fontsize=9)
-    path = output / "curves.png"
+    path = path or output / "curves.png"
     figure.savefig(path, dpi=110)
     return path
 
@@ -105,50 +103,3 @@ def plotly_curves(comparison: dict[str, Any], output: Path, task: dict[str, Any]
         line={"color": "#888888", "width": 1, "dash": "dash"},
     )
     return style(figure, "optimizer steps", "eval loss")
-
-
-def plotly_norms(records: list[dict[str, Any]]) -> Any:
-    """Norm before clipping and threshold of one run on a log axis, altered steps marked."""
-    import plotly.graph_objects as go
-
-    steps = [r["step"] for r in records]
-    norms = [_finite(r["norm"]) for r in records]
-    altered = [(r["step"], _finite(r["norm"])) for r in records if r["coefficient"] != 1.0]
-    skipped = [r["step"] for r in records if r["reason"] in ("NONFINITE", "SCALER_SKIPPED")]
-    figure = go.Figure()
-    figure.add_scatter(x=steps, y=norms, mode="lines", name="norm", line={"color": COLOURS[0], "width": 1.5})
-    thresholds = [_finite(r["threshold"]) for r in records]
-    figure.add_scatter(x=steps, y=thresholds, mode="lines", name="threshold", line={"color": COLOURS[1], "width": 1.5})
-    figure.add_scatter(
-        x=[s for s, _ in altered],
-        y=[n for _, n in altered],
-        mode="markers",
-        name="clipped",
-        marker={"color": COLOURS[4], "size": 7, "symbol": "triangle-down"},
-    )
-    for step in skipped:
-        figure.add_vline(x=step, line_color=COLOURS[3], line_width=1, annotation_text="skipped")
-    return style(figure, "optimizer steps", "gradient norm")
-
-
-def style(figure: Any, x: str, y: str) -> Any:
-    """One look for all figures: transparent, so that they sit on a light and on a dark page."""
-    figure.update_layout(
-        xaxis_title=x,
-        yaxis_title=y,
-        yaxis_type="log",
-        height=380,
-        margin={"l": 60, "r": 16, "t": 32, "b": 48},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#808080", "family": "system-ui, sans-serif"},
-        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
-        hovermode="x unified",
-    )
-    figure.update_xaxes(gridcolor="rgba(128,128,128,0.25)", zeroline=False)
-    figure.update_yaxes(gridcolor="rgba(128,128,128,0.25)", zeroline=False)
-    return figure
-
-
-def _finite(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None

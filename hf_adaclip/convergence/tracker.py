@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from hf_adaclip.audit.schema import plain
 from hf_adaclip.convergence.energy import EnergyMeter
 
 CONVERGENCE_FILE: Final = "convergence.jsonl"
@@ -104,7 +105,7 @@ class Stopwatch:
 def append_point(path: Path, point: Point) -> None:
     """Add a line to `convergence.jsonl`; non-finite metrics become strings."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(asdict(point)), allow_nan=False) + "\n")
+        file.write(json.dumps(plain(asdict(point)), allow_nan=False) + "\n")
 
 
 def read_points(path: Path) -> list[Point]:
@@ -125,11 +126,3 @@ def read_points(path: Path) -> list[Point]:
                 break
             raise ValueError(f"{path}, line {number}, is not a point of convergence: {error}") from error
     return points
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

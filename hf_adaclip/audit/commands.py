@@ -1,0 +1,202 @@
+"""The commands `verify`, `replay`, `advise`, `diff` and `report`."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_adaclip.audit.schema import plain
+from hf_adaclip.errors import ConfigError, LedgerError
+
+Commands = Any  # argparse keeps the type of its sub-parsers' collection private
+_LOGS = "clip_ledger.jsonl, a stock trainer_state.json, a CSV with step and norm columns, or a folder of TensorBoard events"
+
+
+def add_commands(commands: Commands) -> None:
+    """Add them to the console command."""
+    _add_verify(commands)
+    _add_replay(commands)
+    _add_advise(commands)
+    _add_diff(commands)
+
+
+def _add_verify(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="check a ledger: its chain, its continuity, and that each decision follows from the recorded norms",
+        description="Check ledgers from first byte to last. Exit code 0: verified; 1: something was violated; 2: not readable as a ledger.",
+    )
+    parser.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER", help="clip_ledger.jsonl of a run")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.set_defaults(run=_verify)
+
+
+def _add_replay(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "replay",
+        help="what another controller or setting would have decided on the same norms",
+        description="Run controllers over the norms of a run. Counterfactual on thresholds only: had the run been clipped otherwise, the "
+        "norms after it would have been others.",
+    )
+    parser.add_argument("log", type=Path, metavar="LEDGER", help=_LOGS)
+    parser.add_argument(
+        "--controller",
+        action="append",
+        default=None,
+        help="controller to replay; may be given several times (default: all)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="field of AdaptiveClipConfig, such as decay=0.9",
+    )
+    parser.add_argument(
+        "--max-grad-norm", type=float, default=None, help="threshold of the warm-up (default: the run's, or 1.0)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, default=None, metavar="PNG", help="draw thresholds and cut steps into this file"
+    )
+    parser.add_argument("--json", action="store_true", help="print the outcomes as JSON")
+    parser.set_defaults(run=_replay)
+
+
+def _add_advise(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "advise",
+        help="would adaptive clipping have done anything in a run that you already have?",
+        description="Look at the gradient norms of any run and say what was there, what a static threshold did, what each controller "
+        "would have done, and which config to begin with.",
+    )
+    parser.add_argument("log", type=Path, metavar="FILE", help=_LOGS)
+    parser.add_argument(
+        "--max-grad-norm", type=float, default=1.0, help="static threshold of that run (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.set_defaults(run=_advise)
+
+
+def _add_diff(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "diff",
+        help="where two runs part, and why",
+        description="Compare two ledgers step by step. Exit code 0: equal; 1: they part; 2: not readable.",
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="clip_ledger.jsonl of one run")
+    parser.add_argument("b", type=Path, metavar="B", help="clip_ledger.jsonl of the other")
+    parser.add_argument("--json", action="store_true", help="print the difference as JSON")
+    parser.set_defaults(run=_diff)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from hf_adaclip.audit import verify_ledger
+
+    code, reports = 0, []
+    for path in arguments.ledgers:
+        try:
+            report = verify_ledger(path)
+        except LedgerError as error:
+            print(f"hf-adaclip: {error}", file=sys.stderr)
+            reports.append({"path": str(path), "ok": None, "error": str(error)})
+            code = 2
+            continue
+        reports.append(report.to_dict())
+        code = max(code, 0 if report.ok else 1)
+        if not arguments.json:
+            print(report.summary())
+            for finding in report.findings:
+                print(f"  {finding}")
+            hidden = report.num_violations - sum(f.violation for f in report.findings)
+            if hidden > 0:
+                print(f"  ... and {hidden} more violations")
+    if arguments.json:
+        print(json.dumps(reports, indent=1))
+    return code
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from hf_adaclip.audit.ingest import load_series
+    from hf_adaclip.audit.replay import find_spikes, outcome, replay
+    from hf_adaclip.audit.show import COUNTERFACTUAL, draw_replay, outcome_table
+    from hf_adaclip.config import AdaptiveClipConfig
+    from hf_adaclip.controllers import CONTROLLERS
+
+    changes = dict(_setting(text) for text in arguments.set)
+    names = arguments.controller or list(CONTROLLERS)
+    configs = [AdaptiveClipConfig.from_dict({"controller": name, **changes}) for name in names]
+    series = load_series(arguments.log)
+    static = _positive(arguments.max_grad_norm, (series.header or {}).get("static_threshold"))
+    spikes = find_spikes(series.norms)
+    rows: dict[str, Any] = {}
+    if series.coefficients is not None:
+        rows[f"recorded ({(series.header or {}).get('controller')})"] = outcome(
+            series, series.coefficients, series.reasons, spikes
+        )
+    replays = [replay(series, config, static_threshold=static) for config in configs]
+    for done in replays:
+        rows[done.config.controller] = outcome(series, done.coefficients, done.reasons, spikes)
+    if arguments.plot is not None:
+        draw_replay(series, replays, arguments.plot)
+    if arguments.json:
+        settings = {
+            "path": series.path,
+            "source": series.source,
+            "every": series.every,
+            "static_threshold": static,
+            "set": changes,
+        }
+        print(json.dumps(plain({**settings, "note": COUNTERFACTUAL, "outcomes": rows}), indent=1))
+        return 0
+    print(
+        f"{series.path} ({series.source}): {len(series)} norms, {len(spikes)} spike(s), static threshold {static:g}\n"
+    )
+    print(outcome_table(rows))
+    print(f"\n{COUNTERFACTUAL}")
+    if arguments.plot is not None:
+        print(f"Picture: {arguments.plot}")
+    return 0
+
+
+def _advise(arguments: argparse.Namespace) -> int:
+    from hf_adaclip.audit.advise import advise
+    from hf_adaclip.audit.ingest import load_series
+    from hf_adaclip.audit.show import advice_text
+
+    advice = advise(load_series(arguments.log), max_grad_norm=_positive(arguments.max_grad_norm, None))
+    print(json.dumps(plain(advice), indent=1) if arguments.json else advice_text(advice))
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from hf_adaclip.audit.diff import diff_ledgers
+
+    found = diff_ledgers(arguments.a, arguments.b)
+    if arguments.json:
+        print(json.dumps(plain(found), indent=1))
+    else:
+        print(found["why"])
+        for name, (a, b) in (found["first"] or {"fields": {}})["fields"].items():
+            print(f"  {name}: {a} | {b}")
+        for name, (a, b) in found["settings"].items():
+            print(f"  setting {name}: {a} | {b}")
+    return 0 if found["first"] is None else 1
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"`--set` must be FIELD=VALUE, but is {text!r} instead.")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value
+
+
+def _positive(given: float | None, recorded: Any) -> float:
+    value = given if given is not None else (recorded if isinstance(recorded, int | float) else 1.0)
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"`--max-grad-norm` must be finite and above 0, but is {value} instead.")
+    return float(value)
