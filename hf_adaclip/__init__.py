@@ -12,8 +12,10 @@ from hf_adaclip.errors import (
     LedgerError,
     NonFiniteGradientError,
     StateError,
+    TrainingTroubleError,
     UnsupportedSetupError,
 )
+from hf_adaclip.events import ClipEvent
 
 if TYPE_CHECKING:
     from hf_adaclip.integrations.trainer import AdaptiveClipMixin, AdaptiveClipTrainer, attach
@@ -33,12 +35,14 @@ __all__ = [
     "AdaptiveClipMixin",
     "AdaptiveClipTrainer",
     "AdaptiveClipper",
+    "ClipEvent",
     "ConfigError",
     "HfAdaclipError",
     "LedgerError",
     "NonFiniteGradientError",
     "Reason",
     "StateError",
+    "TrainingTroubleError",
     "UnsupportedSetupError",
     "attach",
 ]

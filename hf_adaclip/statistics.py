@@ -1,21 +1,30 @@
 """Counts of a run on the host, fed by the rows that the ring brings."""
 
+import math
 from collections import Counter
 from typing import Any
 
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import NonFiniteGradientError
 
-_SKIPPED = (Reason.NONFINITE, Reason.SCALER_SKIPPED)
 _TROUBLE = (Reason.TROUBLE_STATISTICS, Reason.TROUBLE_DIVERGENCE, Reason.TROUBLE_BUDGET)
 
 
 class RunStatistics:
-    """How many steps were treated how, and the last decision."""
+    """How many steps were treated how, and the last decision.
+
+    Attributes:
+        counts: Steps by reason.
+        clipped: Steps whose gradient was scaled down.
+        skipped: Steps left out because the norm was not finite, by us or by a loss scaler.
+        consecutive_nonfinite: How many of ours have come in a row.
+        trouble: The first trouble found, or None.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[Reason] = Counter()
         self.clipped = 0
+        self.skipped = 0
         self.consecutive_nonfinite = 0
         self.trouble: Reason | None = None
         self._window_steps = 0
@@ -27,17 +36,16 @@ class RunStatistics:
     def steps(self) -> int:
         return self.counts.total()
 
-    @property
-    def skipped(self) -> int:
-        """Steps left out because the norm was not finite, by us or by a loss scaler."""
-        return sum(self.counts[reason] for reason in _SKIPPED)
-
     def add(self, row: dict[str, float], reason: Reason) -> None:
         """Count one step; `row` has the columns of the ring."""
         altered = row["coefficient"] < 1
         self.counts[reason] += 1
         self.clipped += altered
-        self.consecutive_nonfinite = self.consecutive_nonfinite + 1 if reason is Reason.NONFINITE else 0
+        # By the norm and not by the reason: the step at which a budget runs out is named after that, and is left out all the same.
+        left_out = not math.isfinite(row["norm"])
+        self.skipped += left_out
+        ours = left_out and reason is not Reason.SCALER_SKIPPED
+        self.consecutive_nonfinite = self.consecutive_nonfinite + 1 if ours else 0
         if reason in _TROUBLE and self.trouble is None:
             self.trouble = reason
         self._window_steps += 1
@@ -84,6 +92,7 @@ class RunStatistics:
         return {
             "counts": self.counts_by_name(),
             "clipped": self.clipped,
+            "skipped": self.skipped,
             "consecutive_nonfinite": self.consecutive_nonfinite,
         }
 
@@ -92,5 +101,6 @@ class RunStatistics:
         restored = cls()
         restored.counts.update({Reason[name]: int(count) for name, count in values["counts"].items()})
         restored.clipped = int(values["clipped"])
+        restored.skipped = int(values["skipped"])
         restored.consecutive_nonfinite = int(values["consecutive_nonfinite"])
         return restored

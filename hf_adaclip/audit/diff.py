@@ -60,6 +60,7 @@ def _first_difference(a: Series, b: Series) -> dict[str, Any] | None:
             s.losses.tolist(),
             _list(s.thresholds),
             _list(s.coefficients),
+            _list(s.paces),
             s.reasons or [],
         )
         for s in (a, b)

@@ -32,7 +32,7 @@ class Series:
         steps: Optimizer steps, int64, rising.
         norms: Norm before clipping, float32; NaN and inf where the run had them.
         losses: Training loss, float32, NaN where it is not known.
-        thresholds, coefficients: What was decided, float32; None when the log does not say.
+        thresholds, coefficients, paces: What was decided, float32; None when the log does not say.
         reasons: Names of reasons; None when the log does not say.
         header: Header of the last segment of a ledger, else None.
         every: Steps between two known norms; 1 when all are known. With more, spikes in between are unseen.
@@ -45,6 +45,7 @@ class Series:
     losses: np.ndarray
     thresholds: np.ndarray | None
     coefficients: np.ndarray | None
+    paces: np.ndarray | None
     reasons: list[str] | None
     header: dict[str, Any] | None
     every: int
@@ -99,7 +100,7 @@ def ledger_records(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def _from_ledger(path: Path) -> Series:
     header: dict[str, Any] | None = None
-    rows: dict[str, list[float]] = {key: [] for key in ("step", "norm", "loss", "threshold", "coefficient")}
+    rows: dict[str, list[float]] = {key: [] for key in ("step", "norm", "loss", "threshold", "coefficient", "pace")}
     reasons: list[str] = []
     for line in ledger_records(path):
         if line["kind"] == "header":
@@ -132,6 +133,7 @@ def _from_ledger(path: Path) -> Series:
         losses=_array(rows["loss"]),
         thresholds=_array(rows["threshold"]),
         coefficients=_array(rows["coefficient"]),
+        paces=_array(rows["pace"]),
         reasons=reasons,
         header=header,
         every=1,
@@ -220,6 +222,7 @@ def _foreign(path: Path, source: Source, rows: list[tuple[int, float, float]]) -
         losses=_array([loss for _, (_, loss) in ordered]),
         thresholds=None,
         coefficients=None,
+        paces=None,
         reasons=None,
         header=None,
         every=max(every, 1),

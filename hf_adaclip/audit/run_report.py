@@ -19,8 +19,6 @@ from hf_adaclip.events import ClipEvent, EventTracker
 MAX_EVENTS = 500
 """Events shown in a table; further ones are counted, and all of them are in the JSON."""
 
-_SKIPS = ("NONFINITE", "SCALER_SKIPPED")
-
 
 @dataclass(frozen=True)
 class RunReport:
@@ -29,7 +27,6 @@ class RunReport:
     Attributes:
         name: For the title.
         series: Norms and decisions.
-        paces: Pace per step, float32.
         header: Of the last segment.
         events: All adjustments.
         verdict: Of the verification.
@@ -38,7 +35,6 @@ class RunReport:
 
     name: str
     series: Series
-    paces: np.ndarray
     header: dict[str, Any]
     events: list[ClipEvent]
     verdict: VerifyReport
@@ -60,24 +56,21 @@ def load_run(path: str | Path) -> RunReport:
         raise LedgerError(
             f"{ledger} must be a ledger of hf_adaclip, but is {series.source} instead. See `hf-adaclip advise`."
         )
-    events, paces = _walk(ledger, len(series))
     return RunReport(
         name=str(path),
         series=series,
-        paces=paces,
         header=series.header or {},
-        events=events,
+        events=_events(ledger),
         verdict=verify_ledger(ledger),
         points=_points(ledger.parent / "convergence.jsonl"),
     )
 
 
-def _walk(ledger: Path, size: int) -> tuple[list[ClipEvent], np.ndarray]:
-    """Events and paces, over resumptions as if the run had never stopped: steps that were done again count once."""
+def _events(ledger: Path) -> list[ClipEvent]:
+    """All adjustments, over resumptions as if the run had never stopped: steps that were done again count once."""
     limits = _limits(ledger)
     tracker = EventTracker()
     events: list[ClipEvent] = []
-    paces: list[float] = []
     segment = -1
     for line in ledger_records(ledger):
         if line["kind"] == "header":
@@ -89,9 +82,8 @@ def _walk(ledger: Path, size: int) -> tuple[list[ClipEvent], np.ndarray]:
             except (KeyError, ValueError, TypeError) as error:
                 raise LedgerError(f"{ledger}: step {line.get('step')} cannot be understood: {error}.") from error
             events.extend(tracker.feed(line["step"], row, reason))
-            paces.append(row["pace"])
     events.extend(tracker.finish())
-    return events, np.array(paces[:size], dtype=np.float32)
+    return events
 
 
 def _limits(ledger: Path) -> list[float]:
@@ -128,8 +120,8 @@ def summary(report: RunReport) -> dict[str, Any]:
         "controller": report.header.get("controller"),
         "steps": len(series),
         "altered": int((coefficients < 1).sum()),
-        "left_out": sum(counts.get(name, 0) for name in _SKIPS),
-        "largest_pace": float(report.paces.max(initial=1.0)),
+        "left_out": int((~np.isfinite(series.norms)).sum()),
+        "largest_pace": 1.0 if series.paces is None else float(series.paces.max(initial=1.0)),
         "counts": counts,
         "events": [asdict(e) for e in report.events],
         "config": report.header.get("config"),
@@ -143,7 +135,7 @@ def write_html(report: RunReport, path: Path) -> Path:
 
     series, header = report.series, report.header
     thresholds, coefficients = series.decisions()
-    skipped = np.flatnonzero([reason in _SKIPS for reason in series.reasons or []])
+    skipped = np.flatnonzero(~np.isfinite(series.norms))
     versions = " · ".join(f"{k} {v}" for k, v in (header.get("versions") or {}).items())
     parts = [
         page.text(report.verdict.summary().split(": ", 1)[-1], "good" if report.verdict.ok else "bad"),
@@ -152,8 +144,8 @@ def write_html(report: RunReport, path: Path) -> Path:
         page.heading("Gradient norm and threshold (drag to zoom, double-click to reset)"),
         page.figure(norms_figure(series.steps, series.norms, thresholds, coefficients, skipped)),
     ]
-    if report.paces.max(initial=1.0) > 1:
-        parts += [page.heading("Pace"), page.figure(line_figure(series.steps, report.paces, "pace"))]
+    if series.paces is not None and series.paces.max(initial=1.0) > 1:
+        parts += [page.heading("Pace"), page.figure(line_figure(series.steps, series.paces, "pace"))]
     if np.isfinite(series.losses).any():
         parts += [
             page.heading("Training loss"),

@@ -1,6 +1,7 @@
 """One segment of a ledger (from a header to the next): does each record follow from the ones before it?"""
 
 import hashlib
+import math
 from collections import Counter
 from typing import Any
 
@@ -86,7 +87,7 @@ class Segment:
             return [*problems, f"the record has {len(norms)} norms for {self._num_tensors} tensors."]
         summary = self._replay(recorded, norms)
         problems += self._compare(summary, recorded, reason)
-        problems += self._compare_applied(recorded, applied, reason)
+        problems += self._compare_applied(recorded, applied)
         return problems
 
     def footer(self, record: dict[str, Any]) -> list[str]:
@@ -132,8 +133,8 @@ class Segment:
         self._recomputed += not problems
         return problems
 
-    def _compare_applied(self, recorded: dict[str, float], applied: float, reason: str) -> list[str]:
-        if applied != applied or reason in (Reason.NONFINITE.name, Reason.SCALER_SKIPPED.name):
+    def _compare_applied(self, recorded: dict[str, float], applied: float) -> list[str]:
+        if applied != applied or not math.isfinite(recorded["norm"]):
             return []
         coefficient = recorded["coefficient"]
         if self._config.shadow:

@@ -115,6 +115,7 @@ class GovernedController(Controller[Any]):
             reason = ops.where(quiet, ops(float(Reason.FROZEN)), reason)
 
         bounded, reason = self._bound(threshold, reason, mine, warm=warm, ops=ops)
+        reason = ops.where(finite, reason, decision.reason)
         moved = bounded != threshold
         coefficient = ops.where(moved & finite, coefficient_of(norm, bounded, ops), decision.coefficient)
 

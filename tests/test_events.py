@@ -1,0 +1,123 @@
+"""Events: complete, in order, the same live as from the ledger; and whom they reach."""
+
+import json
+import logging
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
+from hf_adaclip.audit.run_report import load_run
+from hf_adaclip.controllers import Reason
+from hf_adaclip.events import ClipEvent, EventTracker
+from tests.integrations.test_trainer import AdaptiveSpikeTrainer
+from tests.integrations.trainers import arguments, build, run
+from tests.loops import make, train
+
+CONFIG = AdaptiveClipConfig(warmup_observations=20, max_pace=3.0)
+FAULTS = {40: 100.0, 60: float("nan"), 61: float("nan"), 62: 1.0}
+
+
+def run_with_listener(path, config=CONFIG, steps=100, faults=None):
+    model, optimizer = make()
+    clipper = AdaptiveClipper(config, optimizer=optimizer, ledger=path)
+    heard: list[ClipEvent] = []
+    clipper.on_event(heard.append)
+    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), steps, factors=faults or FAULTS)
+    clipper.close()
+    return heard
+
+
+def test_every_adjustment_is_an_event_with_step_before_after_and_reason(tmp_path):
+    heard = run_with_listener(tmp_path / "l.jsonl", CONFIG.replace(max_edge=1.9))
+    kinds = [e.kind for e in heard]
+    spike = next(e for e in heard if e.kind == "spike" and e.step == 40)
+    skipped = next(e for e in heard if e.kind == "skipped")
+    raised = next(e for e in heard if e.kind == "pace_raised")
+    lowered = next(e for e in heard if e.kind == "pace_lowered")
+
+    assert {"widened", "tightened", "spike", "skipped", "pace_raised", "pace_lowered"} <= set(kinds)
+    assert spike.before > 20 * spike.after
+    assert spike.reason == Reason.SPIKE.sentence
+    assert (skipped.step, skipped.until) == (60, 61)
+    assert raised.before == 1.0 < raised.after
+    assert lowered.after < lowered.before
+    tightened = next(e for e in heard if e.kind == "tightened" and e.step > 40)
+    assert tightened.step == 41
+    assert tightened.after < tightened.before
+    assert str(skipped).startswith("steps 60-61: skipped")
+
+
+def test_live_events_are_those_of_the_ledger(tmp_path):
+    heard = run_with_listener(tmp_path / "l.jsonl", CONFIG.replace(ring_capacity=7))
+
+    assert sorted(map(str, load_run(tmp_path / "l.jsonl").events)) == sorted(map(str, heard))
+
+
+def test_a_run_of_the_same_adjustment_is_one_event():
+    tracker = EventTracker()
+    row = {"norm": 1.0, "threshold": 2.0, "coefficient": 1.0, "pace": 1.0}
+    events = [e for s in range(50) for e in tracker.feed(s, {**row, "threshold": 2.0 + s}, Reason.WIDENED)]
+    events += list(tracker.finish())
+
+    assert [(e.kind, e.step, e.until, e.before, e.after) for e in events] == [("widened", 0, 49, 2.0, 51.0)]
+
+
+def test_alarming_events_are_warned_of_once(tmp_path, caplog):
+    bad = {s: float("nan") for s in range(30, 60, 3)}
+    with caplog.at_level(logging.WARNING):
+        run_with_listener(tmp_path / "l.jsonl", CONFIG.replace(max_threshold=0.5, max_skipped=4), faults=bad)
+    texts = [r.message for r in caplog.records]
+
+    assert len([t for t in texts if "skipped" in t and "NaN or infinite" in t]) == 1
+    assert len([t for t in texts if "ceiling holds" in t]) == 1
+    assert len([t for t in texts if "trouble" in t and "`max_skipped`" in t]) == 1
+
+
+class Pager(TrainerCallback):
+    def __init__(self):
+        self.pages = []
+
+    def on_clip_event(self, args, state, control, event=None):
+        self.pages.append((state.global_step, event.kind, event.step))
+
+
+def test_trainer_callbacks_are_called_and_others_left_alone(tmp_path):
+    pager = Pager()
+    trainer = build(AdaptiveSpikeTrainer, tmp_path, callbacks=[pager], clip=AdaptiveClipConfig(warmup_observations=10))
+    run(trainer)
+
+    assert (40, "spike", 30) in pager.pages
+
+
+@pytest.mark.parametrize("policy", ["stop", "fallback", "continue"])
+def test_policies_in_the_trainer(tmp_path, policy):
+    class NanTrainer(AdaptiveSpikeTrainer):
+        factor = float("nan")
+
+    config = AdaptiveClipConfig(warmup_observations=10, max_skipped=0, on_trouble=policy)
+    trainer = build(NanTrainer, tmp_path, args=arguments(tmp_path, logging_steps=5, max_steps=60), clip=config)
+    run(trainer)
+    reasons = [json.loads(line).get("reason") for line in (tmp_path / "clip_ledger.jsonl").read_text().splitlines()]
+
+    assert reasons.count("TROUBLE_BUDGET") == 1
+    assert torch.isfinite(torch.cat([p.flatten() for p in trainer.model.parameters()])).all()
+    if policy == "stop":
+        assert trainer.state.global_step == 35  # the log line after step 30
+        assert (tmp_path / "checkpoint-35/clip_state.safetensors").is_file()
+    else:
+        assert trainer.state.global_step == 60
+        assert ("FALLBACK" in reasons) == (policy == "fallback")
+
+
+def test_shadow_is_the_stock_trainer_bit_for_bit(tmp_path):
+    from tests.integrations.trainers import stock, weights
+
+    config = AdaptiveClipConfig(warmup_observations=10, shadow=True, max_pace=3.0, max_threshold=0.1)
+    a, b = stock(tmp_path / "a"), build(AdaptiveClipTrainer, tmp_path / "b", clip=config)
+    run(a)
+    run(b)
+
+    assert torch.equal(weights(a), weights(b))
+    assert b.clipper.statistics.counts_by_name()["LIMIT_CEILING"] > 0
