@@ -7,7 +7,7 @@ from typing import Any
 from hf_adaclip.audit.ingest import Series, load_series
 from hf_adaclip.errors import LedgerError
 
-_COMPARED = ("norm", "loss", "threshold", "coefficient")
+_COMPARED = ("norm", "loss", "threshold", "coefficient", "pace")
 
 
 def diff_ledgers(a: str | Path, b: str | Path) -> dict[str, Any]:

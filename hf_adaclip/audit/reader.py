@@ -61,7 +61,7 @@ def _parse(number: int, raw: bytes) -> Line:
     finished = raw.endswith(b"\n")
     text = raw[:-1] if finished else raw
     try:
-        content = json.loads(text.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
+        content = _DECODER.decode(text.decode("utf-8"))
     except UnicodeDecodeError:
         return Line(number, raw, None, "the line is not UTF-8")
     except json.JSONDecodeError as error:
@@ -93,3 +93,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise ValueError("a key stands twice")
     return content
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_unique)

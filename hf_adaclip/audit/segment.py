@@ -112,9 +112,8 @@ class Segment:
         norm = np.float32(recorded["norm"])
         observed = norm if norms is None else np.array(norms, dtype=np.float32)
         seen = Observation(observed, np.float32(recorded["loss"]), self._static)
-        with np.errstate(all="ignore"):
-            decision, self._state = self._controller.update(self._state, seen)
-            return Summary(*decision) if norms is None else summarise(norm, observed, *decision)
+        decision, self._state = self._controller.update(self._state, seen)
+        return Summary(*decision) if norms is None else summarise(norm, observed, *decision)
 
     def _compare(self, summary: Summary, recorded: dict[str, float], reason: str) -> list[str]:
         problems = []

@@ -60,7 +60,9 @@ class TensorOps:
     def __call__(self, value: float) -> torch.Tensor:
         known = self._known.get(value)
         if known is None:
-            known = self._known[value] = torch.tensor(value, dtype=torch.float32, device=self.device)
+            known = torch.tensor(value, dtype=torch.float32, device=self.device)
+            if value == value or value is math.nan:  # the one NaN that is found again
+                self._known[value] = known
         return known
 
     def full(self, shape: Shape, value: float) -> torch.Tensor:
@@ -105,8 +107,16 @@ class ArrayOps:
 
     on_host = True
 
+    def __init__(self) -> None:
+        self._known: dict[float, Value] = {}
+
     def __call__(self, value: float) -> Value:
-        return np.float32(value)
+        known = self._known.get(value)
+        if known is None:
+            known = np.float32(value)
+            if value == value:  # a NaN is never found again
+                self._known[value] = known
+        return known
 
     def full(self, shape: Shape, value: float) -> Value:
         return np.full(shape, value, dtype=np.float32)

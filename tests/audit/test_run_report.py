@@ -1,0 +1,168 @@
+"""`hf-adaclip report` of a run: as a page in a real browser, as Markdown, PNG and JSON; live in TensorBoard."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer, LedgerError
+from hf_adaclip.audit.run_report import load_run
+from hf_adaclip.cli import main
+from tests.audit.test_ledger import CONFIG, write_run
+from tests.integrations.trainers import arguments, build, run
+
+CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
+
+
+def open_in_browser(page, tmp_path):
+    """The page's DOM after its scripts have run, and what they wrote to the console."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=10000",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
+    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def write_interesting_run(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CONFIG.replace(max_pace=2.0, max_edge=1.9)
+    write_run(folder / "clip_ledger.jsonl", config, steps=120, faults={60: 90.0, 80: float("nan")})
+    return folder
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_works_in_a_browser_and_shows_a_hostile_name_as_text(tmp_path):
+    folder = write_interesting_run(tmp_path / "<script>alert(1)<b>&\"'")
+    assert main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    dom, console = open_in_browser(tmp_path / "page.html", tmp_path)
+
+    assert console == []
+    assert len(re.findall(r'class="main-svg"', dom)) >= 3 * 2  # norms, pace, loss: drawn, not only asked for
+    assert "<script>alert(1)" not in dom
+    assert "&lt;script&gt;alert(1)&lt;b&gt;" in dom
+    assert re.search(r"verified\. 120 steps", dom)
+    assert "The norm left the range upward" in dom
+
+
+def test_the_page_is_self_contained_and_complete(tmp_path):
+    folder = write_interesting_run(tmp_path / "run")
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report.html").read_text()
+    outside = re.sub(r"<script>.*?</script>", "", text, count=1, flags=re.DOTALL)
+
+    assert not re.findall(r'(?:src|href)="(?!data:)', outside)
+    for piece in (
+        "Gradient norm and threshold",
+        "Pace",
+        "Training loss",
+        "Adjustments",
+        "Settings",
+        "warmup_observations",
+        "torch",
+    ):
+        assert piece in outside
+
+
+@pytest.mark.parametrize("form", ["md", "png", "json"])
+def test_other_formats(tmp_path, form, capsys):
+    folder = write_interesting_run(tmp_path / "run")
+    assert main(["report", str(folder / "clip_ledger.jsonl"), "--format", form]) == 0
+    path = folder / f"report.{form}"
+    assert capsys.readouterr().out.strip() == str(path)
+    if form == "json":
+        content = json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(c))
+        assert content["verified"] is True
+        assert content["left_out"] == 1
+        assert content["largest_pace"] > 1
+        assert {e["kind"] for e in content["events"]} >= {"spike", "skipped", "widened", "pace_raised"}
+    elif form == "md":
+        assert "| 60 | spike |" in path.read_text()
+    else:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_short_run_and_a_tampered_one(tmp_path):
+    short = tmp_path / "short"
+    short.mkdir()
+    write_run(short / "clip_ledger.jsonl", steps=10, faults={})
+    assert main(["report", str(short)]) == 0
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    ledger = (short / "clip_ledger.jsonl").read_bytes()
+    (bad / "clip_ledger.jsonl").write_bytes(re.sub(rb'"norm":[\d.]+', b'"norm":1.5', ledger, count=1))
+    assert main(["report", str(bad)]) == 0
+    text = (bad / "report.html").read_text()
+
+    assert "NOT verified" in text
+    assert "VIOLATION" in text
+
+
+def test_a_resumed_run_is_one_run(tmp_path):
+    path = tmp_path / "clip_ledger.jsonl"
+    write_run(path, steps=30, clean=False)
+    write_run(path, steps=45)
+    report = load_run(path)
+
+    assert len(report.series) == 45
+    assert max(e.until for e in report.events) == 44
+    assert [e.step for e in report.events if e.kind == "spike"].count(20) == 1
+
+
+def test_a_comparison_is_reported_too(tmp_path):
+    quick = ["--steps", "4", "--seeds", "1", "--tasks", "digits-vit", "--arms", "stock,adaptive", "--jobs", "1"]
+    assert main(["compare", "--output", str(tmp_path), *quick, "--json"]) == 0
+    for form in ("html", "md", "png", "json"):
+        assert main(["report", str(tmp_path), "--format", form]) == 0
+        assert (tmp_path / f"report.{form}").stat().st_size > 200
+
+
+def test_what_holds_neither_is_refused(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "must hold comparison.json or clip_ledger.jsonl" in capsys.readouterr().err
+    with pytest.raises(LedgerError):
+        load_run(tmp_path / "missing.jsonl")
+
+
+def test_a_million_steps_stay_a_page(tmp_path):
+    from hf_adaclip.audit.figures import norms_figure
+
+    n = 1_000_000
+    steps, values = np.arange(n), np.exp(0.1 * np.random.default_rng(0).standard_normal(n)).astype(np.float32)
+    values[777_777] = 500.0
+    coefficients = np.ones(n, np.float32)
+    coefficients[777_777] = 0.01
+    figure = norms_figure(steps, values, np.full(n, 2.0, np.float32), coefficients, np.array([5]))
+
+    assert len(figure.data[0].x) <= 4000
+    assert 777_777 in figure.data[0].x
+    assert figure.data[2].x[0] == 777_777
+    assert len(figure.to_json()) < 1_000_000
+
+
+def test_live_in_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = arguments(tmp_path, report_to=["tensorboard"], logging_steps=5)
+    build_and_run = build(AdaptiveClipTrainer, tmp_path, args=args, clip=AdaptiveClipConfig(warmup_observations=10))
+    run(build_and_run)
+    folder = next(tmp_path.glob("**/*tfevents*")).parent
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    scalars = events.Tags()["scalars"]
+
+    for name in ("clip/threshold", "clip/coefficient", "clip/fraction", "clip/pace", "clip/skipped"):
+        tag = next(t for t in scalars if t.endswith(name))
+        assert len(events.Scalars(tag)) == 8
+    texts = [t for t in events.Tags()["tensors"] if "clip/phase" in t]
+    assert len(texts) == 1
+    phases = [e.tensor_proto.string_val[0].decode() for e in events.Tensors(texts[0])]
+    assert phases[0] == "warmup"
+    assert set(phases[3:]) <= {"stable", "unstable", "vanishing"}
