@@ -2,15 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import ConfigError, StateError
+from hf_adaclip.statistics import RunStatistics
 
 STATE_FILE: Final = "clip_state.safetensors"
 STATE_SCHEMA: Final = 1
@@ -26,11 +26,29 @@ def write_state(folder: str | Path, tensors: dict[str, Tensor], config: Adaptive
     return path
 
 
-def read_state(folder: str | Path, config: AdaptiveClipConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+class SavedState(NamedTuple):
+    """What a state file holds: the controller's tensors by name, and where the run was.
+
+    Attributes:
+        tensors: The controller's state.
+        step: Optimizer steps done.
+        static_threshold: Threshold of the warm-up.
+        statistics: Counts.
+        ledger: Hash of the ledger's seal at that point, None without a ledger.
+    """
+
+    tensors: dict[str, Tensor]
+    step: int
+    static_threshold: float
+    statistics: RunStatistics
+    ledger: str | None
+
+
+def read_state(folder: str | Path, config: AdaptiveClipConfig) -> SavedState | None:
     """Read the state file of a checkpoint.
 
     Returns:
-        Tensors and metadata, or None when the folder has no state file (a checkpoint of the stock Trainer).
+        The state, or None when the folder has no state file (a checkpoint of the stock Trainer).
 
     Raises:
         StateError: The file is damaged, of another version, or was written under a config that decides differently.
@@ -49,13 +67,22 @@ def read_state(folder: str | Path, config: AdaptiveClipConfig) -> tuple[dict[str
             )
         saved = AdaptiveClipConfig.from_dict(json.loads(text["config"]))
         metadata = json.loads(text["metadata"])
-    except (SafetensorError, OSError, ValueError, KeyError, ConfigError, torch.OutOfMemoryError) as error:
+        state = SavedState(
+            tensors=tensors,
+            step=int(metadata["step"]),
+            static_threshold=float(metadata["static_threshold"]),
+            statistics=RunStatistics.from_dict(metadata["statistics"]),
+            ledger=None if metadata["ledger"] is None else str(metadata["ledger"]),
+        )
+    except StateError:
+        raise
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
         raise StateError(
             f"`{STATE_FILE}` must be a state file of hf_adaclip, but {path} is damaged: {error}. "
             "Resume from an older checkpoint, or delete the file to start the controller afresh."
         ) from error
     _compare(path, saved, config)
-    return tensors, metadata
+    return state
 
 
 def _compare(path: Path, saved: AdaptiveClipConfig, config: AdaptiveClipConfig) -> None:

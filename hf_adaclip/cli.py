@@ -1,13 +1,15 @@
 """The console command `hf-adaclip`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_adaclip.audit.commands import add_commands as add_audit_commands
 from hf_adaclip.convergence.commands import add_commands as add_convergence_commands
-from hf_adaclip.convergence.commands import load_comparison
+from hf_adaclip.convergence.commands import show_comparison
 from hf_adaclip.errors import HfAdaclipError
 
 
@@ -78,16 +80,19 @@ def _report_comparison(folder: Path, form: str, output: Path | None) -> Path:
     from hf_adaclip.convergence.plots import draw_png
     from hf_adaclip.convergence.report import write_report
 
-    comparison, tuned = load_comparison(folder)
     target = output or folder / f"report.{form}"
-    if form == "html":
-        return write_report(comparison, folder, tuned, target)
-    if form == "png":
-        return draw_png(comparison, folder, target)
-    if form == "md":
-        return write_card(comparison, folder, tuned, target)
-    target.write_text((folder / "comparison.json").read_text(encoding="utf-8"), encoding="utf-8")
-    return target
+
+    def show(comparison: dict[str, Any], tuned: Any) -> Path:
+        if form == "html":
+            return write_report(comparison, folder, tuned, target)
+        if form == "png":
+            return draw_png(comparison, folder, target)
+        if form == "md":
+            return write_card(comparison, folder, tuned, target)
+        target.write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
+        return target
+
+    return show_comparison(folder, show)
 
 
 if __name__ == "__main__":

@@ -388,11 +388,8 @@ class AdaptiveClipper:
         read = read_state(folder, self.config)
         if read is None:
             return False
-        self._loaded, metadata = read
-        self._step = int(metadata["step"])
-        self._static_threshold = float(metadata["static_threshold"])
-        self.statistics = RunStatistics.from_dict(metadata["statistics"])
-        self._parent = {"sha256": metadata["ledger"], "step": self._step} if metadata["ledger"] else None
+        tensors, self._step, self._static_threshold, self.statistics, head = read
+        self._loaded, self._parent = tensors, None if head is None else {"sha256": head, "step": self._step}
         return True
 
     def _load_or_start_afresh(self, folder: str | Path) -> None:

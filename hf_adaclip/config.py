@@ -269,7 +269,7 @@ class AdaptiveClipConfig:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"`clip` must be a readable JSON file, but {path} is not: {error}.") from error
         if not isinstance(values, dict):
             raise ConfigError(f"`clip` must be a JSON object of fields, but {path} holds {type(values).__name__}.")
@@ -300,7 +300,7 @@ def _type_problems(config: AdaptiveClipConfig) -> list[str]:
             ok, rule = value is None or isinstance(value, str), "a path as a string, 'auto', 'none' or None"
         elif f.name in ("freeze_after", "max_skipped"):
             ok, rule = (
-                value is None or (isinstance(value, int) and not isinstance(value, bool)),
+                value is None or _is_whole(value),
                 "a whole number or None",
             )
         elif f.default is None:
@@ -308,7 +308,7 @@ def _type_problems(config: AdaptiveClipConfig) -> list[str]:
         elif isinstance(f.default, bool):
             ok, rule = isinstance(value, bool), "True or False"
         elif isinstance(f.default, int):
-            ok, rule = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+            ok, rule = _is_whole(value), "a whole number"
         else:
             ok, rule = _is_number(value), "a number"
         if not ok:
@@ -371,4 +371,9 @@ def _range_problems(config: AdaptiveClipConfig) -> list[str]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or _is_whole(value)
+
+
+def _is_whole(value: object) -> bool:
+    # Beyond 2**53 a whole number is no exact float any more, and none of these fields means anything there.
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53

@@ -1,6 +1,7 @@
 """The report of one run: what its ledger holds, as a page, a picture, Markdown or JSON."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,16 @@ def _events(ledger: Path) -> list[ClipEvent]:
     for line in ledger_records(ledger):
         if line["kind"] == "header":
             segment += 1
-        elif line["kind"] == "step" and line.get("step", 0) < limits[max(segment, 0)]:
+        elif line["kind"] == "step":
             try:
+                step = parse_number(line["step"])
+                if step >= (limits[segment] if segment >= 0 else math.inf):
+                    continue
                 row = {key: parse_number(line[key]) for key in ("norm", "threshold", "coefficient", "pace")}
                 reason = Reason[line["reason"]]
-            except (KeyError, ValueError, TypeError) as error:
+            except (KeyError, ValueError, TypeError, OverflowError) as error:
                 raise LedgerError(f"{ledger}: step {line.get('step')} cannot be understood: {error}.") from error
-            events.extend(tracker.feed(line["step"], row, reason))
+            events.extend(tracker.feed(int(step), row, reason))
     events.extend(tracker.finish())
     return events
 

@@ -63,7 +63,10 @@ def parse_number(value: Any) -> float:
         raise ValueError(f"{value!r} is not a number")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError("an integer is too large for a number") from error
 
 
 def plain(value: Any) -> Any:

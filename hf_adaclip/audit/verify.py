@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hf_adaclip.audit.reader import Line, open_ledger, read_lines
 from hf_adaclip.audit.schema import GENESIS, SCHEMA_VERSION, seal_line
 from hf_adaclip.audit.segment import Segment
 
+_HASH = re.compile(r"[0-9a-f]{64}")
 MAX_FINDINGS = 50
 """Findings kept in full; further ones are only counted."""
 
@@ -119,7 +121,7 @@ class _Verifier:
                 line, f"the seal does not fit {span}: something in them, in the seal or before them was changed."
             )
             # Go on from what the seal claims, so that one change gives one finding and not one per later block.
-            digest = claimed if isinstance(claimed, str) else digest
+            digest = claimed if isinstance(claimed, str) and _HASH.fullmatch(claimed) else digest
         self._head = digest
         for body in block:
             if body.content is not None:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +134,22 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _card(arguments: argparse.Namespace) -> int:
     from hf_adaclip.convergence.card import card_metadata, write_card
 
-    comparison, tuned = load_comparison(arguments.comparison)
-    path = write_card(comparison, arguments.comparison, tuned, arguments.output)
-    print(json.dumps(card_metadata(comparison).to_dict(), indent=1) if arguments.json else path)
+    metadata: dict[str, Any] = {}
+
+    def show(comparison: dict[str, Any], tuned: Any) -> Path:
+        metadata.update(card_metadata(comparison).to_dict())
+        return write_card(comparison, arguments.comparison, tuned, arguments.output)
+
+    path = show_comparison(arguments.comparison, show)
+    print(json.dumps(metadata, indent=1) if arguments.json else path)
     return 0
 
 
-def load_comparison(folder: Path) -> tuple[dict[str, Any], Any]:
-    """A comparison and the tuning that it was made with.
+def show_comparison(folder: Path, show: Callable[[dict[str, Any], Any], Path]) -> Path:
+    """Load a comparison, and the tuning that it was made with, and hand both to `show`.
 
     Raises:
-        ConfigError: The folder holds none, or a damaged one.
+        ConfigError: The folder holds none, or what it holds is damaged.
     """
     from hf_adaclip.convergence.tuning import load_tuned
 
@@ -152,17 +158,14 @@ def load_comparison(folder: Path) -> tuple[dict[str, Any], Any]:
         comparison = json.loads(path.read_text(encoding="utf-8"))
         if comparison["schema"] != 1:
             raise ConfigError(f"`comparison` must have schema 1, but {path} has {comparison['schema']!r} instead.")
-        tuned = load_tuned(folder / "tuned.json" if (folder / "tuned.json").is_file() else None)
-        missing = [t["task"] for t in comparison["tasks"] if t["task"] not in tuned]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        return show(comparison, load_tuned(folder / "tuned.json" if (folder / "tuned.json").is_file() else None))
+    except ConfigError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(
-            f"`comparison` must be a folder of `hf-adaclip compare`, but {path} cannot be read: {error}."
+            f"`comparison` must be a folder of `hf-adaclip compare`, but {path} is damaged ({text})."
         ) from error
-    if missing:
-        raise ConfigError(f"`comparison` must be of known tasks, but {', '.join(missing)} is not among them.")
-    return comparison, tuned
 
 
 def _default_jobs() -> int:
