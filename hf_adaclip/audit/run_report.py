@@ -223,6 +223,31 @@ def write_markdown(report: RunReport, path: Path) -> Path:
     return path
 
 
+def clipping_section(report: RunReport, seal: str) -> str:
+    """A section for a model's card: what clipping did in the run that made it, and how to check that.
+
+    Args:
+        report: The run.
+        seal: Hash of the ledger's last seal.
+    """
+    rows = [f"| {k} | {v} |" for k, v in _facts(report).items()]
+    return "\n".join(
+        [
+            "## Gradient clipping",
+            "",
+            "Gradients were clipped by [hf_adaclip](https://pypi.org/project/hf_adaclip/), which recorded every decision.",
+            "",
+            "| | |",
+            "| --- | --- |",
+            *rows,
+            "",
+            f"Ledger: {report.verdict.summary().split(': ', 1)[-1]}",
+            f"Last seal of `clip_ledger.jsonl`: `{seal}`. Check it with `hf-adaclip verify clip_ledger.jsonl`.",
+            "",
+        ]
+    )
+
+
 def write_json(report: RunReport, path: Path) -> Path:
     """Numbers, events, settings and verdict as strict JSON."""
     path.write_text(json.dumps(plain(summary(report)), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -40,7 +40,9 @@ class Segment:
         self._state = state_from_json(self._controller, header["initial_state"], self._ops, self._shape)
         self._static = np.float32(header["static_threshold"])
         self._next_step = int(header["first_step"])
-        self._counts: Counter[str] = Counter(header["counts"])
+        self._counts: Counter[str] = Counter(_counts(header["counts"]))
+        self.parent = _mapping(header["parent"], sha256=str, step=int)
+        self.dropped = _mapping(header["dropped_tail"], bytes=int, sha256=str)
         self._broken = False
         self._recomputed = self._measured = 0
         self.closed = False
@@ -146,6 +148,25 @@ class Segment:
             ]
         self._measured += 1
         return []
+
+
+def _counts(value: Any) -> dict[str, int]:
+    if not isinstance(value, dict) or not all(isinstance(v, int) for v in value.values()):
+        raise ValueError("`counts` is not a table of whole numbers")
+    return value
+
+
+def _mapping(value: Any, **kinds: type) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(value.get(k), kind) for k, kind in kinds.items()):
+        raise ValueError(f"{_short(value)} does not have {', '.join(kinds)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _close(a: float, b: float, tolerance: float) -> bool:

@@ -1,7 +1,6 @@
 """Checking a ledger: the chain of seals, the continuity of steps, and that every decision follows from the recorded norms."""
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,15 +170,14 @@ class _Verifier:
             self._segment = None
             return
         self._report.segments += 1
-        dropped = content.get("dropped_tail")
-        if dropped:
-            self._note(line, f"a torn tail of {dropped.get('bytes')} bytes was cut off when the run was resumed.")
-        parent = content.get("parent")
+        dropped, parent = self._segment.dropped, self._segment.parent
+        if dropped is not None:
+            self._note(line, f"a torn tail of {dropped['bytes']} bytes was cut off when the run was resumed.")
         if parent is None:
             if not first:
                 self._note(line, "a new run begins here; it does not continue the one before.")
             return
-        known = self._points.get(parent.get("sha256"))
+        known = self._points.get(parent["sha256"])
         if known is None:
             self._note(line, "the run continues one whose ledger is not in this file; the join cannot be checked.")
         elif known != self._segment.point():
@@ -200,4 +198,4 @@ class _Verifier:
 
 
 def _step_or_none(step: Any) -> int | None:
-    return step if isinstance(step, int) and not math.isnan(step) else None
+    return step if isinstance(step, int) else None

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import Trainer
 
+from hf_adaclip.audit.run_report import clipping_section, load_run
+from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.convergence.callback import ConvergenceCallback
@@ -146,6 +149,21 @@ class AdaptiveClipMixin(_Base):
                 "%s has no state of hf_adaclip (a checkpoint of the stock Trainer?): the controller starts afresh.",
                 checkpoint,
             )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The usual card, with a section on what clipping did in this run (of the ledger, so there is none without one)."""
+        super().create_model_card(*args, **kwargs)
+        ledger = Path(self.clip_config.ledger or "")
+        card = Path(self.args.output_dir or ".") / "README.md"
+        if not self.is_world_process_zero() or not ledger.is_file() or not card.is_file():
+            return
+        if self.clipper is not None:
+            self.clipper.flush()
+        text = ModelCard.load(card)
+        text.text = f"{text.text.rstrip()}\n\n{clipping_section(load_run(ledger), find_tail(ledger).sha256)}"
+        tags = text.data.tags or []
+        text.data.tags = [*([tags] if isinstance(tags, str) else tags), "hf_adaclip"]
+        text.save(card)
 
 
 class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
