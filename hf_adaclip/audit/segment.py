@@ -87,7 +87,11 @@ class Segment:
             return [*problems, f"the record cannot be understood: {error}."]
         if norms is not None and len(norms) != self._num_tensors:
             return [*problems, f"the record has {len(norms)} norms for {self._num_tensors} tensors."]
-        summary = self._replay(recorded, norms)
+        try:
+            summary = self._replay(recorded, norms)
+        except (ValueError, LookupError, OverflowError, TypeError) as error:
+            self._broken = True  # only a state that no run ever had, such as a NaN for a place in a history
+            return [*problems, f"the decision cannot be recomputed: {error}."]
         problems += self._compare(summary, recorded, reason)
         problems += self._compare_applied(recorded, applied)
         return problems

@@ -172,9 +172,6 @@ class ScalarOps(ArrayOps):
     def maximum(self, a: Value, b: Value) -> Value:
         return a if a > b or a != a else b
 
-    def floor(self, a: Value) -> Value:
-        return np.float32(math.floor(a))
-
     def pick(self, history: Value, position: Value) -> Value:
         return history[int(position)]
 
