@@ -70,7 +70,7 @@ def block_with(language, piece):
 
 def test_every_block_is_of_a_kind_that_is_run():
     assert {kind for kind, _ in BLOCKS} == {"python", "diff", "bash", "text"}
-    assert (len(blocks("python")), len(blocks("diff")), len(blocks("bash"))) == (4, 4, 2)
+    assert (len(blocks("python")), len(blocks("diff")), len(blocks("bash"))) == (5, 4, 3)
 
 
 def test_the_first_60_seconds_print_what_they_say(tmp_path):
@@ -80,15 +80,22 @@ def test_the_first_60_seconds_print_what_they_say(tmp_path):
     assert counts["WARMUP"] == 50
     assert counts["SPIKE"] >= 1
     assert counts["WIDENED"] > 40
-    command = [c for c in block_with("bash", "hf-adaclip verify").splitlines() if c]
+    [command] = [shlex.split(c)[1:] for c in block_with("bash", "hf-adaclip verify").splitlines() if c]
     done = subprocess.run(
-        [sys.executable, "-m", "hf_adaclip.cli", *shlex.split(command[0])[1:]],
+        [sys.executable, "-m", "hf_adaclip.cli", *command],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0
     assert done.stdout == block_with("text", "first-run")
+    for line in block_with("bash", "hf-adaclip advise").splitlines():
+        command = [sys.executable, "-m", "hf_adaclip.cli", *shlex.split(line)[1:]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+    assert (tmp_path / "first-run/report.html").is_file()
+    assert (tmp_path / "replay.png").is_file()
 
 
 def test_one_line_for_a_trainer(tmp_path):
@@ -127,6 +134,10 @@ def test_plain_pytorch(tmp_path):
 
 def test_config(tmp_path):
     run(block_with("python", "clip.json"), tmp_path, "assert AdaptiveClipConfig.resolve('clip.json') == config")
+
+
+def test_limits(tmp_path):
+    run(block_with("python", "on_trouble"), tmp_path, "assert config.freeze_after == 5000")
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
