@@ -17,6 +17,7 @@ from hf_adaclip.errors import LedgerError
 
 Source = Literal["ledger", "trainer_state.json", "TensorBoard", "CSV"]
 MAX_FOREIGN_BYTES: Final = 512 * 1024 * 1024
+_MAX_STEP: Final = 2**53
 _NORM_TAGS: Final = ("train/grad_norm", "grad_norm", "train/grad-norm", "gradient_norm", "train/gradient_norm")
 _NORM_COLUMNS: Final = ("norm", "grad_norm", "gradient_norm", "train/grad_norm")
 _STEP_COLUMNS: Final = ("step", "global_step", "steps")
@@ -116,6 +117,10 @@ def _from_ledger(path: Path) -> Series:
                 values_now = {key: parse_number(line[key]) for key in rows}
             except (KeyError, ValueError, TypeError, OverflowError) as error:
                 raise LedgerError(f"{path}: a step record cannot be understood: {error}.") from error
+            if not 0 <= values_now["step"] < _MAX_STEP:
+                raise LedgerError(
+                    f"{path}: {values_now['step']:g} is no step that a run has reached. Run verify on it."
+                )
             if rows["step"] and not values_now["step"] > rows["step"][-1]:
                 raise LedgerError(
                     f"{path}: step {line['step']} stands after step {rows['step'][-1]:.0f}. Run verify on it."
@@ -212,6 +217,8 @@ def _foreign(path: Path, source: Source, rows: list[tuple[int, float, float]]) -
         raise LedgerError(
             f"{path} holds no gradient norm. The Trainer logs it as `grad_norm` unless `max_grad_norm` is off."
         )
+    if not all(abs(step) < _MAX_STEP for step, _ in ordered):
+        raise LedgerError(f"{path} holds a step beyond {_MAX_STEP}, which no run has reached.")
     steps = np.array([step for step, _ in ordered], dtype=np.int64)
     every = int(np.median(np.diff(steps))) if len(steps) > 1 else 1
     return Series(
