@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.errors import ConfigError
-from hf_adaclip.support import check_distributed_type
+from hf_adaclip.support import check_accelerator
 
 
 class AcceleratorPort:
@@ -23,7 +23,7 @@ class AcceleratorPort:
     """
 
     def __init__(self, accelerator: Any) -> None:
-        self.how = check_distributed_type(accelerator.distributed_type)
+        self.how = check_accelerator(accelerator)
         self._accelerator = accelerator
         # The stock method, kept even while `replace_clipping` has swapped it.
         self.stock_clip: Callable[..., Tensor] = accelerator.clip_grad_norm_
@@ -32,10 +32,6 @@ class AcceleratorPort:
     def syncs_now(self) -> bool:
         """Whether this backward pass completes an accumulated gradient."""
         return bool(self._accelerator.sync_gradients)
-
-    @property
-    def is_main_process(self) -> bool:
-        return bool(self._accelerator.is_main_process)
 
     @property
     def has_scaler(self) -> bool:
@@ -49,6 +45,11 @@ class AcceleratorPort:
         scale = getattr(scaler, "_scale", None)
         return scale if isinstance(scale, torch.Tensor) else None
 
+    def only_optimizer(self) -> Sequence[Any]:
+        """The optimizer that was prepared, if it is exactly one: with several, only the user knows which steps on what."""
+        prepared = list(getattr(self._accelerator, "_optimizers", ()))
+        return prepared if len(prepared) == 1 else ()
+
     def unscale(self, optimizers: Sequence[Any]) -> None:
         """Divide the loss scale out of the gradients of these optimizers, of all when there are none named.
 
@@ -56,7 +57,16 @@ class AcceleratorPort:
         """
         self._accelerator.unscale_gradients(list(optimizers) or None)
 
-    def on_checkpoint(self, save: Callable[[str], None], load: Callable[[str], None]) -> list[Any]:
+    @property
+    def _writes_checkpoints(self) -> bool:
+        configuration = getattr(self._accelerator, "project_configuration", None)
+        if getattr(configuration, "save_on_each_node", False):
+            return bool(self._accelerator.is_local_main_process)
+        return bool(self._accelerator.is_main_process)
+
+    def on_checkpoint(
+        self, flush: Callable[[], None], save: Callable[[str], None], load: Callable[[str], None]
+    ) -> list[Any]:
         """Call back with the folder when the accelerator saves or loads its state; returns handles to `remove()`.
 
         `register_for_checkpointing` would pickle the state, and would make Accelerate refuse every checkpoint that was written
@@ -64,7 +74,8 @@ class AcceleratorPort:
         """
 
         def before_save(models: Any, weights: Any, folder: str) -> None:
-            if self.is_main_process:
+            flush()  # on every rank: if it has to stop the run, all of them stop
+            if self._writes_checkpoints:
                 save(folder)
 
         def before_load(models: Any, folder: str) -> None:

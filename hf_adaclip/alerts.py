@@ -28,6 +28,12 @@ class Alerts:
             for listener in self.listeners:
                 listener(event)
 
+    def warn_once(self, message: str) -> None:
+        """Log a warning, the first time only."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning("Adaptive clipping: %s", message)
+
     def stop_on_trouble(self, policy: str, events: Sequence[ClipEvent]) -> None:
         """End the run if the policy says so: through `stop` where somebody has set it, else by an exception.
 

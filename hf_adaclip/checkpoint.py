@@ -88,6 +88,8 @@ def read_state(folder: str | Path, config: AdaptiveClipConfig) -> SavedState | N
 def _compare(path: Path, saved: AdaptiveClipConfig, config: AdaptiveClipConfig) -> None:
     before, now = saved.to_dict(), config.to_dict()
     changed = [k for k in now if k not in _FREE_FIELDS and before[k] != now[k]]
+    if {saved.on_trouble, config.on_trouble} == {"continue", "stop"}:
+        changed.remove("on_trouble")  # the two decide alike and differ only in what is done about it
     if changed:
         lines = "; ".join(f"`{k}` was {before[k]!r} and is {now[k]!r}" for k in changed)
         raise StateError(

@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HfAdaclipError as error:
         print(f"hf-adaclip: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has gone
+        return 0
     except OSError as error:  # an output that cannot be written, a file that vanished
         print(f"hf-adaclip: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output has gone
-        return 0
     except KeyboardInterrupt:
         print("\nhf-adaclip: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return 130

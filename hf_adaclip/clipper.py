@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hf_adaclip.accelerator import AcceleratorPort
 from hf_adaclip.alerts import Alerts
-from hf_adaclip.audit.ledger import Ledger
 from hf_adaclip.audit.records import (
     Summary,
     state_fields,
@@ -41,7 +40,7 @@ from hf_adaclip.gradients import (
     to_value,
 )
 from hf_adaclip.gradients.norms import Parameters
-from hf_adaclip.recorder import Recorder, ledger_header
+from hf_adaclip.recorder import Recorder, is_rank_zero, start_recorder
 from hf_adaclip.statistics import RunStatistics
 
 logger = logging.getLogger(__name__)
@@ -61,10 +60,10 @@ class AdaptiveClipper:
             controller's state is saved and loaded with `save_state` and `load_state`.
         optimizer: The optimizer (or several) that steps on these gradients. Known, a fused Adam(W) on an accelerator leaves a
             non-finite step out without a host read, and the applied norm is measured at the last moment. Needed when
-            `max_pace` > 1.
+            `max_pace` > 1; otherwise the only optimizer that an accelerator has prepared is taken.
         ledger: Overrides `config.ledger`; `"auto"` means no ledger here.
         static_threshold: Overrides `config.static_threshold`; unset in both, 1.0.
-        is_main_process: Whether this process writes the ledger. Taken from the accelerator, if there is one.
+        is_main_process: Whether this process writes the ledger; by default rank 0.
 
     Raises:
         ConfigError: A setting is wrong, or `max_pace` > 1 without an optimizer.
@@ -94,7 +93,7 @@ class AdaptiveClipper:
         optimizer: Any = None,
         ledger: str | Path | None = "auto",
         static_threshold: float | None = None,
-        is_main_process: bool = True,
+        is_main_process: bool | None = None,
     ) -> None:
         config = AdaptiveClipConfig.resolve(clip)
         if static_threshold is not None:
@@ -118,10 +117,10 @@ class AdaptiveClipper:
         self._port = None if accelerator is None else AcceleratorPort(accelerator)
         self._scaled = self._port is not None and self._port.has_scaler
         self._guards = [StepGuard(o, scaler=self._scaled) for o in optimizers]
-        self._is_main = is_main_process if self._port is None else self._port.is_main_process
+        self._is_main = is_rank_zero() if is_main_process is None else is_main_process
         self._handles: list[Any] = []
         if self._port is not None:
-            self._handles = self._port.on_checkpoint(self.save_state, self._load_or_start_afresh)
+            self._handles = self._port.on_checkpoint(self.flush, self.save_state, self._load_or_start_afresh)
 
         # Made at the first step, when device and number of tensors are known.
         self._state: tuple[Value, ...] | None = None
@@ -169,6 +168,10 @@ class AdaptiveClipper:
             StateError: The state was loaded from, or made for, other parameters.
             NonFiniteGradientError: Too many steps in a row were not finite (noticed when the rows are read).
         """
+        if self._closed:
+            raise StateError(
+                "`clip_` must be called before `close`, but this clipper was closed. Make a new one for a new run."
+            )
         gradients = collect(parameters).required()
         if self._port is not None:
             if not self._port.syncs_now:
@@ -181,11 +184,16 @@ class AdaptiveClipper:
         norm = to_value(total, ops)
         finite = is_finite_norm(norm, ops)
         observed = norm if not self._num_tensors else self._tensor_norms.spread(gradients, norms, finite, ops)
-        seen_loss = observe_loss(loss, total.device, ops, average=self.config.max_pace > 1)
+        if loss is None and self.config.looks_at_loss:
+            self.alerts.warn_once(
+                "`max_pace` > 1 and `divergence_spreads` > 0 need the training loss: call `clip_(..., loss=loss)`."
+            )
+        seen_loss = observe_loss(loss, total.device, ops, average=self.config.looks_at_loss)
         static = ops(self._static_threshold)
         assert self._state is not None
         with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
-            decision, self._state = self._controller.update(self._state, Observation(observed, seen_loss, static))
+            seen = Observation(observed, seen_loss, static, finite)
+            decision, self._state = self._controller.update(self._state, seen)
             summary = Summary(*decision) if not self._num_tensors else summarise(norm, observed, *decision)
 
         applied = decision.coefficient
@@ -215,14 +223,12 @@ class AdaptiveClipper:
                     recorder.set_applied(global_norm(tensor_norms(tensors)))
 
         skip = ~finite
-        on_device = bool(self._guards) and all(guard.path != "host" for guard in self._guards)
+        on_device = bool(self._guards) and all(guard.path == "device" for guard in self._guards)
         # In host memory the flag is a plain bool; on an accelerator, reading it is the one host read of this path.
-        if (ops.on_host or not on_device) and not self._scaled and bool(skip):
+        if (ops.on_host or not on_device) and bool(skip):
             # Every optimizer passes over parameters without a gradient: no weight, moment or counter moves.
             for i in gradients.present:
                 gradients.parameters[i].grad = None
-        if measure and not self._guards:
-            take_measure()
         paced = None if self.config.max_pace == 1 or self.config.shadow else pace
         for position, guard in enumerate(self._guards):
             guard.arm(
@@ -242,6 +248,8 @@ class AdaptiveClipper:
                     f"`granularity` is 'tensor', but are {count} instead. Use one clipper per set of parameters."
                 )
             return self._ops, self._recorder
+        if self._port is not None and not self._guards:
+            self._guards = [StepGuard(o, scaler=self._scaled) for o in self._port.only_optimizer()]
         shape = (count,) if count else ()
         ops = ops_for(device, shape)
         if self._loaded is None:
@@ -252,28 +260,19 @@ class AdaptiveClipper:
             except ValueError as error:
                 raise StateError(f"`{STATE_FILE}` does not fit: {error}. Resume with the same model.") from error
         self._ops, self._num_tensors, self._loaded = ops, count, None
-        ledger = None
-        if self.config.ledger not in (None, "none", "auto") and self._is_main:
-            header = ledger_header(
-                self.config,
-                exact=self._controller.exact,
-                state=self._state,
-                static_threshold=self._static_threshold,
-                device=device,
-                num_tensors=count,
-                first_step=self._step,
-                statistics=self.statistics,
-                parent=self._parent,
-            )
-            ledger = Ledger(str(self.config.ledger), header)
-        self._recorder = Recorder(
-            capacity=self.config.ring_capacity,
-            num_tensors=count,
+        writes = self._is_main and self.config.ledger not in (None, "none", "auto")
+        self._recorder = start_recorder(
+            self.config,
+            writes=writes,
+            exact=self._controller.exact,
+            state=self._state,
+            static_threshold=self._static_threshold,
             ops=ops,
             device=device,
-            statistics=self.statistics,
+            num_tensors=count,
             first_step=self._step,
-            ledger=ledger,
+            statistics=self.statistics,
+            parent=self._parent,
         )
         return ops, self._recorder
 
@@ -341,13 +340,13 @@ class AdaptiveClipper:
 
     @contextlib.contextmanager
     def install(self) -> Iterator["AdaptiveClipper"]:
-        """Answer the accelerator's `clip_grad_norm_` while the context is open; afterwards it is as it was.
+        """Answer the accelerator's `clip_grad_norm_` while the context is open; afterwards it is as it was, and the clipper closed.
 
         The script's `max_norm` becomes the static threshold, unless the config sets one. Raises ConfigError without an accelerator.
         """
         if self._port is None:
             raise ConfigError("`accelerator` must be given to AdaptiveClipper before `install`, but is None instead.")
-        with self._port.replace_clipping(self.clip_, self._take_script_threshold):
+        with self, self._port.replace_clipping(self.clip_, self._take_script_threshold):
             yield self
 
     def _take_script_threshold(self, max_norm: float) -> None:
@@ -375,19 +374,23 @@ class AdaptiveClipper:
         )
 
     def load_state(self, folder: str | Path) -> bool:
-        """Read what [`save_state`] wrote; to be called before the first step.
+        """Read what [`save_state`] wrote, before the first step or to go back within a run.
 
         Returns:
             Whether there was a state to read. Without one the controller starts afresh.
 
         Raises:
-            StateError: The file is damaged, or belongs to another controller or config, or a step was already taken.
+            StateError: The file is damaged, or belongs to another controller or config.
         """
-        if self._recorder is not None:
-            raise StateError("`load_state` must be called before the first `clip_`, but a step was already taken.")
         read = read_state(folder, self.config)
         if read is None:
             return False
+        if self._recorder is not None:
+            # Going back within a run: what was recorded stays, and the next step opens a segment that names where it goes on from.
+            self.flush()
+            if self._recorder.ledger is not None:
+                self._recorder.ledger.close()
+            self._recorder = self._ops = None
         tensors, self._step, self._static_threshold, self.statistics, head = read
         self._loaded, self._parent = tensors, None if head is None else {"sha256": head, "step": self._step}
         return True

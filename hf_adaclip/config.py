@@ -35,7 +35,7 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("pace_progress_slow", 0.0, 1.0, False, False),
     ("z_threshold", 0.0, math.inf, False, False),
     ("percentile", 0.0, 100.0, False, True),
-    ("history", 10, math.inf, True, False),
+    ("history", 10, 1_000_000, True, True),
     ("ring_capacity", 1, 65536, True, True),
     ("divergence_spreads", 0.0, math.inf, True, False),
     ("divergence_steps", 1, math.inf, True, False),
@@ -215,6 +215,11 @@ class AdaptiveClipConfig:
         if problems:
             raise ConfigError(problems)
 
+    @property
+    def looks_at_loss(self) -> bool:
+        """Whether decisions depend on the training loss; then all ranks have to see the same one."""
+        return self.max_pace > 1 or self.divergence_spreads > 0
+
     # -- conversions ---------------------------------------------------------------------------------------------
 
     @classmethod
@@ -351,6 +356,11 @@ def _range_problems(config: AdaptiveClipConfig) -> list[str]:
     ):
         problems.append(
             f"`min_threshold` must be at most `max_threshold` ({config.max_threshold}), but is {config.min_threshold} instead."
+        )
+    if config.on_trouble != "continue" and config.max_skipped is None and config.divergence_spreads == 0:
+        problems.append(
+            f"`on_trouble` must be 'continue' as long as nothing counts as trouble, but is {config.on_trouble!r} instead: "
+            "set `max_skipped` or `divergence_spreads`."
         )
     if config.near_width >= config.min_far_width:
         problems.append(

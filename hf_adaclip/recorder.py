@@ -111,6 +111,33 @@ class Recorder:
         return list(self._events.finish())
 
 
+def is_rank_zero() -> bool:
+    """Whether this process writes for all: the only one, or rank 0."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
+
+
+def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops: Ops, **run: Any) -> Recorder:
+    """The recorder of a run that begins or goes on here.
+
+    Args:
+        config: The complete config.
+        writes: Whether this process writes the ledger.
+        exact: Whether a replay gives the same bits.
+        ops: The kind of numbers that rows are made of.
+        run: As for `ledger_header`.
+    """
+    return Recorder(
+        capacity=config.ring_capacity,
+        num_tensors=run["num_tensors"],
+        ops=ops,
+        device=run["device"],
+        statistics=run["statistics"],
+        first_step=run["first_step"],
+        ledger=Ledger(str(config.ledger), ledger_header(config, exact=exact, **run)) if writes else None,
+    )
+
+
 def ledger_header(
     config: AdaptiveClipConfig,
     *,

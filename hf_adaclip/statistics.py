@@ -27,6 +27,7 @@ class RunStatistics:
         self.skipped = 0
         self.consecutive_nonfinite = 0
         self.trouble: Reason | None = None
+        self._longest = 0  # since it was last asked for: a series may end before anybody looks
         self._window_steps = 0
         self._window_clipped = 0
         self._last: dict[str, float] | None = None
@@ -46,6 +47,7 @@ class RunStatistics:
         self.skipped += left_out
         ours = left_out and reason is not Reason.SCALER_SKIPPED
         self.consecutive_nonfinite = self.consecutive_nonfinite + 1 if ours else 0
+        self._longest = max(self._longest, self.consecutive_nonfinite)
         if reason in _TROUBLE and self.trouble is None:
             self.trouble = reason
         self._window_steps += 1
@@ -58,7 +60,7 @@ class RunStatistics:
         Raises:
             NonFiniteGradientError: It has come to that; the message says where to look.
         """
-        found = self.consecutive_nonfinite
+        found, self._longest = self._longest, self.consecutive_nonfinite
         if found < limit:
             return
         raise NonFiniteGradientError(

@@ -28,6 +28,18 @@ SETUPS: Final[dict[str, Support]] = {
 }
 
 
+def check_accelerator(accelerator: Any) -> str:
+    """How an accelerator's setup is supported, in words.
+
+    Raises:
+        UnsupportedSetupError: It is not; parallelism within a layer or a sequence counts, though its `distributed_type` is MULTI_GPU.
+    """
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):
+        return check_distributed_type("TP")
+    return check_distributed_type(accelerator.distributed_type)
+
+
 def check_distributed_type(distributed_type: Any) -> str:
     """How the setup is supported, in words.
 

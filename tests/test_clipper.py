@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError, NonFiniteGradientError, StateError
+from hf_adaclip import (
+    AdaptiveClipConfig,
+    AdaptiveClipper,
+    ConfigError,
+    NonFiniteGradientError,
+    StateError,
+    TrainingTroubleError,
+)
 from hf_adaclip.audit import verify_ledger
 from hf_adaclip.controllers.ops import tensor_ops
 from tests.loops import HostReads, make, train, weights
@@ -259,8 +266,6 @@ def test_state_of_another_config_or_a_damaged_file_is_an_error(tmp_path):
         AdaptiveClipper(CONFIG.replace(decay=0.9)).load_state(tmp_path)
     with pytest.raises(StateError, match=r"`controller` was 'adaptive' and is 'zscore'"):
         AdaptiveClipper(CONFIG.replace(controller="zscore")).load_state(tmp_path)
-    with pytest.raises(StateError, match="before the first"):
-        clipper.load_state(tmp_path)
     assert not AdaptiveClipper(CONFIG).load_state(tmp_path / "nowhere")
     path = tmp_path / "clip_state.safetensors"
     content = path.read_bytes()
@@ -268,6 +273,65 @@ def test_state_of_another_config_or_a_damaged_file_is_an_error(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(StateError, match="is damaged"):
             AdaptiveClipper(CONFIG).load_state(tmp_path)
+
+
+def test_going_back_within_a_run_opens_a_segment_that_says_so(tmp_path):
+    """Loading the best checkpoint at the end of a loop, or rolling back after trouble, is ordinary use."""
+    model, optimizer = make()
+    clipper = AdaptiveClipper(CONFIG, optimizer=optimizer, ledger=tmp_path / "l.jsonl")
+    train(model, optimizer, clip_with(clipper), 30)
+    clipper.save_state(tmp_path)
+    before = {k: float(v) for k, v in clipper.state.items()}
+    train(model, optimizer, clip_with(clipper), 20, start=30)
+    assert clipper.load_state(tmp_path)
+    assert clipper.step == 30
+    train(model, optimizer, clip_with(clipper), 1, start=30)
+    assert clipper.step == 31
+    clipper.close()
+    report = verify_ledger(tmp_path / "l.jsonl")
+
+    assert before != {k: float(v) for k, v in clipper.state.items()}
+    assert report.ok, report.findings
+    assert report.segments == 2
+    with pytest.raises(StateError, match="this clipper was closed"):
+        train(model, optimizer, clip_with(clipper), 1)
+
+
+def test_a_series_of_bad_steps_that_ended_before_anybody_looked_still_stops_the_run():
+    model, optimizer = make()
+    clipper = AdaptiveClipper(CONFIG.replace(max_consecutive_nonfinite=5), optimizer=optimizer)
+    train(model, optimizer, clip_with(clipper), 40, factors=dict.fromkeys(range(10, 20), float("nan")))
+    with pytest.raises(NonFiniteGradientError, match="in 10 steps in a row"):
+        clipper.flush()
+
+
+def test_an_unused_parameter_does_not_hold_the_pace_and_is_not_counted_as_skipped():
+    model, optimizer = make()
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(2)))
+    config = CONFIG.replace(granularity="tensor", max_pace=3.0, max_skipped=5, on_trouble="fallback")
+    clipper = AdaptiveClipper(config, optimizer=optimizer)
+    train(model, optimizer, clip_with(clipper), 150)
+
+    assert float(clipper.metrics()["clip/pace"]) > 1.05
+    assert "FALLBACK" not in clipper.statistics.counts_by_name()
+
+
+@pytest.mark.parametrize("granularity", ["global", "tensor"])
+def test_the_budget_of_skipped_steps_stops_a_run_of_either_granularity(granularity):
+    config = CONFIG.replace(granularity=granularity, max_skipped=2, on_trouble="stop")
+    model, optimizer = make()
+    clipper = AdaptiveClipper(config, optimizer=optimizer)
+    train(model, optimizer, clip_with(clipper), 30, factors=dict.fromkeys((5, 9, 12), float("nan")))
+    with pytest.raises(TrainingTroubleError, match="found at step 12"):
+        clipper.flush()
+
+
+def test_a_pace_without_a_loss_is_warned_of_once(caplog):
+    model, optimizer = make()
+    clipper = AdaptiveClipper(CONFIG.replace(max_pace=2.0), optimizer=optimizer)
+    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters()), 5)
+
+    assert len([r for r in caplog.records if "need the training loss" in r.message]) == 1
 
 
 def test_metrics_names_and_fraction():

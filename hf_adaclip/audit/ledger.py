@@ -3,14 +3,33 @@
 import hashlib
 import logging
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hf_adaclip.audit.schema import GENESIS, SCHEMA_VERSION, encode, seal_line
 from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.errors import LedgerError
 
+if sys.platform != "win32":
+    import fcntl
+
 logger = logging.getLogger(__name__)
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Two writers would overwrite each other's blocks, so the second one is refused. The lock goes with the process."""
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise LedgerError(
+            f"`ledger` must be written by one run at a time, but {path} is being written by another. Give each run a path of its own."
+        ) from error
+    except OSError:  # a file system without locks
+        logger.debug("%s: locking is not possible here", path)
 
 
 class Ledger:
@@ -38,6 +57,7 @@ class Ledger:
             tail = find_tail(self.path) if self.path.exists() and self.path.stat().st_size else None
             # Unbuffered: after a failed write no remains of it may wait in a buffer and come out later.
             self._file = open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0)  # noqa: SIM115
+            _lock(self._file, self.path)
         except OSError as error:
             raise LedgerError(f"`ledger` must be a writable file, but {self.path} is not: {error}.") from error
         self._head = GENESIS if tail is None else tail.sha256

@@ -61,8 +61,11 @@ def summarise(norm: Value, norms: Value, threshold: Value, coefficient: Value, p
     untouched = (coefficient == ops(1.0)).all()
     whole = ops.where(untouched | ~finite, ops(1.0), intended / norm)
     worst = ops.where(there, reason, ops(0.0)).max()
-    worst = ops.where(finite, worst, ops(float(Reason.NONFINITE)))
-    return Summary(ops.where(untouched | ~finite, norm, intended), whole, pace.min(), worst)
+    alarm = ops.where(reason > ops(float(Reason.NONFINITE)), reason, ops(float(Reason.NONFINITE))).max()
+    worst = ops.where(finite, worst, alarm)
+    # A tensor without a gradient says nothing about the pace; when none has one, the step is left out and all count.
+    slowest = ops.where(there | ~finite, pace, ops(float("inf"))).min()
+    return Summary(ops.where(untouched | ~finite, norm, intended), whole, slowest, worst)
 
 
 def state_fields(state: tuple[Value, ...]) -> dict[str, Value]:

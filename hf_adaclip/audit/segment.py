@@ -17,6 +17,7 @@ from hf_adaclip.controllers.ops import ARRAY, SCALAR
 APPLIED_TOLERANCE = 0.01
 """Relative difference between a measured and an intended norm that rounding explains (bfloat16 gradients: 1 in 256)."""
 
+MAX_TENSORS = 1_000_000
 SUM_TOLERANCE = 1e-5
 """Relative difference in the summary of a per-tensor step: the order in which a device sums squares is its own."""
 
@@ -35,6 +36,8 @@ class Segment:
         self._config = AdaptiveClipConfig.from_dict(header["config"])
         self._controller = build_controller(self._config)
         self._num_tensors = int(header["num_tensors"])
+        if not 0 <= self._num_tensors <= MAX_TENSORS:
+            raise ValueError(f"`num_tensors` is {self._num_tensors}")
         self._shape = (self._num_tensors,) if self._num_tensors else ()
         self._ops = ARRAY if self._shape else SCALAR
         self._state = state_from_json(self._controller, header["initial_state"], self._ops, self._shape)
@@ -117,7 +120,8 @@ class Segment:
     def _replay(self, recorded: dict[str, float], norms: list[float] | None) -> Summary:
         norm = np.float32(recorded["norm"])
         observed = norm if norms is None else np.array(norms, dtype=np.float32)
-        seen = Observation(observed, np.float32(recorded["loss"]), self._static)
+        finite = norm < np.float32("inf")
+        seen = Observation(observed, np.float32(recorded["loss"]), self._static, finite)
         decision, self._state = self._controller.update(self._state, seen)
         return Summary(*decision) if norms is None else summarise(norm, observed, *decision)
 

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from hf_adaclip.audit.schema import GENESIS
 from hf_adaclip.errors import LedgerError
+
+_START = b'{"kind":"header"'
 
 
 class Tail(NamedTuple):
@@ -39,6 +42,12 @@ def find_tail(path: Path) -> Tail:
                 except (ValueError, KeyError):
                     continue
         if last is None:
+            file.seek(0)
+            start = file.read(len(_START))
+            if start == _START[: len(start)]:
+                # Killed, or out of space, in its very first write: all there is is a torn tail.
+                file.seek(0)
+                return Tail(GENESIS, 0, file.read())
             raise LedgerError(
                 f"`ledger` must be a ledger or a file that does not exist yet, but {path} has no sealed block. "
                 "It is left as it is; choose another path."

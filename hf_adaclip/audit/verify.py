@@ -165,7 +165,7 @@ class _Verifier:
             self._note(line, "the run before this header did not end cleanly.")
         try:
             self._segment = Segment(content)
-        except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, MemoryError) as error:
             self._found(line, f"the header cannot be understood: {error}")
             self._segment = None
             return

@@ -34,7 +34,7 @@ def build_controller(config: Any) -> Controller[Any]:
     inner = CONTROLLERS[config.controller].from_config(config)
     limits = {name: getattr(config, name) for name in _LIMITS}
     free = all(v is None for v in limits.values())
-    if free and config.divergence_spreads == 0 and config.on_trouble == "continue":
+    if free and config.divergence_spreads == 0:
         return inner
     return GovernedController(
         inner=inner,

@@ -156,7 +156,9 @@ class AdaptiveController(Controller[AdaptiveState]):
                 self.max_pace, self.pace_growth, self.pace_backoff, self.pace_progress_fast, self.pace_progress_slow
             )
             loss = ops.expand(observation.loss, ops.shape(norm))
-            paced = update_pace(parameters, paced, loss, calm=calm, trouble=high | ~finite, ops=ops)
+            paced = update_pace(
+                parameters, paced, loss, calm=calm, trouble=high | observation.left_out(finite), ops=ops
+            )
 
         return Decision(threshold, coefficient, paced.pace, reason), AdaptiveState(
             level=ops.where(usable, new_level, state.level),

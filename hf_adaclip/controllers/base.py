@@ -99,11 +99,18 @@ class Observation(NamedTuple):
             the step (or this tensor) must not enter any statistic.
         loss: Training loss of the step, float32, shape `[]`; NaN when it is not known.
         static_threshold: Threshold of the warm-up, float32, shape `[]`.
+        step_finite: Bool, shape `[]`: whether the step as a whole is finite. Per tensor a NaN norm in a finite step only means that
+            the tensor has no gradient in it. None: the norm itself tells.
     """
 
     norm: Value
     loss: Value
     static_threshold: Value
+    step_finite: Value | None = None
+
+    def left_out(self, finite: Value) -> Value:
+        """Whether the step is left out, given whether `norm` is finite; bool, shape `[]` or that of the norm."""
+        return ~finite if self.step_finite is None else ~self.step_finite
 
 
 class Decision(NamedTuple):

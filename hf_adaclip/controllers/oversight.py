@@ -36,7 +36,7 @@ class OversightState(NamedTuple):
         loss_mean, loss_spread, loss_best: Of the training loss; NaN until one is known.
         bad: Steps in a row with the loss far above its best.
         held_pace: Pace of the last step before the freeze.
-        trouble: 0, or the code of the `Reason` that trouble was found for.
+        trouble: 0, or the code of the `Reason` that this step was found in trouble for; under the policy `fallback`, of the first.
     """
 
     steps: Value
@@ -120,16 +120,18 @@ class GovernedController(Controller[Any]):
         coefficient = ops.where(moved & finite, coefficient_of(norm, bounded, ops), decision.coefficient)
 
         mine = self._watch(mine, observation, decision, bounded, warm=warm, finite=finite, ops=ops)
-        was = state[split + OversightState._fields.index("trouble")]
-        first = (mine.trouble > zero) & ~(was > zero)
+        found = mine.trouble  # of this step; what an earlier step found is kept only where it decides
         if self.fallback:
+            earlier = state[split + OversightState._fields.index("trouble")]
+            mine = mine._replace(trouble=ops.where(earlier > zero, earlier, found))
+            found = ops.where(earlier > zero, zero, found)
             aside = mine.trouble > zero
             static = ops.expand(observation.static_threshold, ops.shape(norm))
             bounded = ops.where(aside, static, bounded)
             coefficient = ops.where(aside & finite, coefficient_of(norm, static, ops), coefficient)
             pace = ops.where(aside, one, pace)
             reason = ops.where(aside & finite, ops(float(Reason.FALLBACK)), reason)
-        reason = ops.where(first, mine.trouble, reason)
+        reason = ops.where(found > zero, found, reason)
         mine = mine._replace(held_pace=pace)
         return Decision(bounded, coefficient, pace, reason), type(state)(*after, *mine)
 
@@ -177,7 +179,8 @@ class GovernedController(Controller[Any]):
         block = ops(float(BLOCK))
         at_block = steps - ops.floor(steps / block) * block == zero
         anchor = ops.where((at_block | ~(mine.anchor > zero)) & quiet, threshold, mine.anchor)
-        skipped = ops.where(finite, mine.skipped, mine.skipped + one)
+        left_out = observation.left_out(finite)
+        skipped = ops.where(left_out, mine.skipped + one, mine.skipped)
 
         loss = ops.expand(observation.loss, ops.shape(observation.norm))
         known = abs(loss) < ops(float("inf"))
@@ -188,16 +191,16 @@ class GovernedController(Controller[Any]):
         best = ops.where(started, ops.minimum(mine.loss_best, mean), mean)
         bad = ops.where(mean > best + ops(self.divergence_spreads) * spread, mine.bad + one, zero)
 
-        trouble = mine.trouble
-        fine = ~(trouble > zero)
         sane = ~finite | ((threshold > zero) & (threshold < ops(float("inf"))))
-        trouble = ops.where(fine & ~sane, ops(float(Reason.TROUBLE_STATISTICS)), trouble)
+        trouble = ops.where(sane, zero, ops(float(Reason.TROUBLE_STATISTICS)))
         if self.divergence_spreads > 0:
-            diverged = known & (bad >= ops(float(self.divergence_steps)))
-            trouble = ops.where(fine & diverged, ops(float(Reason.TROUBLE_DIVERGENCE)), trouble)
+            # Again after every further M steps: a run that is resumed into its divergence is not left alone.
+            patience = ops(float(self.divergence_steps))
+            due = (bad >= patience) & (bad - ops.floor(bad / patience) * patience == zero)
+            trouble = ops.where(known & due, ops(float(Reason.TROUBLE_DIVERGENCE)), trouble)
         if self.max_skipped is not None:
-            spent = skipped > ops(float(self.max_skipped))
-            trouble = ops.where(fine & spent, ops(float(Reason.TROUBLE_BUDGET)), trouble)
+            spent = left_out & (skipped > ops(float(self.max_skipped)))
+            trouble = ops.where(spent, ops(float(Reason.TROUBLE_BUDGET)), trouble)
         return OversightState(
             steps=steps,
             edge=edge,

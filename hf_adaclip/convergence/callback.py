@@ -1,15 +1,22 @@
 """A `TrainerCallback` that writes `convergence.jsonl`, for the stock Trainer as well as for ours."""
 
+import itertools
+import json
+import logging
 import numbers
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_adaclip.convergence.energy import EnergyMeter, open_meter
-from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, Point, Stopwatch, append_point, read_points
+from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, Point, Stopwatch, append_point, read_points, write_points
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE: Final = "convergence_state.json"
 
 
 class ConvergenceCallback(TrainerCallback):
@@ -40,30 +47,44 @@ class ConvergenceCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._meter = open_meter(estimate=self._estimate)
-        kept = [p for p in self._earlier() if 0 < p.step <= state.global_step]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("", encoding="utf-8")
-        for point in kept:
-            append_point(self._path, point)
-        spent = kept[-1] if kept else None
-        self._watch = Stopwatch(
-            self._meter,
-            seconds=0.0 if spent is None else spent.train_seconds,
-            energy_wh=0.0 if spent is None else (spent.energy_wh or 0.0),
-        )
-        self._watch.run()
+        kept = [p for p in self._earlier(resumed=state.global_step > 0) if 0 < p.step <= state.global_step]
+        write_points(self._path, kept)
+        seconds, energy = self._spent(state.global_step, kept)
+        self._watch = Stopwatch(self._meter, seconds=seconds, energy_wh=energy)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The clock runs from here and not from the end of an evaluation: there may be several, or a checkpoint to write.
+        if self._watch is not None:
+            self._watch.run()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._pause_before_evaluation(control)
+        # Writing a log line belongs to training (it is where the ledger is written); what comes after it does not.
+        if not control.should_log:
+            self._pause(control)
         if self._on_steps is not None:
             self._on_steps(state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._pause(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._pause_before_evaluation(control)
+        self._pause(control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._watch is None:
+            return
+        self._watch.pause()
+        folder = self._path.parent / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            spent = {"train_seconds": self._watch.seconds, "energy_wh": self._watch.energy_wh}
+            (folder / STATE_FILE).write_text(json.dumps(spent) + "\n", encoding="utf-8")
 
     def on_evaluate(
         self,
@@ -89,7 +110,6 @@ class ConvergenceCallback(TrainerCallback):
             metrics={k: float(v) for k, v in (metrics or {}).items() if isinstance(v, numbers.Real)},
         )
         append_point(self._path, point)
-        self._watch.run()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,17 +118,37 @@ class ConvergenceCallback(TrainerCallback):
             self._meter.close()
         self._meter = self._watch = None
 
-    def _pause_before_evaluation(self, control: TrainerControl) -> None:
-        if self._watch is not None and control.should_evaluate:
+    def _pause(self, control: TrainerControl) -> None:
+        if self._watch is not None and (control.should_evaluate or control.should_save):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # queued steps belong to training, not to the evaluation that would wait for them
             self._watch.pause()
 
-    def _earlier(self) -> list[Point]:
-        try:
-            return read_points(self._path)
-        except (OSError, ValueError):
+    def _earlier(self, *, resumed: bool) -> list[Point]:
+        """Points of the run that is resumed. A file of another run, or a damaged one, is moved aside and not written over."""
+        if not self._path.exists() or not self._path.stat().st_size:
             return []
+        try:
+            points = read_points(self._path)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is damaged (%s): it is kept under another name.", self._path, error)
+            resumed, points = False, []
+        if not resumed:
+            number = next(n for n in itertools.count(1) if not self._aside(n).exists())
+            self._path.replace(self._aside(number))
+            return []
+        return points
+
+    def _aside(self, number: int) -> Path:
+        return self._path.with_suffix(f".{number}.jsonl")
+
+    def _spent(self, step: int, kept: list[Point]) -> tuple[float, float]:
+        """Seconds and energy up to the checkpoint that the run goes on from; without its file, up to the last evaluation."""
+        try:
+            spent = json.loads((self._path.parent / f"checkpoint-{step}" / STATE_FILE).read_text(encoding="utf-8"))
+            return float(spent["train_seconds"]), float(spent["energy_wh"] or 0.0)
+        except (OSError, ValueError, KeyError, TypeError):
+            return (kept[-1].train_seconds, kept[-1].energy_wh or 0.0) if kept else (0.0, 0.0)
 
 
 def _samples_seen(state: TrainerState, dataloader: Any) -> int | None:

@@ -61,7 +61,7 @@ def compare(
     ]
     _refuse_other_settings(output, specs)
     results = run_all(specs, output, jobs=jobs, quiet=quiet)
-    comparison = summarise(tasks, arms, seeds, tuned, results, command)
+    comparison = summarise(tasks, arms, seeds, tuned, results, command, jobs)
     (output / COMPARISON_FILE).write_text(json.dumps(plain(comparison), indent=1) + "\n", encoding="utf-8")
     return comparison
 
@@ -99,6 +99,7 @@ def summarise(
     tuned: dict[str, Tuned],
     results: Sequence[dict[str, Any]],
     command: str,
+    jobs: int,
 ) -> dict[str, Any]:
     """The content of `comparison.json`: settings, every seed's numbers, medians and intervals, losses as well as wins."""
     by_run = {(r["spec"]["task"], r["spec"]["arm"], r["spec"]["seed"]): r for r in results}
@@ -125,7 +126,8 @@ def summarise(
         "versions": environment(),
         "device": finished[0]["device"] if finished else None,
         "seeds": seeds,
-        "energy": _energy_kind(finished),
+        "jobs": jobs,
+        "energy": _energy_kind(finished, jobs),
         "tasks": entries,
     }
 
@@ -141,7 +143,7 @@ def _seed_row(task: Task, result: dict[str, Any], target: Target) -> dict[str, A
     final = {k: float(v) for k, v in points[-1]["metrics"].items()} if points else {}
     row.update(
         reached=hit is not None,
-        final_eval_loss=final.get("eval_loss", math.inf),
+        final_eval_loss=_or_inf(final.get("eval_loss", math.inf)),
         quality=task.quality_of(final) if final else None,
         total_steps=points[-1]["step"] if points else 0,
         clipped=result.get("clipped"),
@@ -161,9 +163,11 @@ def _arm_entry(arm: str, rows: list[dict[str, Any]], stock: list[dict[str, Any]]
     for cost in COSTS:
         values = [r[cost] for r in rows]
         entry[f"median_{cost}"] = None if None in values else median(values)
-        base = [r[cost] for r in stock]
-        known = None not in values and None not in base
-        entry[f"ratio_{cost}"] = asdict(paired_ratio(values, base)) if known and arm != STOCK else None
+        # A run that raised says nothing about speed; a run that never reached the target does.
+        pairs = [(a[cost], b[cost]) for a, b in zip(rows, stock, strict=True) if not a["error"] and not b["error"]]
+        known = bool(pairs) and all(None not in pair for pair in pairs)
+        ratio = paired_ratio([a for a, _ in pairs], [b for _, b in pairs]) if known and arm != STOCK else None
+        entry[f"ratio_{cost}"] = None if ratio is None else asdict(ratio)
     entry["median_final_eval_loss"] = median([r["final_eval_loss"] for r in rows])
     qualities = [r["quality"] for r in rows if r["quality"] is not None]
     entry["median_quality"] = median(qualities) if qualities else None
@@ -186,11 +190,22 @@ def ratio_from(entry: dict[str, Any], cost: str) -> PairedRatio | None:
     )
 
 
-def _energy_kind(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def _or_inf(value: float) -> float:
+    """A loss that is no number is the worst there is; sorted as NaN it could pass for the best."""
+    return math.inf if math.isnan(value) else value
+
+
+def _energy_kind(results: Sequence[dict[str, Any]], jobs: int) -> dict[str, Any] | None:
     for result in results:
         for point in result.get("points", []):
             if point["energy_wh"] is not None:
-                return {"source": point["energy_source"], "measured": point["energy_measured"]}
+                # A sensor counts the whole chip: with runs side by side, each is charged for the others too.
+                shared = jobs > 1 and point["energy_measured"]
+                return {
+                    "source": point["energy_source"],
+                    "measured": point["energy_measured"] and not shared,
+                    "shared": shared,
+                }
     return None
 
 

@@ -55,7 +55,9 @@ def _ratio(entry: dict[str, Any], cost: str) -> str:
     ratio = ratio_from(entry, cost)
     if ratio is None:
         return "1" if entry["ratio_step"] is None and entry["arm"] == "stock" else "n/a"
-    return f"{_number(ratio.median, '{:.2f}')} [{_number(ratio.low, '{:.2f}')}, {_number(ratio.high, '{:.2f}')}]"
+    text = f"{_number(ratio.median, '{:.2f}')} [{_number(ratio.low, '{:.2f}')}, {_number(ratio.high, '{:.2f}')}]"
+    # Where neither arm reached the target, the pair counts as even; who reads "1.00" has to know.
+    return text if not ratio.neither else f"{text} ({ratio.neither} of {len(ratio.ratios)} neither)"
 
 
 def _number(value: Any, form: str) -> str:
@@ -93,12 +95,16 @@ def notes(comparison: dict[str, Any]) -> list[str]:
         "rate reached within 80 % of its steps.",
         f"Medians over {comparison['seeds']} seeds; a run that never reaches the target counts as infinite. 'vs stock': median of the "
         "ratios seed by seed, with a 95 % bootstrap interval; below 1 is sooner.",
-        "Seconds are training time without evaluation, overhead of the method included.",
+        "Seconds are training time without evaluation; the method's own overhead, its ledger included, is in them.",
     ]
     if comparison["seeds"] < 5:
         lines.append(f"{comparison['seeds']} seeds show the direction; a claim needs at least 5 (`--seeds 5`).")
     if energy is None:
         lines.append("Energy: no sensor could be read and codecarbon is not installed, so nothing is said.")
+    elif energy.get("shared"):
+        lines.append(
+            f"Energy: read from {energy['source']} while runs went on side by side, so each is charged for its neighbours too."
+        )
     else:
         how = "measured" if energy["measured"] else "estimated, not measured"
         lines.append(f"Energy: {how} ({energy['source']}).")

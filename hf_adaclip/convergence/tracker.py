@@ -108,6 +108,15 @@ def append_point(path: Path, point: Point) -> None:
         file.write(json.dumps(plain(asdict(point)), allow_nan=False) + "\n")
 
 
+def write_points(path: Path, points: Sequence[Point]) -> None:
+    """Replace the file's content in one move, so that a kill leaves the old points or the new ones."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text("", encoding="utf-8")
+    for point in points:
+        append_point(unfinished, point)
+    unfinished.replace(path)
+
+
 def read_points(path: Path) -> list[Point]:
     """All points of a file; a torn last line (a killed process) is left out.
 

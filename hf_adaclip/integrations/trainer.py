@@ -21,7 +21,7 @@ from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.convergence.callback import ConvergenceCallback
 from hf_adaclip.errors import ConfigError, TrainingTroubleError, UnsupportedSetupError
 from hf_adaclip.events import ClipEvent
-from hf_adaclip.support import check_distributed_type
+from hf_adaclip.support import check_accelerator
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -60,28 +60,40 @@ class AdaptiveClipMixin(_Base):
 
     def _set_up_clipping(self, config: AdaptiveClipConfig) -> None:
         _check_seam()
-        _check_max_grad_norm(self.args.max_grad_norm)
-        check_distributed_type(self.accelerator.distributed_type)
-        if config.ledger == "auto":
-            config = config.replace(ledger=str(Path(self.args.output_dir or ".") / LEDGER_FILE))
-        if config.static_threshold is None:
-            config = config.replace(static_threshold=float(self.args.max_grad_norm))
-        self.clip_config = config
+        check_accelerator(self.accelerator)
+        self._given_config = config
+        self.clip_config = self._complete_config(trial=None)
         self.clipper = None
         self._step_loss: Tensor | None = None
         self.add_callback(ConvergenceCallback(self.args.output_dir))
+
+    def _complete_config(self, trial: Any) -> AdaptiveClipConfig:
+        """The config with what the Trainer knows filled in. Anew for every run: a search changes `args` between its trials."""
+        _check_max_grad_norm(self.args.max_grad_norm)
+        config = self._given_config
+        if config.ledger == "auto":
+            folder = self.args.output_dir if trial is None else self._get_output_dir(trial)
+            config = config.replace(ledger=str(Path(folder or ".") / LEDGER_FILE))
+        if config.static_threshold is None:
+            config = config.replace(static_threshold=float(self.args.max_grad_norm))
+        return config
 
     # -- the run -------------------------------------------------------------------------------------------------
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
         self.clipper, self._step_loss = None, None
+        self.clip_config = self._complete_config(kwargs.get("trial"))
         try:
             output = super()._inner_training_loop(*args, **kwargs)
         except BaseException:
             self._end_clipping(clean=False)
             raise
         self._end_clipping(clean=True)
+        if self.clipper is None and self.state.global_step:
+            logger.error(
+                "Adaptive clipping never acted: %s trains without calling `_clip_grad_norm`.", type(self).__name__
+            )
         return output
 
     def _end_clipping(self, *, clean: bool) -> None:
@@ -108,7 +120,7 @@ class AdaptiveClipMixin(_Base):
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         loss, self._step_loss = self._step_loss, None
-        return self._ready_clipper().clip_(model.parameters(), loss=loss, measure=self._logs_after_this_step())
+        return self._ready_clipper().clip_(model.parameters(), loss=loss, measure=self._logs_after_this_step() or None)
 
     def _end_on_trouble(self, error: TrainingTroubleError) -> None:
         logger.error("%s A checkpoint of the weights as they are now is kept.", error)

@@ -192,6 +192,25 @@ def test_a_killed_run_can_be_continued(tmp_path):
     assert "did not end cleanly" in messages
 
 
+@pytest.mark.parametrize("keep", [0, 1, 10, 60])
+def test_a_first_write_that_was_cut_off_does_not_block_the_next_start(tmp_path, ledger_bytes, keep):
+    path = tmp_path / "l.jsonl"
+    path.write_bytes(ledger_bytes[:keep])
+    write_run(path)
+    report = verify_ledger(path)
+
+    assert report.ok, report.findings
+    assert report.steps == 45
+
+
+def test_two_writers_are_not_let_at_one_file(tmp_path):
+    first = Ledger(tmp_path / "l.jsonl", {"x": 1})
+    with pytest.raises(LedgerError, match="is being written by another"):
+        Ledger(tmp_path / "l.jsonl", {"x": 2})
+    first.close()
+    Ledger(tmp_path / "l.jsonl", {"x": 3}).close()
+
+
 def test_a_file_that_is_no_ledger_is_left_alone(tmp_path):
     path = tmp_path / "thesis.txt"
     path.write_text("chapter one\n")

@@ -139,7 +139,7 @@ def test_divergence_is_a_loss_that_stays_far_above_its_best():
     *_, one_bad_batch, _ = drive(config, calm(150), spike)
 
     assert next(i for i, r in enumerate(reasons) if r == "TROUBLE_DIVERGENCE") in range(170, 230)
-    assert reasons.count("TROUBLE_DIVERGENCE") == 1
+    assert 1 <= reasons.count("TROUBLE_DIVERGENCE") <= 4  # said again after every further 20 steps
     assert "TROUBLE_DIVERGENCE" not in healthy
     assert "TROUBLE_DIVERGENCE" not in one_bad_batch
 

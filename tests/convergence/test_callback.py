@@ -1,5 +1,6 @@
 """`convergence.jsonl` of real runs: of the stock Trainer as well as of ours, through a resumption too."""
 
+import json
 import time
 
 from transformers import TrainerCallback
@@ -42,6 +43,52 @@ def test_tokens_and_samples_are_counted(tmp_path):
 
     assert point.samples == 20 * 16
     assert point.tokens == 20 * 16 * 32
+
+
+def test_several_evaluations_in_a_row_are_none_of_them_training_time(tmp_path):
+    few = dataset().select(range(16))
+    args = arguments(tmp_path, eval_on_start=True, **EVAL)
+    callbacks = [ConvergenceCallback(tmp_path), SlowEvaluation()]
+    run(stock(tmp_path, args=args, eval_dataset={"a": few, "b": few, "c": few}, callbacks=callbacks))
+    points = [p for p in read_points(tmp_path / "convergence.jsonl") if p.step == 40]
+
+    assert len(points) == 3
+    assert len({p.train_seconds for p in points}) == 1
+    assert points[0].train_seconds < 2.0  # fifteen evaluations of two batches took six seconds
+
+
+def test_the_time_between_an_evaluation_and_the_checkpoint_is_not_lost(tmp_path):
+    args = arguments(
+        tmp_path, save_strategy="steps", save_steps=25, eval_strategy="steps", eval_steps=20, max_steps=40
+    )
+    few = dataset().select(range(16))
+    run(build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few))
+    whole = read_points(tmp_path / "convergence.jsonl")
+    saved = json.loads((tmp_path / "checkpoint-25/convergence_state.json").read_text())
+    run(
+        build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few),
+        resume_from_checkpoint=str(tmp_path / "checkpoint-25"),
+    )
+    resumed = read_points(tmp_path / "convergence.jsonl")
+
+    assert saved["train_seconds"] > whole[0].train_seconds
+    assert resumed[-1].train_seconds > saved["train_seconds"]
+
+
+def test_a_damaged_file_is_kept_under_another_name(tmp_path, caplog):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=20, **EVAL)
+    few = dataset().select(range(16))
+    run(build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few))
+    path = tmp_path / "convergence.jsonl"
+    damaged = path.read_text().replace('"step"', '"stp"', 1)
+    path.write_text(damaged)
+    run(
+        build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few),
+        resume_from_checkpoint=str(tmp_path / "checkpoint-20"),
+    )
+
+    assert (tmp_path / "convergence.1.jsonl").read_text() == damaged
+    assert [p.step for p in read_points(path)] == [30, 40]
 
 
 def test_a_resumed_run_goes_on_and_a_new_one_starts_over(tmp_path):

@@ -57,6 +57,7 @@ def test_comparison_json_is_strict_and_complete(folder):
     assert {"step", "train_seconds", "energy_wh", "final_eval_loss", "clipped", "skipped"} <= set(adaptive["seeds"][0])
     row = dict(zip(range(11), table_rows(task)[1], strict=True))
     assert row[2] == "never"
+    assert row[5] == "1.00 [1.00, 1.00] (2 of 2 neither)"
     assert row[10] == "0"
 
 
@@ -109,6 +110,8 @@ def test_a_failed_run_is_shown_not_dropped(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
 
     assert "(1 failed)" in out
+    comparison = json.loads((tmp_path / "comparison.json").read_text())
+    assert len(comparison["tasks"][0]["arms"][1]["ratio_step"]["ratios"]) == 1  # the failed pair is left out
     assert "RuntimeError: out of luck" in (tmp_path / "README.md").read_text()
 
 

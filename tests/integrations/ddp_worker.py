@@ -11,6 +11,9 @@ from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
 CONFIG = AdaptiveClipConfig(warmup_observations=10, max_pace=2.0)
 
 
+DIVERGING = CONFIG.replace(divergence_spreads=2.0, divergence_steps=5, on_trouble="fallback", max_pace=1.0)
+
+
 def main(kind, folder):
     torch.set_num_threads(1)
     if kind == "trainer":
@@ -28,7 +31,10 @@ def main(kind, folder):
         accelerator = Accelerator(cpu=True)
         model, optimizer = make()
         clipper = AdaptiveClipper(
-            CONFIG, accelerator=accelerator, optimizer=optimizer, ledger=folder / "clip_ledger.jsonl"
+            DIVERGING if kind == "diverging" else CONFIG,
+            accelerator=accelerator,
+            optimizer=optimizer,
+            ledger=folder / "clip_ledger.jsonl",
         )
         model, optimizer = accelerator.prepare(model, optimizer)
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -38,7 +44,11 @@ def main(kind, folder):
             y = x[:, :1] * 2
             # Rank 1 alone gets the faults: a NaN at step 20, a spike at step 30.
             fault = {20: float("nan"), 30: 500.0}.get(step, 1.0) if rank == world - 1 else 1.0
+            if kind == "diverging":
+                fault = 1.0
             loss = torch.nn.functional.mse_loss(model(x), y) * fault
+            if kind == "diverging" and rank == world - 1:
+                loss = loss + 3.0 * step  # only this rank sees its loss rise
             accelerator.backward(loss)
             clipper.clip_(model.parameters(), loss=loss)
             optimizer.step()

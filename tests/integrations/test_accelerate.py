@@ -80,6 +80,20 @@ def test_install_answers_a_script_that_cannot_be_edited_and_undoes_itself():
     assert clipper.step == 40
 
 
+def test_an_installed_clipper_writes_its_whole_ledger(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    with AdaptiveClipper(CONFIG, accelerator=accelerator, ledger=tmp_path / "l.jsonl").install():
+        script(accelerator)
+    report = verify_ledger(tmp_path / "l.jsonl")
+
+    assert report.ok, report.findings
+    assert (report.steps, report.closed, report.measured) == (
+        40,
+        True,
+        1,
+    )  # the accelerator's only optimizer was found
+
+
 def test_install_undoes_itself_after_an_error():
     accelerator = Accelerator(cpu=True)
     clipper = AdaptiveClipper(accelerator=accelerator)

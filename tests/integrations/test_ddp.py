@@ -44,6 +44,15 @@ def test_faults_of_one_rank_are_handled_by_both(tmp_path):
     assert first["norm"] == second["norm"] < 100
 
 
+def test_a_divergence_that_one_rank_sees_is_decided_on_by_both(tmp_path):
+    first, second = launch("diverging", tmp_path / "two")
+
+    assert first["counts"]["FALLBACK"] > 5
+    assert first["counts"] == second["counts"]
+    assert first["state"] == second["state"]
+    assert first["weights"] == second["weights"]
+
+
 def test_two_processes_are_one_process_on_the_same_global_batch(tmp_path):
     two = launch("trainer", tmp_path / "two")[0]
     steps = [json.loads(line) for line in (tmp_path / "two/clip_ledger.jsonl").read_text().splitlines()]

@@ -121,7 +121,7 @@ def test_logs_ledger_and_convergence(tmp_path):
     assert logs[0]["clip/phase"] == "warmup"
     report = verify_ledger(tmp_path / "clip_ledger.jsonl")
     assert report.ok, report.findings
-    assert (report.steps, report.closed, report.measured) == (STEPS, True, 4)
+    assert (report.steps, report.closed, report.measured) == (STEPS, True, 5)  # at every log line, and the first step
     points = read_points(tmp_path / "convergence.jsonl")
     assert [p.step for p in points] == [20, 40]
     assert 0 < points[0].train_seconds < points[1].train_seconds
