@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import numpy as np
+
 from hf_adaclip.controllers import Reason
 
 Kind = Literal[
@@ -47,6 +49,7 @@ _PACE_SENTENCES: Final[dict[str, str]] = {
     "pace_raised": "The norm is calm and the loss is falling; the learning rate of the step was raised.",
     "pace_lowered": "The norm left its range or the step was left out; the learning rate of the step was taken back.",
 }
+_MAX_PACE: Final = "The pace has reached `max_pace` and goes no higher."
 _TIGHTENED: Final = "The range is narrower after an excursion; it widens again while training is stable."
 
 
@@ -89,9 +92,14 @@ class _Run:
 
 
 class EventTracker:
-    """Turns steps, one after another, into events. The same rows always give the same events, live or from a ledger."""
+    """Turns steps, one after another, into events. The same rows always give the same events, live or from a ledger.
 
-    def __init__(self) -> None:
+    Args:
+        max_pace: The config's limit on the pace; reaching it is an event of its own.
+    """
+
+    def __init__(self, max_pace: float = 1.0) -> None:
+        self._max_pace = float(np.float32(max_pace))
         self._edge: float | None = None
         self._pace = 1.0
         self._run: _Run | None = None
@@ -159,4 +167,6 @@ class EventTracker:
             if run is not None:
                 yield run.event()
             self._pace_run = _Run(kind, _PACE_SENTENCES[kind], step, step, self._pace, pace)
+        if float(np.float32(pace)) == self._max_pace > 1:
+            yield ClipEvent(step, step, "limit", self._pace, pace, _MAX_PACE)
         self._pace = pace

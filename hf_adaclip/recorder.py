@@ -31,6 +31,7 @@ class Recorder:
         statistics: Counts to go on with.
         first_step: Step of the first row, counted from 0.
         ledger: Where records go, or None.
+        max_pace: The config's limit on the pace.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class Recorder:
         statistics: RunStatistics,
         first_step: int,
         ledger: Ledger | None,
+        max_pace: float = 1.0,
     ) -> None:
-        self._events = EventTracker()
+        self._events = EventTracker(max_pace)
         self._ring: Ring = HostRing(capacity) if ops.on_host else DeviceRing(capacity, num_tensors, device)
         self._ops, self._num_tensors = ops, num_tensors
         self._statistics = statistics
@@ -134,6 +136,7 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
         device=run["device"],
         statistics=run["statistics"],
         first_step=run["first_step"],
+        max_pace=config.max_pace,
         ledger=Ledger(str(config.ledger), ledger_header(config, exact=exact, **run)) if writes else None,
     )
 

@@ -64,6 +64,18 @@ def test_a_run_of_the_same_adjustment_is_one_event():
     assert [(e.kind, e.step, e.until, e.before, e.after) for e in events] == [("widened", 0, 49, 2.0, 51.0)]
 
 
+def test_reaching_the_largest_pace_is_an_event(tmp_path):
+    config = CONFIG.replace(max_pace=1.1, warmup_observations=10)
+    limits = [e for e in run_with_listener(tmp_path / "l.jsonl", config) if "`max_pace`" in e.reason]
+
+    assert limits
+    assert limits[0].kind == "limit"
+    assert limits[0].after == pytest.approx(1.1)
+    assert [str(e) for e in load_run(tmp_path / "l.jsonl").events if "`max_pace`" in e.reason] == [
+        str(e) for e in limits
+    ]
+
+
 def test_alarming_events_are_warned_of_once(tmp_path, caplog):
     bad = {s: float("nan") for s in range(30, 60, 3)}
     with caplog.at_level(logging.WARNING):

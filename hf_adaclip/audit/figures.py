@@ -11,6 +11,9 @@ from hf_adaclip.audit.show import keep_extremes
 COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 
+_MAX_SPANS = 2000
+
+
 def norms_figure(
     steps: np.ndarray, norms: np.ndarray, thresholds: np.ndarray, coefficients: np.ndarray, skipped: np.ndarray
 ) -> Any:
@@ -47,12 +50,32 @@ def line_figure(steps: np.ndarray, values: np.ndarray, name: str, *, log: bool =
     return style(figure, "optimizer steps", name, log=log, height=260)
 
 
-def style(figure: Any, x: str, y: str, *, log: bool = True, height: int = 380) -> Any:
-    """Transparent, so that it sits on a light and on a dark page; room for the legend below."""
+def phases_figure(steps: np.ndarray, phases: list[str]) -> Any:
+    """Which phase the run was in, as bars over the steps; of many short ones the longest 2000 are drawn."""
+    import plotly.graph_objects as go
+
+    starts = [i for i in range(len(phases)) if i == 0 or phases[i] != phases[i - 1]]
+    spans = sorted(zip(starts, [*starts[1:], len(phases)], strict=True), key=lambda s: s[0] - s[1])[:_MAX_SPANS]
+    figure = go.Figure()
+    for position, phase in enumerate(dict.fromkeys(phases)):
+        x: list[float | None] = []
+        for start, stop in sorted(s for s in spans if phases[s[0]] == phase):
+            x += [float(steps[start]), float(steps[stop - 1]) + 1, None]
+        y = [phase if v is not None else None for v in x]
+        line = {"color": COLOURS[position % len(COLOURS)], "width": 12}
+        figure.add_scatter(x=x, y=y, mode="lines", name=phase, line=line, showlegend=False)
+    return style(figure, "optimizer steps", "", log=None, height=230)
+
+
+def style(figure: Any, x: str, y: str, *, log: bool | None = True, height: int = 380) -> Any:
+    """One look for all figures: transparent, for a light and a dark page, with the legend below.
+
+    `log` None makes the y axis one of names.
+    """
     figure.update_layout(
         xaxis_title=x,
         yaxis_title=y,
-        yaxis_type="log" if log else "linear",
+        yaxis_type={True: "log", False: "linear", None: "category"}[log],
         height=height,
         margin={"l": 60, "r": 16, "t": 32, "b": 48},
         paper_bgcolor="rgba(0,0,0,0)",

@@ -61,16 +61,17 @@ def load_run(path: str | Path) -> RunReport:
         name=str(path),
         series=series,
         header=series.header or {},
-        events=_events(ledger),
+        events=_events(ledger, (series.header or {}).get("config") or {}),
         verdict=verify_ledger(ledger),
         points=_points(ledger.parent / "convergence.jsonl"),
     )
 
 
-def _events(ledger: Path) -> list[ClipEvent]:
+def _events(ledger: Path, config: dict[str, Any]) -> list[ClipEvent]:
     """All adjustments, over resumptions as if the run had never stopped: steps that were done again count once."""
     limits = _limits(ledger)
-    tracker = EventTracker()
+    max_pace = config.get("max_pace")
+    tracker = EventTracker(max_pace if isinstance(max_pace, float) else 1.0)
     events: list[ClipEvent] = []
     segment = -1
     for line in ledger_records(ledger):
@@ -135,7 +136,7 @@ def summary(report: RunReport) -> dict[str, Any]:
 
 def write_html(report: RunReport, path: Path) -> Path:
     """One page: norms and thresholds, pace, loss, events, settings, environment, verdict."""
-    from hf_adaclip.audit.figures import line_figure, norms_figure
+    from hf_adaclip.audit.figures import line_figure, norms_figure, phases_figure
 
     series, header = report.series, report.header
     thresholds, coefficients = series.decisions()
@@ -148,6 +149,8 @@ def write_html(report: RunReport, path: Path) -> Path:
         page.heading("Gradient norm and threshold (drag to zoom, double-click to reset)"),
         page.figure(norms_figure(series.steps, series.norms, thresholds, coefficients, skipped)),
     ]
+    phases = [Reason[name].phase if name in Reason.__members__ else "unknown" for name in series.reasons or []]
+    parts += [page.heading("Phases"), page.figure(phases_figure(series.steps, phases))]
     if series.paces is not None and series.paces.max(initial=1.0) > 1:
         parts += [page.heading("Pace"), page.figure(line_figure(series.steps, series.paces, "pace"))]
     if np.isfinite(series.losses).any():

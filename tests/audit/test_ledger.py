@@ -94,9 +94,10 @@ def test_every_single_flipped_byte_is_found(ledger_bytes, tmp_path):
     lines = ledger_bytes.splitlines(keepends=True)
     record = sum(map(len, lines[:5]))
     dense = [*range(60), *range(record, record + len(lines[5])), *range(whole - len(lines[-1]) - 80, whole)]
-    positions = sorted({*dense, *rng.integers(0, whole, 600).tolist()})
+    positions = sorted({*dense, *rng.integers(0, whole, 1000).tolist()})
     path = tmp_path / "l.jsonl"
     missed = []
+    assert len(positions) >= 1000
     for position in positions:
         damaged = bytearray(ledger_bytes)
         damaged[position] ^= int(rng.integers(1, 256))

@@ -1,9 +1,12 @@
 """`hf-adaclip report` of a run: as a page in a real browser, as Markdown, PNG and JSON; live in TensorBoard."""
 
 import json
+import os
 import re
 import shutil
+import sqlite3
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -46,7 +49,7 @@ def test_the_page_works_in_a_browser_and_shows_a_hostile_name_as_text(tmp_path):
     dom, console = open_in_browser(tmp_path / "page.html", tmp_path)
 
     assert console == []
-    assert len(re.findall(r'class="main-svg"', dom)) >= 3 * 2  # norms, pace, loss: drawn, not only asked for
+    assert len(re.findall(r'class="main-svg"', dom)) >= 4 * 2  # norms, phases, pace, loss: drawn, not only asked for
     assert "<script>alert(1)" not in dom
     assert "&lt;script&gt;alert(1)&lt;b&gt;" in dom
     assert re.search(r"verified\. 120 steps", dom)
@@ -62,6 +65,7 @@ def test_the_page_is_self_contained_and_complete(tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:)', outside)
     for piece in (
         "Gradient norm and threshold",
+        "Phases",
         "Pace",
         "Training loss",
         "Adjustments",
@@ -146,6 +150,25 @@ def test_a_million_steps_stay_a_page(tmp_path):
     assert 777_777 in figure.data[0].x
     assert figure.data[2].x[0] == 777_777
     assert len(figure.to_json()) < 1_000_000
+
+
+def test_live_in_trackio(tmp_path):
+    pytest.importorskip("trackio")
+    code = (
+        "from tests.integrations.trainers import arguments, build, run\n"
+        "from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer\n"
+        f"args = arguments({str(tmp_path)!r}, report_to=['trackio'], project='p', run_name='r', logging_steps=5)\n"
+        f"run(build(AdaptiveClipTrainer, {str(tmp_path)!r}, args=args, clip=AdaptiveClipConfig(warmup_observations=10)))\n"
+    )
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, timeout=300)
+    with sqlite3.connect(tmp_path / "trackio" / "p.db") as database:
+        rows = [json.loads(metrics) for (metrics,) in database.execute("SELECT metrics FROM metrics ORDER BY step")]
+    logged = [row for row in rows if "train/clip/threshold" in row]
+
+    assert len(logged) == 8
+    assert logged[0]["train/clip/phase"] == "warmup"
+    assert {"train/clip/fraction", "train/clip/pace", "train/clip/skipped", "train/clip/coefficient"} <= set(logged[0])
 
 
 def test_live_in_tensorboard(tmp_path):
