@@ -118,8 +118,9 @@ def _drain(news: Any, progress: dict[str, float]) -> None:
 def _show(bar: Any, specs: Sequence[RunSpec], progress: dict[str, float]) -> None:
     running = [s.label for s in specs if 0 < progress[s.label] < s.max_steps]
     done = sum(progress[s.label] >= s.max_steps for s in specs)
+    idle = "finishing" if done == len(specs) else "starting"
     bar.set_description_str(
-        f"run {min(done + 1, len(specs))}/{len(specs)}: {' + '.join(running) or 'starting'}", refresh=False
+        f"run {min(done + 1, len(specs))}/{len(specs)}: {' + '.join(running) or idle}", refresh=False
     )
     bar.n = min(sum(progress[s.label] * TASKS[s.task].step_cost for s in specs), bar.total)
     bar.refresh()
