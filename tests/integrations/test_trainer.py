@@ -60,7 +60,9 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 0.3}, {"bf16": True}], ids=str
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3}, {"max_grad_norm": 0.3}, {"bf16": True}],
+    ids=str,
 )
 def test_static_is_the_stock_trainer_bit_for_bit(tmp_path, changes):
     a = stock(tmp_path / "a", args=arguments(tmp_path / "a", **changes))
