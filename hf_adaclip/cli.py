@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hf_adaclip.audit.commands import add_commands as add_audit_commands
 from hf_adaclip.convergence.commands import add_commands as add_convergence_commands
@@ -16,6 +18,8 @@ from hf_adaclip.errors import HfAdaclipError
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 fine, 1 a check failed, 2 bad input or usage."""
     arguments = build_parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # a job scheduler's way to say stop: workers must not be left behind
     try:
         return int(arguments.run(arguments))
     except HfAdaclipError as error:
@@ -29,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nhf-adaclip: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return 130
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def build_parser() -> argparse.ArgumentParser:

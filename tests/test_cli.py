@@ -23,6 +23,14 @@ def test_exit_codes_of_verify(tmp_path, capsys):
     assert "missing.jsonl cannot be read: No such file or directory." in capsys.readouterr().err
 
 
+def test_a_folder_stands_for_its_ledger(tmp_path, capsys):
+    write_run(tmp_path / "clip_ledger.jsonl")
+
+    assert main(["verify", str(tmp_path)]) == 0
+    assert main(["advise", str(tmp_path)]) == 0
+    assert "45 norms, every step" in capsys.readouterr().out
+
+
 def test_verify_json(tmp_path, capsys):
     path = tmp_path / "l.jsonl"
     write_run(path)

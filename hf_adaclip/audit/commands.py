@@ -28,7 +28,13 @@ def _add_verify(commands: Commands) -> None:
         help="check a ledger: its chain, its continuity, and that each decision follows from the recorded norms",
         description="Check ledgers from first byte to last. Exit code 0: verified; 1: something was violated; 2: not readable as a ledger.",
     )
-    parser.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER", help="clip_ledger.jsonl of a run")
+    parser.add_argument(
+        "ledgers",
+        nargs="+",
+        type=Path,
+        metavar="LEDGER",
+        help="clip_ledger.jsonl of a run, or the folder that holds it",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=_verify)
 
@@ -97,7 +103,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     code, reports = 0, []
     for path in arguments.ledgers:
         try:
-            report = verify_ledger(path)
+            report = verify_ledger(path / "clip_ledger.jsonl" if path.is_dir() else path)
         except LedgerError as error:
             print(f"hf-adaclip: {error}", file=sys.stderr)
             reports.append({"path": str(path), "ok": None, "error": str(error)})

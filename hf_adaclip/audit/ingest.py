@@ -72,6 +72,8 @@ def load_series(path: str | Path) -> Series:
         LedgerError: The file is missing, is none of the known kinds, or holds no gradient norm.
     """
     path = Path(path)
+    if (path / "clip_ledger.jsonl").is_file():
+        return _from_ledger(path / "clip_ledger.jsonl")
     if path.is_dir():
         return _from_tensorboard(path)
     try:

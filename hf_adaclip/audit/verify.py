@@ -63,7 +63,7 @@ class VerifyReport:
         verdict = "verified" if self.ok else f"NOT verified, {self.num_violations} violation(s)"
         return (
             f"{self.path}: {verdict}. {self.steps} steps in {self.segments} segment(s), {self.recomputed} decisions recomputed "
-            f"and equal, {self.measured} applied norms as intended, {'ended cleanly' if self.closed else 'no footer'}."
+            f"and equal, {self.measured} applied norms measured and as intended, {'ended cleanly' if self.closed else 'no footer'}."
         )
 
 

@@ -36,8 +36,9 @@ def card_metadata(comparison: dict[str, Any]) -> Any:
                 (task["quality"], entry["median_quality"]),
                 ("steps to target", entry["median_step"]),
             ):
-                if value is None or not math.isfinite(float(value)):
-                    continue  # a target that was never reached has no number; the table says so
+                missed = metric == "steps to target" and entry["reached"] < len(entry["seeds"])
+                if value is None or missed or not math.isfinite(float(value)):
+                    continue  # a median over seeds of which some never got there must not stand alone; the table says so
                 results.append(
                     EvalResult(
                         task_type=_TASK_TYPES[task["quality"]],

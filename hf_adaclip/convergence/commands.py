@@ -24,7 +24,7 @@ def add_commands(commands: Commands) -> None:
 def _add_compare(commands: Commands) -> None:
     parser = commands.add_parser(
         "compare",
-        help="fine-tune with the stock Trainer and with adaptive clipping, and report the time to a target",
+        help="train with the stock Trainer and with adaptive clipping, and report the time to a target",
         description=(
             "Train two small real tasks (a ViT on scikit-learn's digits, a Llama on Python's manual; nothing is downloaded) with the stock "
             "Trainer at its best learning rate and with AdaptiveClipTrainer, same data order and initial weights seed by seed, and report "

@@ -122,5 +122,8 @@ def _show(bar: Any, specs: Sequence[RunSpec], progress: dict[str, float]) -> Non
     bar.set_description_str(
         f"run {min(done + 1, len(specs))}/{len(specs)}: {' + '.join(running) or idle}", refresh=False
     )
+    # The first seconds are spent on imports; a rate taken from them would promise weeks.
+    known = sum(progress.values()) > 0.03 * sum(s.max_steps for s in specs)
+    bar.bar_format = _BAR if known else _BAR.replace("about {remaining} left", "estimating")
     bar.n = min(sum(progress[s.label] * TASKS[s.task].step_cost for s in specs), bar.total)
     bar.refresh()

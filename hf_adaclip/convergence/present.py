@@ -97,6 +97,14 @@ def notes(comparison: dict[str, Any]) -> list[str]:
         "ratios seed by seed, with a 95 % bootstrap interval; below 1 is sooner.",
         "Seconds are training time without evaluation; the method's own overhead, its ledger included, is in them.",
     ]
+    lines.append(
+        "Clipped: share of all steps, the controller's warm-up included, in which the static threshold rules as in the stock Trainer."
+    )
+    if comparison.get("jobs", 1) > 1:
+        lines.append(
+            f"{comparison['jobs']} runs shared the machine at a time, so seconds vary by tens of percent from one comparison to the next "
+            "(steps do not vary); for timing use `--jobs 1` on an idle machine."
+        )
     if comparison["seeds"] < 5:
         lines.append(f"{comparison['seeds']} seeds show the direction; a claim needs at least 5 (`--seeds 5`).")
     if energy is None:
