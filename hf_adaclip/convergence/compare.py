@@ -13,7 +13,7 @@ from hf_adaclip.convergence.arms import ARMS, DEFAULT_LEARNING_RATE, STOCK, Arm,
 from hf_adaclip.convergence.pool import run_all
 from hf_adaclip.convergence.statistics import PairedRatio, median, paired_ratio
 from hf_adaclip.convergence.tasks import TASKS, Task
-from hf_adaclip.convergence.tracker import Target
+from hf_adaclip.convergence.tracker import Target, first_reaching, point_from
 from hf_adaclip.convergence.tuning import Tuned, load_tuned, settle, tuned_to_json, tuning_specs
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.versions import environment
@@ -136,10 +136,10 @@ def _seed_row(task: Task, result: dict[str, Any], target: Target) -> dict[str, A
     """What one run contributes; costs are infinite when the target was never reached, None when they are not known."""
     row: dict[str, Any] = {"seed": result["spec"]["seed"], "error": result.get("error")}
     points = result.get("points", [])
-    hit = next((p for p in points if target.reached_by(float(p["metrics"]["eval_loss"]))), None)
+    hit = first_reaching([point_from(p) for p in points], target)
     for cost in COSTS:
         known = bool(points) and points[-1].get(cost) is not None
-        row[cost] = hit[cost] if hit is not None else (math.inf if known or cost != "energy_wh" else None)
+        row[cost] = getattr(hit, cost) if hit is not None else (math.inf if known or cost != "energy_wh" else None)
     final = {k: float(v) for k, v in points[-1]["metrics"].items()} if points else {}
     row.update(
         reached=hit is not None,

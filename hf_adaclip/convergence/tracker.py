@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from hf_adaclip.audit.schema import plain
 from hf_adaclip.convergence.energy import EnergyMeter
@@ -117,6 +117,11 @@ def write_points(path: Path, points: Sequence[Point]) -> None:
     unfinished.replace(path)
 
 
+def point_from(values: dict[str, Any]) -> Point:
+    """The point that a line of `convergence.jsonl` holds; non-finite metrics are strings there."""
+    return Point(**{**values, "metrics": {k: float(v) for k, v in values["metrics"].items()}})
+
+
 def read_points(path: Path) -> list[Point]:
     """All points of a file; a torn last line (a killed process) is left out.
 
@@ -127,9 +132,7 @@ def read_points(path: Path) -> list[Point]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            values = json.loads(line)
-            values["metrics"] = {k: float(v) for k, v in values["metrics"].items()}
-            points.append(Point(**values))
+            points.append(point_from(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
