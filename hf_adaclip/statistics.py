@@ -7,8 +7,6 @@ from typing import Any
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import NonFiniteGradientError
 
-_TROUBLE = (Reason.TROUBLE_STATISTICS, Reason.TROUBLE_DIVERGENCE, Reason.TROUBLE_BUDGET)
-
 
 class RunStatistics:
     """How many steps were treated how, and the last decision.
@@ -18,7 +16,6 @@ class RunStatistics:
         clipped: Steps whose gradient was scaled down.
         skipped: Steps left out because the norm was not finite, by us or by a loss scaler.
         consecutive_nonfinite: How many of ours have come in a row.
-        trouble: The first trouble found, or None.
     """
 
     def __init__(self) -> None:
@@ -26,7 +23,6 @@ class RunStatistics:
         self.clipped = 0
         self.skipped = 0
         self.consecutive_nonfinite = 0
-        self.trouble: Reason | None = None
         self._longest = 0  # since it was last asked for: a series may end before anybody looks
         self._window_steps = 0
         self._window_clipped = 0
@@ -48,8 +44,6 @@ class RunStatistics:
         ours = left_out and reason is not Reason.SCALER_SKIPPED
         self.consecutive_nonfinite = self.consecutive_nonfinite + 1 if ours else 0
         self._longest = max(self._longest, self.consecutive_nonfinite)
-        if reason in _TROUBLE and self.trouble is None:
-            self.trouble = reason
         self._window_steps += 1
         self._window_clipped += altered
         self._last, self._last_reason = row, reason
