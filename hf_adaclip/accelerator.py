@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_adaclip.errors import ConfigError
-from hf_adaclip.support import check_accelerator
+from hf_adaclip.errors import ClippingDefeatedError, ConfigError, StateError
+from hf_adaclip.support import check_accelerator, distributed_type
 
 
 class AcceleratorPort:
@@ -25,6 +25,7 @@ class AcceleratorPort:
     def __init__(self, accelerator: Any) -> None:
         self.how = check_accelerator(accelerator)
         self._accelerator = accelerator
+        self._replacement: Callable[..., Tensor] | None = None
         # The stock method, kept even while `replace_clipping` has swapped it.
         self.stock_clip: Callable[..., Tensor] = accelerator.clip_grad_norm_
 
@@ -32,6 +33,24 @@ class AcceleratorPort:
     def syncs_now(self) -> bool:
         """Whether this backward pass completes an accumulated gradient."""
         return bool(self._accelerator.sync_gradients)
+
+    @property
+    def steps_in_engine(self) -> bool:
+        """Whether `backward` runs the whole step inside an engine (DeepSpeed)."""
+        return distributed_type(self._accelerator) == "DEEPSPEED"
+
+    def engine(self) -> Any:
+        """The DeepSpeed engine.
+
+        Raises:
+            StateError: The accelerator has prepared no model yet.
+        """
+        wrapped = getattr(self._accelerator, "deepspeed_engine_wrapped", None)
+        if wrapped is None:
+            raise StateError(
+                "`accelerator.prepare(...)` must be called before `clip_`, but no engine is there instead."
+            )
+        return wrapped.engine
 
     @property
     def has_scaler(self) -> bool:
@@ -66,8 +85,11 @@ class AcceleratorPort:
 
     def on_checkpoint(
         self, flush: Callable[[], None], save: Callable[[str], None], load: Callable[[str], None]
-    ) -> list[Any]:
-        """Call back with the folder when the accelerator saves or loads its state; returns handles to `remove()`.
+    ) -> tuple[int, list[Any]]:
+        """Call back with the folder when the accelerator saves or loads its state.
+
+        Returns:
+            The number of this clipper among those of the accelerator, and handles to `remove()`.
 
         `register_for_checkpointing` would pickle the state, and would make Accelerate refuse every checkpoint that was written
         before the clipper was added: it compares the number of registered objects.
@@ -81,10 +103,24 @@ class AcceleratorPort:
         def before_load(models: Any, folder: str) -> None:
             load(folder)
 
-        return [
+        slot = _Slot(self._accelerator)
+        return slot.number, [
             self._accelerator.register_save_state_pre_hook(before_save),
             self._accelerator.register_load_state_pre_hook(before_load),
+            slot,
         ]
+
+    def check_replaced(self) -> None:
+        """Whether what `replace_clipping` put in place is still there.
+
+        Raises:
+            ClippingDefeatedError: Somebody has replaced it.
+        """
+        if self._replacement is not None and self._accelerator.clip_grad_norm_ is not self._replacement:
+            raise ClippingDefeatedError(
+                "`accelerator.clip_grad_norm_` must be the one that `install` put in place, but somebody has replaced it. "
+                "Install last."
+            )
 
     @contextlib.contextmanager
     def replace_clipping(
@@ -110,11 +146,24 @@ class AcceleratorPort:
             return clip(parameters)
 
         before = self._accelerator.__dict__.get("clip_grad_norm_")
-        self._accelerator.clip_grad_norm_ = clip_grad_norm_
+        self._accelerator.clip_grad_norm_ = self._replacement = clip_grad_norm_
         try:
             yield
         finally:
+            self._replacement = None
             if before is None:
                 del self._accelerator.clip_grad_norm_
             else:
                 self._accelerator.clip_grad_norm_ = before
+
+
+class _Slot:
+    """A place among the clippers of one accelerator: with several, each has a state file of its own."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._taken: set[int] = vars(accelerator).setdefault("_hf_adaclip_slots", set())
+        self.number = next(i for i in range(len(self._taken) + 1) if i not in self._taken)
+        self._taken.add(self.number)
+
+    def remove(self) -> None:
+        self._taken.discard(self.number)

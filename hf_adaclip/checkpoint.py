@@ -15,15 +15,25 @@ from hf_adaclip.statistics import RunStatistics
 STATE_FILE: Final = "clip_state.safetensors"
 STATE_SCHEMA: Final = 1
 # Settings that may change between a checkpoint and its resumption without changing what is decided.
-_FREE_FIELDS: Final = ("ledger", "ring_capacity", "max_consecutive_nonfinite", "shadow")
+_FREE_FIELDS: Final = (
+    "ledger",
+    "ledger_required",
+    "ring_capacity",
+    "max_consecutive_nonfinite",
+    "self_test",
+    "shadow",
+)
 
 
-def write_state(folder: str | Path, tensors: dict[str, Tensor], config: AdaptiveClipConfig, **metadata: Any) -> Path:
-    """Write the state file into a checkpoint folder; `metadata` must be JSON."""
-    path = Path(folder) / STATE_FILE
+def state_file(number: int) -> str:
+    """Name of the state file of the so-manieth clipper of one accelerator, counted from 0."""
+    return STATE_FILE if not number else STATE_FILE.replace(".", f"_{number}.")
+
+
+def write_state(path: Path, tensors: dict[str, Tensor], config: AdaptiveClipConfig, **metadata: Any) -> None:
+    """Write a state file; `metadata` must be JSON."""
     text = {"schema": str(STATE_SCHEMA), "config": json.dumps(config.to_dict()), "metadata": json.dumps(metadata)}
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(path), metadata=text)
-    return path
 
 
 class SavedState(NamedTuple):
@@ -44,16 +54,15 @@ class SavedState(NamedTuple):
     ledger: str | None
 
 
-def read_state(folder: str | Path, config: AdaptiveClipConfig) -> SavedState | None:
+def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
     """Read the state file of a checkpoint.
 
     Returns:
-        The state, or None when the folder has no state file (a checkpoint of the stock Trainer).
+        The state, or None when there is no such file (a checkpoint of the stock Trainer).
 
     Raises:
         StateError: The file is damaged, of another version, or was written under a config that decides differently.
     """
-    path = Path(folder) / STATE_FILE
     if not path.is_file():
         return None
     try:
@@ -62,7 +71,7 @@ def read_state(folder: str | Path, config: AdaptiveClipConfig) -> SavedState | N
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         if text.get("schema") != str(STATE_SCHEMA):
             raise StateError(
-                f"`{STATE_FILE}` must have schema {STATE_SCHEMA}, but {path} has {text.get('schema')!r} instead. "
+                f"`{path.name}` must have schema {STATE_SCHEMA}, but {path} has {text.get('schema')!r} instead. "
                 "Resume with the version of hf_adaclip that wrote it, or delete the file to start the controller afresh."
             )
         saved = AdaptiveClipConfig.from_dict(json.loads(text["config"]))
@@ -78,7 +87,7 @@ def read_state(folder: str | Path, config: AdaptiveClipConfig) -> SavedState | N
         raise
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
         raise StateError(
-            f"`{STATE_FILE}` must be a state file of hf_adaclip, but {path} is damaged: {error}. "
+            f"`{path.name}` must be a state file of hf_adaclip, but {path} is damaged: {error}. "
             "Resume from an older checkpoint, or delete the file to start the controller afresh."
         ) from error
     _compare(path, saved, config)

@@ -6,31 +6,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_adaclip.accelerator import AcceleratorPort
 from hf_adaclip.alerts import Alerts
-from hf_adaclip.audit.records import (
-    Summary,
-    state_fields,
-    state_from_tensors,
-    state_to_json,
-    state_to_tensors,
-    summarise,
-)
-from hf_adaclip.checkpoint import STATE_FILE, read_state, write_state
+from hf_adaclip.checkpoint import state_file
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
-from hf_adaclip.controllers import Observation, build_controller
 from hf_adaclip.controllers.base import coefficient_of, is_finite_norm
-from hf_adaclip.controllers.ops import Ops, Value, ops_for
+from hf_adaclip.controllers.ops import Value
 from hf_adaclip.describe import describe
+from hf_adaclip.engine import EnginePort
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.events import ClipEvent
 from hf_adaclip.gradients import (
-    Gradients,
-    StepGuard,
+    Guards,
     TensorNorms,
     collect,
     global_norm,
@@ -40,7 +30,9 @@ from hf_adaclip.gradients import (
     to_value,
 )
 from hf_adaclip.gradients.norms import Parameters
-from hf_adaclip.recorder import Recorder, is_rank_zero, start_recorder
+from hf_adaclip.recorder import is_rank_zero
+from hf_adaclip.run import Run
+from hf_adaclip.selftest import FirstStepCheck, check_on_a_copy
 from hf_adaclip.statistics import RunStatistics
 
 logger = logging.getLogger(__name__)
@@ -108,40 +100,45 @@ class AdaptiveClipper:
                 f"`optimizer` must be given when `max_pace` > 1 (it is {config.max_pace}), but is None instead: "
                 "the pace multiplies its learning rate."
             )
-        self.config = config
-        self.statistics = RunStatistics()
-        self.alerts = Alerts()
-        self._controller = build_controller(config)
-        self._static_threshold = 1.0 if config.static_threshold is None else config.static_threshold
-        self._optimizers = optimizers
         self._port = None if accelerator is None else AcceleratorPort(accelerator)
-        self._scaled = self._port is not None and self._port.has_scaler
-        self._guards = [StepGuard(o, scaler=self._scaled) for o in optimizers]
-        self._is_main = is_rank_zero() if is_main_process is None else is_main_process
-        self._handles: list[Any] = []
-        if self._port is not None:
-            self._handles = self._port.on_checkpoint(self.flush, self.save_state, self._load_or_start_afresh)
-
-        # Made at the first step, when device and number of tensors are known.
-        self._state: tuple[Value, ...] | None = None
-        self._recorder: Recorder | None = None
-        self._ops: Ops | None = None
-        self._num_tensors = 0
+        self._in_engine = self._port is not None and self._port.steps_in_engine
+        if self._in_engine:
+            config = config.replace(one_step_late=True)
+        self.config = config
+        self._optimizers = optimizers
+        scaled = self._port is not None and self._port.has_scaler
+        self._guards = Guards(() if self._in_engine else optimizers, scaler=scaled)
+        writes = is_rank_zero() if is_main_process is None else is_main_process
+        self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=scaled)
+        self._engine: EnginePort | None = None
+        self._check = FirstStepCheck(enabled=config.self_test)
         self._tensor_norms = TensorNorms()
-        self._loaded: dict[str, Tensor] | None = None
-        self._parent: dict[str, Any] | None = None
-        self._step = 0
         self._closed = False
+        self._handles: list[Any] = []
+        self._state_file = state_file(0)
+        if self._port is not None:
+            number, self._handles = self._port.on_checkpoint(self.flush, self.save_state, self._load_or_start_afresh)
+            self._state_file = state_file(number)
 
     @property
     def step(self) -> int:
         """Optimizer steps decided on so far, over resumptions."""
-        return self._step
+        return self._run.step
 
     @property
     def state(self) -> dict[str, Value]:
         """The controller's state by name; empty before the first step."""
-        return {} if self._state is None else state_fields(self._state)
+        return self._run.state
+
+    @property
+    def statistics(self) -> RunStatistics:
+        """Counts of what was done, as of the last time that rows were read."""
+        return self._run.statistics
+
+    @property
+    def alerts(self) -> Alerts:
+        """Where events go."""
+        return self._run.alerts
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -151,7 +148,8 @@ class AdaptiveClipper:
     ) -> Tensor:
         """Decide on this step's gradient and scale it in place.
 
-        With an accelerator that is still accumulating, the norm so far is returned and nothing else happens.
+        With an accelerator that is still accumulating, the norm so far is returned and nothing else happens. Under DeepSpeed the engine
+        has stepped already: the step is recorded, and the threshold of the next one is set.
 
         Args:
             parameters: Any iterable of parameters, or one tensor.
@@ -164,7 +162,7 @@ class AdaptiveClipper:
 
         Raises:
             ConfigError: There is no parameter, or none has a gradient.
-            UnsupportedSetupError: A gradient is sparse.
+            UnsupportedSetupError: A gradient is sparse, or on a device that is not supported.
             StateError: The state was loaded from, or made for, other parameters.
             NonFiniteGradientError: Too many steps in a row were not finite (noticed when the rows are read).
         """
@@ -172,109 +170,113 @@ class AdaptiveClipper:
             raise StateError(
                 "`clip_` must be called before `close`, but this clipper was closed. Make a new one for a new run."
             )
+        if self._in_engine:
+            return self._follow_engine(loss)
         gradients = collect(parameters).required()
         if self._port is not None:
             if not self._port.syncs_now:
                 return global_norm(tensor_norms(gradients.tensors))
+            self._guards.adopt(self._port.only_optimizer())
             self._port.unscale(self._optimizers)
-        norms = tensor_norms(gradients.tensors)
+        run, norms = self._run, tensor_norms(gradients.tensors)
         total = global_norm(norms)
-        ops, recorder = self._begin(gradients, total.device)
-
+        ops = run.begin(len(gradients.parameters), total.device)
         norm = to_value(total, ops)
         finite = is_finite_norm(norm, ops)
-        observed = norm if not self._num_tensors else self._tensor_norms.spread(gradients, norms, finite, ops)
+        observed = norm if not run.num_tensors else self._tensor_norms.spread(gradients, norms, finite, ops)
+        seen_loss = self._observe(loss, total.device)
+        scale = None if self._port is None else self._port.loss_scale
+        decision, pace = run.decide(norm, observed, seen_loss, finite, loss_scale=scale)
+
+        applied = decision.coefficient
+        if self.config.shadow:
+            applied = ops.where(finite, coefficient_of(norm, ops(run.static_threshold), ops), ops(1.0))
+        elif run.num_tensors:
+            applied = self._tensor_norms.gather(gradients, applied, total.device, ops)
+        scale_(gradients.tensors, applied)
+        checks = self._check.pending and bool(self._guards)
+        if checks and (warning := self._check.clipped(gradients.tensors)):
+            self.alerts.warn_once(warning)
+
+        measure = run.step % MEASURE_EVERY == 0 if measure is None else measure
+        self._guards.arm(
+            gradients,
+            finite=finite,
+            pace=None if self.config.max_pace == 1 or self.config.shadow else pace,
+            ops=ops,
+            measure=self._measure if measure or checks else None,
+        )
+        run.step += 1
+        return total
+
+    def _observe(self, loss: Tensor | float | None, device: torch.device) -> Value:
         if loss is None and self.config.looks_at_loss:
             self.alerts.warn_once(
                 "`max_pace` > 1 and `divergence_spreads` > 0 need the training loss: call `clip_(..., loss=loss)`."
             )
-        seen_loss = observe_loss(loss, total.device, ops, average=self.config.looks_at_loss)
-        static = ops(self._static_threshold)
-        assert self._state is not None
-        with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
-            seen = Observation(observed, seen_loss, static, finite)
-            decision, self._state = self._controller.update(self._state, seen)
-            summary = Summary(*decision) if not self._num_tensors else summarise(norm, observed, *decision)
+        return observe_loss(loss, device, self._run.ops, average=self.config.looks_at_loss)
 
-        applied = decision.coefficient
-        if self.config.shadow:
-            applied = ops.where(finite, coefficient_of(norm, static, ops), ops(1.0))
-        elif self._num_tensors:
-            applied = self._tensor_norms.gather(gradients, applied, total.device, ops)
-        scale_(gradients.tensors, applied)
+    def _measure(self, gradients: list[Tensor]) -> None:
+        assert self._run.recorder is not None
+        self._run.recorder.set_applied(global_norm(tensor_norms(gradients)))
+        self._check.stepping(gradients)
 
-        if recorder.full:
-            self.flush()
-        loss_scale = None if self._port is None else self._port.loss_scale
-        recorder.record(norm, summary, seen_loss, loss_scale=loss_scale, scaled=self._scaled, norms=observed)
-        measure = self._step % MEASURE_EVERY == 0 if measure is None else measure
-        self._arm(gradients, finite, summary.pace, ops, measure)
-        self._step += 1
+    # -- engines that step by themselves -------------------------------------------------------------------------
+
+    def _follow_engine(self, loss: Tensor | float | None) -> Tensor:
+        assert self._port is not None
+        total = self._attach_engine().norm
+        if self._port.syncs_now:
+            ops = self._run.begin(0, total.device)
+            norm = to_value(total, ops)
+            seen_loss = self._observe(loss, total.device)
+            self._run.decide(norm, norm, seen_loss, is_finite_norm(norm, ops), loss_scale=None)
+            self._run.step += 1
         return total
 
-    def _arm(self, gradients: Gradients, finite: Value, pace: Value, ops: Ops, measure: bool) -> None:
-        recorder = self._recorder
-        assert recorder is not None
-
-        def take_measure() -> None:
-            tensors = [g for i in gradients.present if (g := gradients.parameters[i].grad) is not None]
-            if tensors:
-                with torch.no_grad():
-                    recorder.set_applied(global_norm(tensor_norms(tensors)))
-
-        skip = ~finite
-        on_device = bool(self._guards) and all(guard.path == "device" for guard in self._guards)
-        # In host memory the flag is a plain bool; on an accelerator, reading it is the one host read of this path.
-        if (ops.on_host or not on_device) and bool(skip):
-            # Every optimizer passes over parameters without a gradient: no weight, moment or counter moves.
-            for i in gradients.present:
-                gradients.parameters[i].grad = None
-        paced = None if self.config.max_pace == 1 or self.config.shadow else pace
-        for position, guard in enumerate(self._guards):
-            guard.arm(
-                skip=None if ops.on_host else skip,
-                pace=paced,
-                measure=take_measure if measure and position == 0 else None,
-            )
-
-    # -- beginning, reading, ending ------------------------------------------------------------------------------
-
-    def _begin(self, gradients: Gradients, device: torch.device) -> tuple[Ops, Recorder]:
-        count = len(gradients.parameters) if self.config.granularity == "tensor" else 0
-        if self._recorder is not None and self._ops is not None:
-            if count != self._num_tensors:
-                raise StateError(
-                    f"`parameters` must be the {self._num_tensors} trainable tensors that the state was made for when "
-                    f"`granularity` is 'tensor', but are {count} instead. Use one clipper per set of parameters."
+    def _attach_engine(self) -> EnginePort:
+        """From here on the engine is told its threshold before every step."""
+        if self._engine is None:
+            assert self._port is not None
+            self._engine = EnginePort(self._port.engine(), self._next_threshold)
+            configured = self._engine.static_threshold
+            if self.config.static_threshold not in (None, configured):
+                raise ConfigError(
+                    f"`static_threshold` must be the `gradient_clipping` of the DeepSpeed config ({configured:g}), which rules its first "
+                    f"step, but is {self.config.static_threshold} instead. Leave it unset."
                 )
-            return self._ops, self._recorder
-        if self._port is not None and not self._guards:
-            self._guards = [StepGuard(o, scaler=self._scaled) for o in self._port.only_optimizer()]
-        shape = (count,) if count else ()
-        ops = ops_for(device, shape)
-        if self._loaded is None:
-            self._state = self._controller.init(ops, shape)
-        else:
-            try:
-                self._state = state_from_tensors(self._controller, self._loaded, ops, shape, device)
-            except ValueError as error:
-                raise StateError(f"`{STATE_FILE}` does not fit: {error}. Resume with the same model.") from error
-        self._ops, self._num_tensors, self._loaded = ops, count, None
-        writes = self._is_main and self.config.ledger not in (None, "none", "auto")
-        self._recorder = start_recorder(
-            self.config,
-            writes=writes,
-            exact=self._controller.exact,
-            state=self._state,
-            static_threshold=self._static_threshold,
-            ops=ops,
-            device=device,
-            num_tensors=count,
-            first_step=self._step,
-            statistics=self.statistics,
-            parent=self._parent,
-        )
-        return ops, self._recorder
+            self._run.static_threshold = configured
+        return self._engine
+
+    def _next_threshold(self) -> float | None:
+        told = self._run.state.get("late_threshold")
+        if told is None or self.config.shadow or not float(told) > 0:
+            return None
+        return float(told)
+
+    # -- checking, reading, ending -------------------------------------------------------------------------------
+
+    def self_test(self, parameters: Parameters | None = None) -> None:
+        """Plant a spike on a copy of a few parameters and see it cut; the run itself is not touched.
+
+        A Trainer calls it as training begins. That nothing undoes the clipping afterwards is checked in the first step, wherever an
+        optimizer is known.
+
+        Args:
+            parameters: The trainable parameters; by default those of the optimizer.
+
+        Raises:
+            ClippingDefeatedError: The spike came through, or somebody has replaced what `install` had put in place.
+            UnsupportedSetupError: The DeepSpeed engine's threshold cannot be set.
+        """
+        if parameters is None:
+            parameters = self._guards.parameters
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        check_on_a_copy(self.config, self._run.static_threshold, given)
+        if self._in_engine:
+            self._attach_engine()
+        elif self._port is not None:
+            self._port.check_replaced()
 
     def flush(self) -> None:
         """Read the rows that wait on the device (the one host read), count them, write the ledger, tell of events.
@@ -282,13 +284,9 @@ class AdaptiveClipper:
         Raises:
             NonFiniteGradientError: `max_consecutive_nonfinite` steps in a row were skipped.
             TrainingTroubleError: Trouble was found and `on_trouble` is 'stop'.
+            LedgerError: The ledger cannot be written and `ledger_required` is set.
         """
-        if self._recorder is None:
-            return
-        events = self._recorder.flush()
-        self.alerts.tell(events)
-        self.statistics.stop_if_hopeless(self.config.max_consecutive_nonfinite, last_step=self._step - 1)
-        self.alerts.stop_on_trouble(self.config.on_trouble, events)
+        self._run.flush()
 
     def on_event(self, listener: Callable[[ClipEvent], None]) -> None:
         """Call `listener` with every [`ClipEvent`], when the rows are read."""
@@ -309,21 +307,13 @@ class AdaptiveClipper:
             return
         self._closed = True
         try:
-            self.flush()
-            if self._recorder is not None:
-                self.alerts.tell(self._recorder.finish())
+            self._run.close(clean=clean)
         finally:
-            for guard in self._guards:
-                guard.detach()
+            self._guards.detach()
+            if self._engine is not None:
+                self._engine.detach()
             for handle in self._handles:
                 handle.remove()
-            if self._recorder is not None and self._recorder.ledger is not None and self._state is not None:
-                footer = {
-                    "steps": self._step,
-                    "counts": self.statistics.counts_by_name(),
-                    "final_state": state_to_json(self._state),
-                }
-                self._recorder.ledger.close(footer if clean else None)
 
     def __enter__(self) -> "AdaptiveClipper":
         return self
@@ -334,7 +324,7 @@ class AdaptiveClipper:
     def explain(self) -> str:
         """Which way this clipper takes, and why, in a few lines for people."""
         setup = None if self._port is None else self._port.how
-        return describe(self.config, self._static_threshold, [guard.why for guard in self._guards], setup)
+        return describe(self.config, self._run.static_threshold, self._guards.why, setup)
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
 
@@ -350,28 +340,17 @@ class AdaptiveClipper:
             yield self
 
     def _take_script_threshold(self, max_norm: float) -> None:
-        if self.config.static_threshold is None and self._recorder is None:
-            self._static_threshold = max_norm
+        if self.config.static_threshold is None and self._run.recorder is None and not self._in_engine:
+            self._run.static_threshold = max_norm
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def save_state(self, folder: str | Path) -> None:
-        """Write `clip_state.safetensors` into a checkpoint folder (nothing before the first step)."""
-        if self._state is None or self._recorder is None:
-            return
-        self.flush()
-        ledger = self._recorder.ledger
-        if ledger is not None:
-            ledger.sync()
-        write_state(
-            folder,
-            state_to_tensors(self._state),
-            self.config,
-            step=self._step,
-            static_threshold=self._static_threshold,
-            statistics=self.statistics.to_dict(),
-            ledger=None if ledger is None else ledger.head,
-        )
+        """Write `clip_state.safetensors` into a checkpoint folder (nothing before the first step).
+
+        A second clipper of the same accelerator writes `clip_state_1.safetensors`, and so on in the order they were made.
+        """
+        self._run.save(Path(folder) / self._state_file)
 
     def load_state(self, folder: str | Path) -> bool:
         """Read what [`save_state`] wrote, before the first step or to go back within a run.
@@ -382,19 +361,11 @@ class AdaptiveClipper:
         Raises:
             StateError: The file is damaged, or belongs to another controller or config.
         """
-        read = read_state(folder, self.config)
-        if read is None:
-            return False
-        if self._recorder is not None:
-            # Going back within a run: what was recorded stays, and the next step opens a segment that names where it goes on from.
-            self.flush()
-            if self._recorder.ledger is not None:
-                self._recorder.ledger.close()
-            self._recorder = self._ops = None
-        tensors, self._step, self._static_threshold, self.statistics, head = read
-        self._loaded, self._parent = tensors, None if head is None else {"sha256": head, "step": self._step}
-        return True
+        loaded = self._run.load(Path(folder) / self._state_file)
+        if loaded and self._in_engine:
+            self._attach_engine()  # the engine's own checkpoint brings an old threshold along
+        return loaded
 
     def _load_or_start_afresh(self, folder: str | Path) -> None:
         if not self.load_state(folder):
-            logger.info("%s has no %s: the controller starts afresh.", folder, STATE_FILE)
+            logger.info("%s has no %s: the controller starts afresh.", folder, self._state_file)

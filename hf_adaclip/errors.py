@@ -33,6 +33,10 @@ class LedgerError(HfAdaclipError, RuntimeError):
     """A ledger cannot be read or written at all (a ledger that is readable but wrong is a finding, not an error)."""
 
 
+class ClippingDefeatedError(HfAdaclipError, RuntimeError):
+    """The check at the start found that clipping does not take effect: something else undoes it, or the seam is never reached."""
+
+
 class TrainingTroubleError(HfAdaclipError, RuntimeError):
     """Trouble was found and `on_trouble` is 'stop': the run ends here, with the weights as they are.
 
@@ -53,9 +57,12 @@ class NonFiniteGradientError(HfAdaclipError, RuntimeError):
         message: The full text for people.
         step: The last optimizer step of the series, counted from 0.
         consecutive: How many steps in a row were skipped.
+        checkpoint: The last checkpoint that was written or loaded; None when there was none. Its weights are good: skipped steps
+            leave them as they are.
     """
 
-    def __init__(self, message: str, *, step: int, consecutive: int) -> None:
+    def __init__(self, message: str, *, step: int, consecutive: int, checkpoint: str | None = None) -> None:
         super().__init__(message)
         self.step = step
         self.consecutive = consecutive
+        self.checkpoint = checkpoint

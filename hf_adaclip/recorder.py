@@ -129,6 +129,10 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
         ops: The kind of numbers that rows are made of.
         run: As for `ledger_header`.
     """
+    ledger = None
+    if writes:
+        header = ledger_header(config, exact=exact, **run)
+        ledger = Ledger(str(config.ledger), header, required=config.ledger_required)
     return Recorder(
         capacity=config.ring_capacity,
         num_tensors=run["num_tensors"],
@@ -137,7 +141,7 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
         statistics=run["statistics"],
         first_step=run["first_step"],
         max_pace=config.max_pace,
-        ledger=Ledger(str(config.ledger), ledger_header(config, exact=exact, **run)) if writes else None,
+        ledger=ledger,
     )
 
 

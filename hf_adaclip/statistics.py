@@ -48,8 +48,8 @@ class RunStatistics:
         self._window_clipped += altered
         self._last, self._last_reason = row, reason
 
-    def stop_if_hopeless(self, limit: int, *, last_step: int) -> None:
-        """End the run after `limit` skipped steps in a row.
+    def stop_if_hopeless(self, limit: int, *, last_step: int, checkpoint: str | None) -> None:
+        """End the run after `limit` skipped steps in a row; `checkpoint` is the last one that is known.
 
         Raises:
             NonFiniteGradientError: It has come to that; the message says where to look.
@@ -60,9 +60,11 @@ class RunStatistics:
         raise NonFiniteGradientError(
             f"The gradient norm was NaN or infinite in {found} steps in a row (`max_consecutive_nonfinite` is {limit}), the last of "
             f"them step {last_step}. All were skipped, so the weights are those of the last good step. Look at the loss of these "
-            "batches, at the learning rate, and at float16 overflow (bfloat16 has none); then resume from the last checkpoint.",
+            "batches, at the learning rate, and at float16 overflow (bfloat16 has none); then "
+            + (f"resume from {checkpoint}." if checkpoint else "start again: no checkpoint was written before."),
             step=last_step,
             consecutive=found,
+            checkpoint=checkpoint,
         )
 
     def metrics(self) -> dict[str, float | int | str]:

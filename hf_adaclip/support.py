@@ -1,9 +1,11 @@
 """Where the package works: one table. What is not in it is refused at construction, never ignored.
 
-Keys are the values of `accelerate.DistributedType`; this module imports nothing of Accelerate.
+Keys are the values of `accelerate.DistributedType`, and a few that Accelerate has no name for; nothing of it is imported here.
 """
 
 from typing import Any, Final, NamedTuple
+
+import torch
 
 from hf_adaclip.errors import UnsupportedSetupError
 
@@ -20,11 +22,21 @@ SETUPS: Final[dict[str, Support]] = {
     "NO": Support("one process: the gradient's own norm"),
     "MULTI_CPU": Support(_DDP),
     "MULTI_GPU": Support(_DDP),
-    "FSDP": Support(None, "sharded gradients are not covered by tests yet"),
-    "DEEPSPEED": Support(None, "the engine clips inside its own step, where no hook reaches"),
+    "FSDP": Support(
+        "every rank takes the norm of its shards; their squares are added in one small collective per step (FSDP2)"
+    ),
+    "FSDP1": Support(None, "its flat gradients have no boundaries between parameters; set `fsdp_version: 2`"),
+    "DEEPSPEED": Support(
+        "the engine clips inside its own step, by a threshold from the steps before: one step late (ZeRO 1 to 3)"
+    ),
     "MEGATRON_LM": Support(None, "the engine clips inside its own step, where no hook reaches"),
-    "TP": Support(None, "gradients on several device meshes are not covered by tests yet"),
+    "TP": Support(
+        None,
+        "tensor, context and sequence parallelism through Accelerate have not been run; in a plain loop `DTensor` works",
+    ),
     "XLA": Support(None, "gradients are not reduced when they are clipped"),
+    "SAGEMAKER_MP": Support(None, "its optimizer clips a copy of the gradients that nothing outside sees"),
+    "DEVICE_MAP": Support(None, "a model spread over several devices in one process has not been run"),
 }
 
 
@@ -36,17 +48,48 @@ def check_accelerator(accelerator: Any) -> str:
     """
     parallelism = getattr(accelerator, "parallelism_config", None)
     if any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):
-        return check_distributed_type("TP")
-    return check_distributed_type(accelerator.distributed_type)
+        return check_setup("TP")
+    name = distributed_type(accelerator)
+    if name == "FSDP" and not getattr(accelerator, "is_fsdp2", True):
+        return check_setup("FSDP1")
+    return check_setup(name)
 
 
-def check_distributed_type(distributed_type: Any) -> str:
+def distributed_type(accelerator: Any) -> str:
+    """The accelerator's `distributed_type` by name."""
+    value = accelerator.distributed_type
+    return str(getattr(value, "value", value))
+
+
+def check_device(device: torch.device) -> None:
+    """Whether a controller can compute where the gradients are.
+
+    Raises:
+        UnsupportedSetupError: It cannot.
+    """
+    if device.type == "mps":
+        raise UnsupportedSetupError(
+            "`device` must have float64, but mps has none: square roots could not be replayed exactly. Train on the CPU or on CUDA, or "
+            "keep the stock clipping (`max_grad_norm`)."
+        )
+
+
+def check_device_map(model: Any) -> None:
+    """Whether a model is on one device.
+
+    Raises:
+        UnsupportedSetupError: `device_map` has spread it over several.
+    """
+    if len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1:
+        check_setup("DEVICE_MAP")
+
+
+def check_setup(name: str) -> str:
     """How the setup is supported, in words.
 
     Raises:
         UnsupportedSetupError: It is not; the message names the setups that are.
     """
-    name = str(getattr(distributed_type, "value", distributed_type))
     entry = SETUPS.get(name, Support(None, "it is unknown to this version"))
     if entry.how is None:
         supported = ", ".join(sorted(k for k, v in SETUPS.items() if v.how))

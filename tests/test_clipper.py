@@ -26,7 +26,7 @@ CONFIG = AdaptiveClipConfig(warmup_observations=20)
 def lane(request, monkeypatch):
     """Plain numbers, as for gradients in host memory, or tensors, as on an accelerator."""
     if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.clipper.ops_for", lambda device, shape: tensor_ops(device))
+        monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 
 
@@ -90,12 +90,16 @@ def test_a_planted_spike_is_cut_before_it_reaches_the_optimizer(lane, granularit
 
 def test_the_controller_never_reads_the_host(monkeypatch):
     """On an accelerator: norms, decision, scaling, recording, skipping, pace. Counted over everything that a step does."""
-    monkeypatch.setattr("hf_adaclip.clipper.ops_for", lambda device, shape: tensor_ops(device))
+    monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
     for config in (CONFIG, CONFIG.replace(max_pace=3.0), CONFIG.replace(granularity="tensor")):
         model, optimizer = make()
         clipper = AdaptiveClipper(config, optimizer=optimizer)
         loss = model(torch.ones(4, 8)).square().mean()
         loss.backward()
+        with HostReads() as reads:
+            clipper.clip_(model.parameters(), loss=loss)
+            optimizer.step()
+        assert reads.count <= 3  # the check of the first step, once
         with HostReads() as reads:
             for _ in range(30):
                 clipper.clip_(model.parameters(), loss=loss, measure=True)
@@ -108,7 +112,7 @@ def test_the_controller_never_reads_the_host(monkeypatch):
 
 
 def test_host_reads_of_an_optimizer_that_cannot_skip_are_one_per_step(monkeypatch):
-    monkeypatch.setattr("hf_adaclip.clipper.ops_for", lambda device, shape: tensor_ops(device))
+    monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
     model, optimizer = make(fused=False, foreach=True)
     clipper = AdaptiveClipper(CONFIG, optimizer=optimizer)
     model(torch.ones(4, 8)).sum().backward()
@@ -124,7 +128,7 @@ def test_both_lanes_give_the_same_run_and_the_same_ledger(monkeypatch, tmp_path)
     runs = []
     for name in ("host", "device"):
         if name == "device":
-            monkeypatch.setattr("hf_adaclip.clipper.ops_for", lambda device, shape: tensor_ops(device))
+            monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
         model, optimizer = make()
         clipper = AdaptiveClipper(CONFIG, optimizer=optimizer, ledger=tmp_path / f"{name}.jsonl")
         train(model, optimizer, clip_with(clipper), 90, factors={40: 50.0, 60: float("nan")})
@@ -142,7 +146,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_say_where():
     clipper = AdaptiveClipper(CONFIG.replace(max_consecutive_nonfinite=5, ring_capacity=4), optimizer=optimizer)
     before = weights(model)
     with pytest.raises(
-        NonFiniteGradientError, match=r"in [58] steps in a row .*resume from the last checkpoint"
+        NonFiniteGradientError, match=r"in [58] steps in a row .*no checkpoint was written before"
     ) as caught:
         train(model, optimizer, clip_with(clipper), 20, factors=dict.fromkeys(range(20), float("nan")))
 

@@ -17,9 +17,10 @@ PACKAGE = ROOT / "hf_adaclip"
 LAYERS = [
     ("errors", "versions", "support"),
     ("controllers",),
-    ("config", "gradients", "accelerator"),
+    ("config", "rules", "gradients", "accelerator", "engine"),
     ("checkpoint", "statistics", "events", "audit"),
-    ("alerts", "recorder", "describe"),
+    ("alerts", "recorder", "describe", "selftest"),
+    ("run",),
     ("clipper",),
     ("convergence", "integrations"),
     ("cli",),

@@ -22,7 +22,8 @@ def test_supported_setups_say_how(kind):
 @pytest.mark.parametrize("kind", [k for k, v in SETUPS.items() if not v.how])
 def test_others_are_refused_with_a_reason(kind):
     with pytest.raises(
-        UnsupportedSetupError, match=f"must be one of MULTI_CPU, MULTI_GPU, NO, but is {kind} instead: "
+        UnsupportedSetupError,
+        match=f"must be one of DEEPSPEED, FSDP, MULTI_CPU, MULTI_GPU, NO, but is {kind} instead: ",
     ):
         check_accelerator(accelerator(kind))
 

@@ -38,19 +38,21 @@ class Ledger:
     An existing file is continued: its last seal becomes the predecessor of the new header. A torn tail (what a killed process
     wrote after its last seal) is cut off, and the header says how many bytes went and what their hash was.
 
-    A failing disk does not stop training: the first failure is logged, later steps are tried again, and the gap shows as
-    missing steps.
+    A failing disk does not stop training, unless the ledger is required: the first failure is logged, later steps are tried again, and
+    the gap shows as missing steps.
 
     Args:
         path: The file. Its folder is made.
         header: Content of the header line, see `AdaptiveClipper`; `kind`, `schema` and `dropped_tail` are added here.
+        required: Raise when a block cannot be written.
 
     Raises:
-        LedgerError: The file exists and is not a ledger, or cannot be opened.
+        LedgerError: The file exists and is not a ledger, or cannot be opened; later, when it is required and cannot be written.
     """
 
-    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, header: dict[str, Any], *, required: bool = False) -> None:
         self.path = Path(path)
+        self._required = required
         self._warned = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +103,11 @@ class Ledger:
             while waiting:
                 waiting = waiting[self._file.write(waiting) or 0 :]
         except OSError as error:
+            if self._required:
+                raise LedgerError(
+                    f"`ledger` must be writable all the time under `ledger_required`, but {self.path} is not: {error}. Make room and "
+                    "resume from the last checkpoint."
+                ) from error
             if not self._warned:
                 logger.warning(
                     "%s: the ledger could not be written (%s). Training goes on; the missing steps will show as a gap.",

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason
+from hf_adaclip.controllers.late import LateController
 from hf_adaclip.controllers.oversight import GovernedController
 from hf_adaclip.controllers.percentile import PercentileController
 from hf_adaclip.controllers.static import StaticController
@@ -30,7 +31,12 @@ _LIMITS = (
 
 
 def build_controller(config: Any) -> Controller[Any]:
-    """The controller that a config describes, under the limits that it sets; without any limit, the controller alone."""
+    """The controller that a config describes, under the limits that it sets, and one step late if it says so."""
+    governed = _governed(config)
+    return LateController(governed) if config.one_step_late else governed
+
+
+def _governed(config: Any) -> Controller[Any]:
     inner = CONTROLLERS[config.controller].from_config(config)
     limits = {name: getattr(config, name) for name in _LIMITS}
     free = all(v is None for v in limits.values())

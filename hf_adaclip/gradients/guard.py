@@ -10,13 +10,14 @@ A step is left out in one of three ways, chosen once per optimizer:
   the optimizer sees no parameter to update. Weights, moments and step counters stay as they were, bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_adaclip.controllers.ops import Value
+from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.gradients.norms import Gradients
 
 Path = Literal["device", "scaler", "host"]
 _DEVICE_SKIP = (torch.optim.Adam, torch.optim.AdamW)
@@ -115,3 +116,78 @@ def _choose_path(optimizer: torch.optim.Optimizer, scaler: bool) -> tuple[Path, 
     if not all(group.get("fused") for group in optimizer.param_groups):
         return "host", f"{name} is not fused; one flag is read by the host per step (`fused=True` avoids it)"
     return "device", f"fused {name} skips a step on the device; the host reads nothing"
+
+
+class Guards:
+    """The guards of all optimizers that step on one set of gradients; there may be none, when no optimizer is known.
+
+    Args:
+        optimizers: Optimizers, wrapped by Accelerate or not.
+        scaler: Whether a `GradScaler` drives them.
+    """
+
+    def __init__(self, optimizers: Sequence[Any], *, scaler: bool) -> None:
+        self._scaler = scaler
+        self._guards = [StepGuard(o, scaler=scaler) for o in optimizers]
+
+    def __bool__(self) -> bool:
+        return bool(self._guards)
+
+    @property
+    def why(self) -> list[str]:
+        """Per optimizer, how a step is left out and why so."""
+        return [guard.why for guard in self._guards]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters of all optimizers."""
+        return [p for guard in self._guards for group in guard.optimizer.param_groups for p in group["params"]]
+
+    def adopt(self, optimizers: Sequence[Any]) -> None:
+        """Guard these, if none is guarded yet."""
+        if not self._guards:
+            self._guards = [StepGuard(o, scaler=self._scaler) for o in optimizers]
+
+    def arm(
+        self,
+        gradients: Gradients,
+        *,
+        finite: Value,
+        pace: Value | None,
+        ops: Ops,
+        measure: Callable[[list[Tensor]], None] | None,
+    ) -> None:
+        """Prepare the coming step.
+
+        Args:
+            gradients: What the optimizers step on.
+            finite: Bool, shape `[]`; False leaves the step out.
+            pace: Multiplier on the learning rate, None to leave it alone.
+            ops: The kind of numbers that `finite` and `pace` are.
+            measure: Called with the gradients as the first optimizer is about to read them.
+        """
+        skip = ~finite
+        on_device = bool(self._guards) and all(guard.path == "device" for guard in self._guards)
+        # In host memory the flag is a plain bool; on an accelerator, reading it is the one host read of this path.
+        if (ops.on_host or not on_device) and bool(skip):
+            # Every optimizer passes over parameters without a gradient: no weight, moment or counter moves.
+            for i in gradients.present:
+                gradients.parameters[i].grad = None
+
+        def take_measure() -> None:
+            tensors = [g for i in gradients.present if (g := gradients.parameters[i].grad) is not None]
+            if tensors and measure is not None:
+                with torch.no_grad():
+                    measure(tensors)
+
+        for position, guard in enumerate(self._guards):
+            guard.arm(
+                skip=None if ops.on_host else skip,
+                pace=pace,
+                measure=None if measure is None or position else take_measure,
+            )
+
+    def detach(self) -> None:
+        """Let go of all optimizers."""
+        for guard in self._guards:
+            guard.detach()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.gradients.sharding import is_sharded, norms_over_ranks, summed_part
 
 Parameters = Iterable[Tensor] | Tensor
 
@@ -74,20 +75,15 @@ def tensor_norms(gradients: list[Tensor]) -> Tensor:
     """L2 norm of every gradient.
 
     Args:
-        gradients: At least one dense tensor; dtypes and devices may differ, DTensors are reduced over their mesh.
+        gradients: At least one dense tensor; dtypes and devices may differ, of a `DTensor` every rank holds a part, and the ranks
+            add theirs up in one collective per layout.
 
     Returns:
         float32, shape `[len(gradients)]`, on the device of the first gradient.
     """
-    groups = _group_tensors_by_device_and_dtype([gradients], with_indices=True)  # type: ignore[list-item]
-    if len(groups) == 1:
-        return torch.stack([_whole(n).float() for n in _norms_of(gradients)])
-    first = gradients[0].device
-    norms: list[Tensor | None] = [None] * len(gradients)
-    for (_, _), ([members], positions) in groups.items():
-        for position, norm in zip(positions, _norms_of(members), strict=True):  # type: ignore[arg-type]
-            norms[position] = _whole(norm).float().to(first, non_blocking=True)
-    return torch.stack([n for n in norms if n is not None])
+    if not any(is_sharded(g) for g in gradients):
+        return _norms_of(gradients)
+    return norms_over_ranks(gradients, _norms_of([summed_part(g) for g in gradients]))
 
 
 def global_norm(norms: Tensor) -> Tensor:
@@ -96,15 +92,19 @@ def global_norm(norms: Tensor) -> Tensor:
     return total
 
 
-def _norms_of(gradients: list[Tensor]) -> list[Tensor]:
+def _norms_of(gradients: list[Tensor]) -> Tensor:
+    groups = _group_tensors_by_device_and_dtype([gradients], with_indices=True)  # type: ignore[list-item]
+    if len(groups) == 1:
+        return torch.stack([n.float() for n in _norms_alike(gradients)])
+    first = gradients[0].device
+    norms: list[Tensor | None] = [None] * len(gradients)
+    for (_, _), ([members], positions) in groups.items():
+        for position, norm in zip(positions, _norms_alike(members), strict=True):  # type: ignore[arg-type]
+            norms[position] = norm.float().to(first, non_blocking=True)
+    return torch.stack([n for n in norms if n is not None])
+
+
+def _norms_alike(gradients: list[Tensor]) -> list[Tensor]:
     # float64 gradients keep their precision until the end; asking for float32 would be an error.
     dtype = None if gradients[0].dtype == torch.float64 else torch.float32
     return list(torch._foreach_norm(gradients, 2, dtype))
-
-
-def _whole(norm: Tensor) -> Tensor:
-    """The norm over all shards: a DTensor is reduced over its mesh, a plain tensor is whole already."""
-    if hasattr(norm, "full_tensor"):
-        whole: Tensor = norm.full_tensor()
-        return whole
-    return norm

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from hf_adaclip.controllers.ops import Value
+from hf_adaclip.gradients.sharding import local_part
 
 
 def scale_(gradients: list[Tensor], coefficient: Value) -> None:
@@ -18,6 +19,7 @@ def scale_(gradients: list[Tensor], coefficient: Value) -> None:
         coefficient: float32; shape `[]` for one factor on all, `[len(gradients)]` for one each. A tensor is never read by the host;
             a number in host memory that is exactly 1 saves the whole pass.
     """
+    gradients = [local_part(g) for g in gradients]  # of a DTensor this rank scales what it holds
     if isinstance(coefficient, Tensor):
         _scale_on_device(gradients, coefficient)
     elif isinstance(coefficient, np.ndarray):

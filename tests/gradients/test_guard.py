@@ -53,7 +53,7 @@ def step(model, optimizer, clipper, factor=1.0):
 def lane(request, monkeypatch):
     """Plain numbers, as for gradients in host memory, or tensors, as on an accelerator."""
     if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.clipper.ops_for", lambda device, shape: tensor_ops(device))
+        monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 
 

@@ -62,7 +62,7 @@ def main(kind, folder):
                 "counts": clipper.statistics.counts_by_name(),
                 "weights": final.double().sum().item().hex(),
                 "norm": final.norm().item(),
-                "has_ledger": clipper._recorder.ledger is not None,
+                "has_ledger": clipper._run.recorder.ledger is not None,
             }
         )
     )

@@ -42,7 +42,7 @@ class Fp16Accelerator:
 @pytest.fixture(params=["host", "device"])
 def lane(request, monkeypatch):
     if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.clipper.ops_for", lambda device, shape: tensor_ops(device))
+        monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 
 

@@ -1,0 +1,150 @@
+"""The rules of an `AdaptiveClipConfig`. Every problem is one sentence that names field, rule and value."""
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+from hf_adaclip.controllers import CONTROLLERS
+
+GRANULARITIES = ("global", "tensor")
+
+# (field, lower bound, upper bound, lower inclusive, upper inclusive)
+_RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
+    ("max_pace", 1.0, math.inf, True, False),
+    ("max_consecutive_nonfinite", 1, math.inf, True, False),
+    ("warmup_observations", 2, math.inf, True, False),
+    ("decay", 0.0, 1.0, False, False),
+    ("far_width", 0.0, math.inf, False, False),
+    ("near_width", 0.0, math.inf, False, False),
+    ("min_far_width", 0.0, math.inf, False, False),
+    ("max_far_width", 0.0, math.inf, False, False),
+    ("widen_step", 0.0, math.inf, True, False),
+    ("narrow_factor", 0.0, 1.0, False, True),
+    ("accept_after", 2, math.inf, True, False),
+    ("min_spread", 0.0, 2.0, False, False),
+    ("max_edge", 0.0, 1.9, False, True),
+    ("max_near", 0.0, 1.9, True, True),
+    ("pace_growth", 1.0, 2.0, False, True),
+    ("pace_backoff", 0.0, 1.0, False, False),
+    ("pace_progress_fast", 0.0, 1.0, False, False),
+    ("pace_progress_slow", 0.0, 1.0, False, False),
+    ("z_threshold", 0.0, math.inf, False, False),
+    ("percentile", 0.0, 100.0, False, True),
+    ("history", 10, 1_000_000, True, True),
+    ("ring_capacity", 1, 65536, True, True),
+    ("divergence_spreads", 0.0, math.inf, True, False),
+    ("divergence_steps", 1, math.inf, True, False),
+)
+# The same for fields that may be None.
+_OPTIONAL_RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
+    ("static_threshold", 0.0, math.inf, False, False),
+    ("freeze_after", 0, math.inf, True, False),
+    ("min_threshold", 0.0, math.inf, False, False),
+    ("max_threshold", 0.0, math.inf, False, False),
+    ("max_widening_step", 1.0, math.inf, True, False),
+    ("max_widening_100", 1.0, math.inf, True, False),
+    ("max_skipped", 0, math.inf, True, False),
+)
+POLICIES = ("continue", "fallback", "stop")
+
+
+def type_problems(config: Any) -> list[str]:
+    """One sentence per field that has the wrong type."""
+    problems = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name in ("controller", "granularity", "on_trouble"):
+            ok, rule = isinstance(value, str), "a string"
+        elif f.name == "ledger":
+            ok, rule = value is None or isinstance(value, str), "a path as a string, 'auto', 'none' or None"
+        elif f.name in ("freeze_after", "max_skipped"):
+            ok, rule = (
+                value is None or _is_whole(value),
+                "a whole number or None",
+            )
+        elif f.default is None:
+            ok, rule = value is None or _is_number(value), "a number or None"
+        elif isinstance(f.default, bool):
+            ok, rule = isinstance(value, bool), "True or False"
+        elif isinstance(f.default, int):
+            ok, rule = _is_whole(value), "a whole number"
+        else:
+            ok, rule = _is_number(value), "a number"
+        if not ok:
+            problems.append(f"`{f.name}` must be {rule}, but is {value!r} instead.")
+    return problems
+
+
+def range_problems(config: Any) -> list[str]:
+    """One sentence per field, or pair of fields, that breaks a rule; the types are right already."""
+    problems = []
+    if config.controller not in CONTROLLERS:
+        near = difflib.get_close_matches(config.controller, sorted(CONTROLLERS), n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        problems.append(
+            f"`controller` must be one of {', '.join(sorted(CONTROLLERS))}, but is {config.controller!r} instead.{hint}"
+        )
+    if config.granularity not in GRANULARITIES:
+        problems.append(
+            f"`granularity` must be one of {', '.join(GRANULARITIES)}, but is {config.granularity!r} instead."
+        )
+    if config.on_trouble not in POLICIES:
+        problems.append(f"`on_trouble` must be one of {', '.join(POLICIES)}, but is {config.on_trouble!r} instead.")
+    for name, low, high, low_in, high_in in (*_RANGES, *_OPTIONAL_RANGES):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        above = value >= low if low_in else value > low
+        below = value <= high if high_in else value < high
+        if not (above and below):
+            interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
+            problems.append(f"`{name}` must be in {interval}, but is {value} instead.")
+    if not config.min_far_width <= config.far_width <= config.max_far_width:
+        problems.append(
+            f"`far_width` must be within [`min_far_width`, `max_far_width`] = [{config.min_far_width}, "
+            f"{config.max_far_width}], but is {config.far_width} instead."
+        )
+    if (
+        config.min_threshold is not None
+        and config.max_threshold is not None
+        and config.min_threshold > config.max_threshold
+    ):
+        problems.append(
+            f"`min_threshold` must be at most `max_threshold` ({config.max_threshold}), but is {config.min_threshold} instead."
+        )
+    if config.on_trouble != "continue" and config.max_skipped is None and config.divergence_spreads == 0:
+        problems.append(
+            f"`on_trouble` must be 'continue' as long as nothing counts as trouble, but is {config.on_trouble!r} instead: "
+            "set `max_skipped` or `divergence_spreads`."
+        )
+    if config.near_width >= config.min_far_width:
+        problems.append(
+            f"`near_width` must be below `min_far_width` ({config.min_far_width}), but is {config.near_width} instead: "
+            "a step that is cut back must land inside the range."
+        )
+    if config.pace_progress_fast >= config.pace_progress_slow:
+        problems.append(
+            f"`pace_progress_fast` must be below `pace_progress_slow` ({config.pace_progress_slow}), but is "
+            f"{config.pace_progress_fast} instead."
+        )
+    if config.one_step_late and (config.max_pace > 1 or config.granularity == "tensor"):
+        problems.append(
+            f"`max_pace` must be 1.0 and `granularity` 'global' under DeepSpeed, but are {config.max_pace} and {config.granularity!r} "
+            "instead: its engine steps before anything outside sees the gradients."
+        )
+    if config.max_pace > 1 and config.controller in CONTROLLERS and not CONTROLLERS[config.controller].paces:
+        problems.append(
+            f"`max_pace` must be 1.0 with controller '{config.controller}', but is {config.max_pace} instead: "
+            "only 'adaptive' changes the pace."
+        )
+    return problems
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_whole(value)
+
+
+def _is_whole(value: object) -> bool:
+    # Beyond 2**53 a whole number is no exact float any more, and none of these fields means anything there.
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53

@@ -1,0 +1,209 @@
+"""One run of a controller: its state, the record of its decisions, and both across checkpoints. No gradient is seen here."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_adaclip.alerts import Alerts
+from hf_adaclip.audit.records import (
+    Summary,
+    state_fields,
+    state_from_tensors,
+    state_to_json,
+    state_to_tensors,
+    summarise,
+)
+from hf_adaclip.checkpoint import read_state, write_state
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import Decision, Observation, build_controller
+from hf_adaclip.controllers.ops import Ops, Value, ops_for
+from hf_adaclip.errors import StateError
+from hf_adaclip.recorder import Recorder, start_recorder
+from hf_adaclip.statistics import RunStatistics
+from hf_adaclip.support import check_device
+
+
+class Run:
+    """Decides step by step, records, and can be saved and gone on with.
+
+    Args:
+        config: The settings.
+        static_threshold: Threshold of the warm-up, unless the config sets one.
+        writes_ledger: Whether this process writes the ledger, if there is one.
+        scaled: Whether a loss scaler is active.
+    """
+
+    def __init__(
+        self, config: AdaptiveClipConfig, *, static_threshold: float, writes_ledger: bool, scaled: bool
+    ) -> None:
+        self.config = config
+        self.static_threshold = static_threshold if config.static_threshold is None else config.static_threshold
+        self.statistics = RunStatistics()
+        self.alerts = Alerts()
+        self.step = 0
+        self.num_tensors = 0
+        self._controller = build_controller(config)
+        self._scaled = scaled
+        self._writes = writes_ledger and config.ledger not in (None, "none", "auto")
+        # Made at the first step, when device and number of tensors are known.
+        self._state: tuple[Value, ...] | None = None
+        self._ops: Ops | None = None
+        self.recorder: Recorder | None = None
+        self._loaded: dict[str, Tensor] | None = None
+        self._parent: dict[str, Any] | None = None
+        self._checkpoint: str | None = None
+
+    @property
+    def state(self) -> dict[str, Value]:
+        """The controller's state by name; of a run that was loaded and has not gone on yet, as tensors; empty before the first step."""
+        if self._state is None:
+            return dict(self._loaded or {})
+        return state_fields(self._state)
+
+    @property
+    def ops(self) -> Ops:
+        """The kind of numbers that this run works with, known from the first step on."""
+        assert self._ops is not None
+        return self._ops
+
+    def begin(self, count: int, device: torch.device) -> Ops:
+        """Get ready for a step with this many tensors; all work is done in the first one.
+
+        Raises:
+            StateError: The state was loaded from, or made for, other parameters.
+            UnsupportedSetupError: The device cannot do what controllers need.
+        """
+        count = count if self.config.granularity == "tensor" else 0
+        if self._ops is not None:
+            if count != self.num_tensors:
+                raise StateError(
+                    f"`parameters` must be the {self.num_tensors} trainable tensors that the state was made for when "
+                    f"`granularity` is 'tensor', but are {count} instead. Use one clipper per set of parameters."
+                )
+            return self._ops
+        check_device(device)
+        shape = (count,) if count else ()
+        ops = ops_for(device, shape)
+        if self._loaded is None:
+            self._state = self._controller.init(ops, shape)
+        else:
+            try:
+                self._state = state_from_tensors(self._controller, self._loaded, ops, shape, device)
+            except ValueError as error:
+                raise StateError(f"`{self._checkpoint}` does not fit: {error}. Resume with the same model.") from error
+        self._ops, self.num_tensors, self._loaded = ops, count, None
+        self.recorder = start_recorder(
+            self.config,
+            writes=self._writes,
+            exact=self._controller.exact,
+            state=self._state,
+            static_threshold=self.static_threshold,
+            ops=ops,
+            device=device,
+            num_tensors=count,
+            first_step=self.step,
+            statistics=self.statistics,
+            parent=self._parent,
+        )
+        return ops
+
+    def decide(
+        self, norm: Value, observed: Value, loss: Value, finite: Value, *, loss_scale: Tensor | None
+    ) -> tuple[Decision, Value]:
+        """Decide on one step, learn from it, record it.
+
+        Args:
+            norm: Global norm, shape `[]`.
+            observed: What the controller looks at: the same, or the norms by tensor, shape `[num_tensors]`.
+            loss: Training loss, shape `[]`; NaN when it is not known.
+            finite: Bool, whether the step is finite.
+            loss_scale: The loss scaler's scale, on the device.
+
+        Returns:
+            The decision, and the pace of the step as a whole.
+        """
+        assert self._state is not None
+        assert self._ops is not None
+        assert self.recorder is not None
+        with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
+            seen = Observation(observed, loss, self._ops(self.static_threshold), finite)
+            decision, self._state = self._controller.update(self._state, seen)
+            summary = Summary(*decision) if not self.num_tensors else summarise(norm, observed, *decision)
+        if self.recorder.full:
+            self.flush()
+        self.recorder.record(norm, summary, loss, loss_scale=loss_scale, scaled=self._scaled, norms=observed)
+        return decision, summary.pace
+
+    def flush(self) -> None:
+        """Read the rows that wait on the device (the one host read), count them, write the ledger, tell of events.
+
+        Raises:
+            NonFiniteGradientError: `max_consecutive_nonfinite` steps in a row were skipped.
+            TrainingTroubleError: Trouble was found and `on_trouble` is 'stop'.
+            LedgerError: The ledger cannot be written and `ledger_required` is set.
+        """
+        if self.recorder is None:
+            return
+        events = self.recorder.flush()
+        self.alerts.tell(events)
+        self.statistics.stop_if_hopeless(
+            self.config.max_consecutive_nonfinite, last_step=self.step - 1, checkpoint=self._checkpoint
+        )
+        self.alerts.stop_on_trouble(self.config.on_trouble, events)
+
+    def close(self, *, clean: bool) -> None:
+        """Write what is left; a ledger of a run that did not end as it should gets no footer."""
+        try:
+            self.flush()
+            if self.recorder is not None:
+                self.alerts.tell(self.recorder.finish())
+        finally:
+            if self.recorder is not None and self.recorder.ledger is not None and self._state is not None:
+                footer = {
+                    "steps": self.step,
+                    "counts": self.statistics.counts_by_name(),
+                    "final_state": state_to_json(self._state),
+                }
+                self.recorder.ledger.close(footer if clean else None)
+
+    def save(self, path: Path) -> None:
+        """Write the state file (nothing before the first step)."""
+        if self._state is None or self.recorder is None:
+            return
+        self.flush()
+        ledger = self.recorder.ledger
+        if ledger is not None:
+            ledger.sync()
+        self._checkpoint = str(path.parent)
+        write_state(
+            path,
+            state_to_tensors(self._state),
+            self.config,
+            step=self.step,
+            static_threshold=self.static_threshold,
+            statistics=self.statistics.to_dict(),
+            ledger=None if ledger is None else ledger.head,
+        )
+
+    def load(self, path: Path) -> bool:
+        """Read what `save` wrote; False when there is no such file.
+
+        Raises:
+            StateError: The file is damaged, or belongs to another controller or config.
+        """
+        read = read_state(path, self.config)
+        if read is None:
+            return False
+        if self.recorder is not None:
+            # Going back within a run: what was recorded stays, and the next step opens a segment that names where it goes on from.
+            self.flush()
+            if self.recorder.ledger is not None:
+                self.recorder.ledger.close()
+            self.recorder = self._ops = self._state = None
+        tensors, self.step, self.static_threshold, self.statistics, head = read
+        self._loaded, self._parent = tensors, None if head is None else {"sha256": head, "step": self.step}
+        self._checkpoint = str(path.parent)
+        return True

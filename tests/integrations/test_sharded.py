@@ -1,0 +1,41 @@
+"""FSDP2 and tensor parallelism over gloo processes: a sharded run decides and steps like the same run unsharded."""
+
+import pytest
+
+from tests.integrations.launching import launch
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "optimizer", "granularity", "lane"),
+    [
+        ("fsdp", 2, "sgd", "global", "host"),
+        ("fsdp", 2, "adamw", "tensor", "device"),  # fused AdamW leaves a step out on the device, of DTensors too
+        ("tp", 2, "sgd", "global", "device"),
+        ("hsdp", 4, "sgd", "tensor", "host"),
+        ("fsdp+tp", 4, "adamw", "global", "device"),  # gradients on two meshes
+    ],
+)
+def test_a_sharded_run_is_the_unsharded_run(tmp_path, layout, ranks, optimizer, granularity, lane):
+    results = launch(
+        "tests.integrations.sharded_worker", [layout, optimizer, granularity, lane], tmp_path, processes=ranks
+    )
+    first = results[0]
+
+    assert first["worst"]["norm"] < 1e-6
+    assert first["worst"]["norms"] < 1e-4  # of the smallest tensors
+    assert first["worst"]["weights"] < 1e-6
+    assert first["finite"]
+    assert first["counts"]["NONFINITE"] == first["plain counts"]["NONFINITE"] == 1
+    assert first["counts"]["SPIKE"] >= 1
+    for other in results[1:]:
+        assert str(other["state"]) == str(first["state"])  # bit for bit, NaN included
+        assert other["counts"] == first["counts"]
+
+
+def test_the_whole_step_is_one_collective_of_a_few_numbers(tmp_path):
+    for result in launch(
+        "tests.integrations.sharded_worker", ["fsdp", "sgd", "global", "host"], tmp_path, processes=2
+    ):
+        assert result["reduced"] == [6]  # one number per tensor
+        assert result["other collectives"] == 0
+        assert result["partial"] == pytest.approx(1.0, rel=1e-6)
