@@ -7,6 +7,7 @@ from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Reason
 from hf_adaclip.errors import (
+    ClippingDefeatedError,
     ConfigError,
     HfAdaclipError,
     LedgerError,
@@ -36,6 +37,7 @@ __all__ = [
     "AdaptiveClipTrainer",
     "AdaptiveClipper",
     "ClipEvent",
+    "ClippingDefeatedError",
     "ConfigError",
     "HfAdaclipError",
     "LedgerError",

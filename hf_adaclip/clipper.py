@@ -324,7 +324,8 @@ class AdaptiveClipper:
     def explain(self) -> str:
         """Which way this clipper takes, and why, in a few lines for people."""
         setup = None if self._port is None else self._port.how
-        return describe(self.config, self._run.static_threshold, self._guards.why, setup)
+        skipping = [EnginePort.WHY] if self._in_engine else self._guards.why
+        return describe(self.config, self._run.static_threshold, skipping, setup)
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
 

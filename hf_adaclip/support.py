@@ -84,6 +84,20 @@ def check_device_map(model: Any) -> None:
         check_setup("DEVICE_MAP")
 
 
+def check_optimizer_name(name: Any) -> None:
+    """Whether an optimizer of the Trainer's `optim=` lets anybody clip.
+
+    Raises:
+        UnsupportedSetupError: It steps within the backward pass, tensor by tensor, and there is never a whole gradient.
+    """
+    text = str(getattr(name, "value", name))
+    if text in ("lomo", "adalomo") or text.endswith("_layerwise"):
+        raise UnsupportedSetupError(
+            f"`optim` must be an optimizer that steps after the backward pass, but is {text!r} instead: it steps within, and no gradient "
+            "is left to clip. Take another one, e.g. 'adamw_torch_fused' or 'adafactor'."
+        )
+
+
 def check_setup(name: str) -> str:
     """How the setup is supported, in words.
 

@@ -10,7 +10,8 @@ clipped: it equalises norms rather than guarding against spikes.
 Differs from the paper in:
 1. the history is the last `history` norms, not all of them, so that the state is bounded and old norms are forgotten;
 2. the current norm is judged before it enters the history: a spike cannot raise its own threshold;
-3. NaN and infinite norms never enter the history (one NaN would make every later threshold NaN);
+3. NaN, infinite and zero norms never enter the history: one NaN would make every later threshold NaN, and a few zeros (a frozen or
+   masked phase) would make it 0, from which nothing ever trains again;
 4. until `warmup_observations` norms are known the static threshold rules, where the paper clips to a history of one.
 """
 
@@ -62,6 +63,7 @@ class PercentileController(Controller[PercentileState]):
         ops = ops_of(norm)
         window = ops(float(self.history))
         finite = is_finite_norm(norm, ops)
+        usable = finite & (norm > ops(0.0))
 
         # Empty places hold +inf and sort to the end, so the first `known` order statistics are the history.
         ordered = ops.sort(state.history)
@@ -78,11 +80,12 @@ class PercentileController(Controller[PercentileState]):
         coefficient = ops.where(finite, coefficient_of(norm, threshold, ops), ops(1.0))
         reason = ops.where(coefficient < ops(1.0), ops(float(Reason.CLIPPED)), ops(float(Reason.WITHIN)))
         reason = ops.where(warm, ops(float(Reason.WARMUP)), reason)
+        reason = ops.where(usable, reason, ops(float(Reason.VANISHING)))
         reason = ops.where(finite, reason, ops(float(Reason.NONFINITE)))
 
-        history = ops.put(state.history, state.slot, norm, ~finite)
+        history = ops.put(state.history, state.slot, norm, ~usable)
         after = state.slot + ops(1.0)
-        slot = ops.where(finite, ops.where(after < window, after, ops(0.0)), state.slot)
-        count = ops.where(finite, state.count + ops(1.0), state.count)
+        slot = ops.where(usable, ops.where(after < window, after, ops(0.0)), state.slot)
+        count = ops.where(usable, state.count + ops(1.0), state.count)
         decision = Decision(threshold, coefficient, ops.expand(ops(1.0), ops.shape(norm)), reason)
         return decision, PercentileState(history, slot, count)

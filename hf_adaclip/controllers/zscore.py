@@ -11,7 +11,8 @@ the reciprocal form with a = 0.97 and z0 = 2.5 (here `decay` and `z_threshold`);
 `warmup_observations` do it, for all controllers alike.
 
 Differs from the authors' code in:
-1. a NaN or infinite norm is not learned (there, one of them switches the method off for the rest of the run);
+1. a NaN or infinite norm is not learned (there, one of them switches the method off for the rest of the run), nor is a zero: a frozen
+   phase would make mean and deviation 0, and every later step would be cut to 0;
 2. what is learned from an excursion is bounded by mu + z0 sd, not by the cut norm, which with the reciprocal form is
    about mu: that never learns a lasting rise and clips it for ever;
 3. the variance is taken around the old mean, not the one that this very norm has just moved;
@@ -59,6 +60,7 @@ class ZScoreController(Controller[ZScoreState]):
         ops = ops_of(norm)
         z0 = ops(self.z_threshold)
         finite = is_finite_norm(norm, ops)
+        usable = finite & (norm > ops(0.0))
         warm = state.count < ops(float(self.warmup_observations))
 
         sd = ops.sqrt(state.variance)
@@ -72,6 +74,7 @@ class ZScoreController(Controller[ZScoreState]):
         coefficient = ops.where(act, coefficient_of(norm, threshold, ops), ops(1.0))
         reason = ops.where(excursion, ops(float(Reason.CLIPPED)), ops(float(Reason.WITHIN)))
         reason = ops.where(warm, ops(float(Reason.WARMUP)), reason)
+        reason = ops.where(usable, reason, ops(float(Reason.VANISHING)))
         reason = ops.where(finite, reason, ops(float(Reason.NONFINITE)))
 
         # Warm-up: plain mean and population variance, by Welford's recurrence with weight 1 / (count + 1).
@@ -83,8 +86,8 @@ class ZScoreController(Controller[ZScoreState]):
         ema = (ops(1.0) - weight) * state.variance + weight * delta * delta
         variance = ops.where(warm, welford, ema)
         new = ZScoreState(
-            mean=ops.where(finite, mean, state.mean),
-            variance=ops.where(finite, variance, state.variance),
-            count=ops.where(finite, state.count + ops(1.0), state.count),
+            mean=ops.where(usable, mean, state.mean),
+            variance=ops.where(usable, variance, state.variance),
+            count=ops.where(usable, state.count + ops(1.0), state.count),
         )
         return Decision(threshold, coefficient, ops.expand(ops(1.0), ops.shape(norm)), reason), new

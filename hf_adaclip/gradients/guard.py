@@ -7,7 +7,8 @@ A step is left out in one of three ways, chosen once per optimizer:
   SGD with momentum leaves its buffer uninitialised when its first step is skipped (torch 2.13).
 - `scaler`: a `GradScaler` is active; it found the same overflow while unscaling and leaves the step out by itself.
 - `host`: any other optimizer, or none known: the flag is read (one host read per step) and the gradients are dropped, so that
-  the optimizer sees no parameter to update. Weights, moments and step counters stay as they were, bit for bit.
+  the optimizer sees no parameter to update. Weights, moments and step counters stay as they were, bit for bit; counters that some
+  optimizers keep per group (`stable_adamw` and others) and move all the same are put back, where the optimizer is known.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,6 +56,8 @@ class StepGuard:
         self._pace: Value | None = None
         self._base_rates: list[Any] | None = None
         self._measure: Callable[[], None] | None = None
+        self._left_out = False
+        self._kept: list[dict[str, Any]] = []
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -77,6 +80,10 @@ class StepGuard:
         self._pace = pace
         self._measure = measure
 
+    def leave_out(self) -> None:
+        """The gradients of the next step have been dropped: what it changes in the groups is not to stay."""
+        self._left_out = True
+
     def detach(self) -> None:
         """Remove the hooks; the optimizer is as if this object had never been."""
         for handle in self._handles:
@@ -84,6 +91,8 @@ class StepGuard:
         self._clear()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._left_out:
+            self._kept = [{k: _copy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         if self._measure is not None:
             self._measure()
         if self._pace is not None:
@@ -102,9 +111,16 @@ class StepGuard:
             for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
                 group["lr"] = rate
             self._base_rates = None
+        for group, kept in zip(self.optimizer.param_groups, self._kept, strict=False):
+            group.update(kept)
+        self._kept, self._left_out = [], False
         if self.path == "device":
             self.optimizer.found_inf = None  # type: ignore[attr-defined]
         self._pace = self._measure = None
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _choose_path(optimizer: torch.optim.Optimizer, scaler: bool) -> tuple[Path, str]:
@@ -173,6 +189,8 @@ class Guards:
             # Every optimizer passes over parameters without a gradient: no weight, moment or counter moves.
             for i in gradients.present:
                 gradients.parameters[i].grad = None
+            for guard in self._guards:
+                guard.leave_out()
 
         def take_measure() -> None:
             tensors = [g for i in gradients.present if (g := gradients.parameters[i].grad) is not None]

@@ -12,16 +12,17 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.utils import is_sagemaker_mp_enabled
 
 from hf_adaclip.audit.run_report import clipping_section, load_run
 from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.convergence.callback import ConvergenceCallback
-from hf_adaclip.errors import ConfigError, TrainingTroubleError, UnsupportedSetupError
+from hf_adaclip.errors import ClippingDefeatedError, ConfigError, TrainingTroubleError, UnsupportedSetupError
 from hf_adaclip.events import ClipEvent
-from hf_adaclip.support import check_accelerator
+from hf_adaclip.support import check_accelerator, check_device, check_device_map, check_optimizer_name, check_setup
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -60,12 +61,18 @@ class AdaptiveClipMixin(_Base):
 
     def _set_up_clipping(self, config: AdaptiveClipConfig) -> None:
         _check_seam()
+        if is_sagemaker_mp_enabled():
+            check_setup("SAGEMAKER_MP")
         check_accelerator(self.accelerator)
+        check_device(self.args.device)
+        check_device_map(self.model)
+        check_optimizer_name(self.args.optim)
         self._given_config = config
         self.clip_config = self._complete_config(trial=None)
         self.clipper = None
         self._step_loss: Tensor | None = None
         self.add_callback(ConvergenceCallback(self.args.output_dir))
+        self.add_callback(_StartCallback(self))
 
     def _complete_config(self, trial: Any) -> AdaptiveClipConfig:
         """The config with what the Trainer knows filled in. Anew for every run: a search changes `args` between its trials."""
@@ -90,10 +97,6 @@ class AdaptiveClipMixin(_Base):
             self._end_clipping(clean=False)
             raise
         self._end_clipping(clean=True)
-        if self.clipper is None and self.state.global_step:
-            logger.error(
-                "Adaptive clipping never acted: %s trains without calling `_clip_grad_norm`.", type(self).__name__
-            )
         return output
 
     def _end_clipping(self, *, clean: bool) -> None:
@@ -121,6 +124,13 @@ class AdaptiveClipMixin(_Base):
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         loss, self._step_loss = self._step_loss, None
         return self._ready_clipper().clip_(model.parameters(), loss=loss, measure=self._logs_after_this_step() or None)
+
+    def _check_that_it_acts(self) -> None:
+        if self.clipper is None or not self.clipper.step:
+            raise ClippingDefeatedError(
+                f"`Trainer._clip_grad_norm` must be called in every optimizer step, but {type(self).__name__} has made one without it: "
+                "something has replaced the method or the training loop. Let the mixin stand first among the bases, and attach last."
+            )
 
     def _end_on_trouble(self, error: TrainingTroubleError) -> None:
         logger.error("%s A checkpoint of the weights as they are now is kept.", error)
@@ -176,6 +186,25 @@ class AdaptiveClipMixin(_Base):
         tags = text.data.tags or []
         text.data.tags = [*([tags] if isinstance(tags, str) else tags), "hf_adaclip"]
         text.save(card)
+
+
+class _StartCallback(TrainerCallback):
+    """At the start of a run: that clipping works here, and that it is reached."""
+
+    def __init__(self, trainer: AdaptiveClipMixin) -> None:
+        self._trainer = trainer
+        self._acts = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._acts = False
+        clipper = self._trainer._ready_clipper()
+        if self._trainer.clip_config.self_test:
+            clipper.self_test(model.parameters())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._acts and self._trainer.clip_config.self_test:
+            self._trainer._check_that_it_acts()
+            self._acts = True
 
 
 class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):

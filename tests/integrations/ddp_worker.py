@@ -1,6 +1,7 @@
 """Run under `torchrun` by test_ddp.py: one rank of a data-parallel run, with a Trainer or with a hand-written loop."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,9 +20,15 @@ def main(kind, folder):
     if kind == "trainer":
         from tests.integrations.trainers import arguments, build, run, weights
 
-        args = arguments(folder, max_steps=30, per_device_train_batch_size=8, ddp_backend="gloo")
+        # As many examples per step as one process has alone.
+        batch = 16 // int(os.environ["WORLD_SIZE"])
+        saving = {"save_strategy": "steps", "save_steps": 15}
+        args = arguments(folder, max_steps=30, per_device_train_batch_size=batch, ddp_backend="gloo", **saving)
         trainer = build(AdaptiveClipTrainer, folder, args=args, clip=CONFIG)
-        run(trainer)
+        for layer in trainer.model.model.layers:
+            layer.self_attn.attention_dropout = 0.0  # every rank would draw its own
+        checkpoint = folder / "checkpoint-15"
+        run(trainer, resume_from_checkpoint=str(checkpoint) if checkpoint.exists() else None)
         clipper, final, rank = trainer.clipper, weights(trainer), args.process_index
     else:
         from accelerate import Accelerator

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hf_adaclip.audit import verify_ledger
 from tests.integrations.launching import launch
 
 
@@ -39,3 +40,19 @@ def test_the_whole_step_is_one_collective_of_a_few_numbers(tmp_path):
         assert result["reduced"] == [6]  # one number per tensor
         assert result["other collectives"] == 0
         assert result["partial"] == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["loop", "trainer"])
+def test_fsdp2_as_accelerate_and_the_trainer_prepare_it(tmp_path, kind):
+    first, second = launch("tests.integrations.fsdp_worker", [kind], tmp_path)
+
+    assert first["sharded"]
+    assert first["finite"]
+    assert first["resumed"]  # bit for bit: weights and, in the loop, the controller's state
+    assert first["counts"] == second["counts"]
+    assert first["counts"]["WARMUP"] == 10
+    assert "FSDP2" in first["setup"]
+    ledger = next(tmp_path.rglob("clip_ledger.jsonl"))
+    report = verify_ledger(ledger)
+    assert report.ok, report.findings
+    assert report.segments == 2

@@ -15,6 +15,8 @@ class PercentileReference:
         threshold = self.static if warm else float(np.percentile(self.seen[-self.window :], self.p))
         if not math.isfinite(norm):
             return threshold, 1.0, 1.0, "NONFINITE"
+        if norm == 0:
+            return threshold, 1.0, 1.0, "VANISHING"
         coefficient = min(1.0, threshold / (norm + 1e-6))
         self.seen.append(norm)
         reason = "WARMUP" if warm else ("CLIPPED" if coefficient < 1 else "WITHIN")

@@ -14,6 +14,8 @@ class ZScoreReference:
         bound = self.mean + self.z0 * sd
         if not math.isfinite(norm):
             return (self.static if warm else bound), 1.0, 1.0, "NONFINITE"
+        if norm == 0:
+            return (self.static if warm else bound), 1.0, 1.0, "VANISHING"
         if warm:
             self.buffer.append(norm)
             self.mean = sum(self.buffer) / len(self.buffer)
