@@ -1,13 +1,16 @@
 # make demo    install and run the comparison (stock Trainer against adaptive clipping), about 5 minutes on 2 cores
 # make test    install and run lint, types and all tests
 # make install only the environment, in .venv
+# make test-oldest  the tests on the oldest supported transformers and accelerate, in .venv-oldest
+# make test-gpu     the GPU tests, with the result in model_cards/gpu/tests.json
+# make test-kill    kill a run 20 times at random moments, resume it, and compare its end with a run that was left alone
 # make tune    tune the stock arm of the demo anew and record it in the package
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= adaclip-demo
 
-.PHONY: install demo test lint tune wheel-test clean
+.PHONY: install demo test test-oldest test-gpu test-kill lint tune clean
 
 install: $(VENV)/installed
 
@@ -30,9 +33,25 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt torch==2.13.0
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+test-gpu: install
+	$(BIN)/python -m scripts.test_gpu
+
+test-kill: install
+	$(BIN)/python -m scripts.kill_and_resume --kills 20
+
 tune: install
 	$(BIN)/hf-adaclip compare --tune --output runs/tuning
 	cp runs/tuning/tuned.json hf_adaclip/convergence/tuned.json
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info

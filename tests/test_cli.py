@@ -47,7 +47,7 @@ def test_help_names_every_option(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     text = capsys.readouterr().out
-    parser = build_parser()._subparsers._group_actions[0].choices[command]  # type: ignore[union-attr,index]
+    parser = build_parser()._subparsers._group_actions[0].choices[command]  # type: ignore[index]
 
     assert stop.value.code == 0
     for action in parser._actions:

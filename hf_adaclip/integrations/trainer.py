@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
-from transformers.utils import is_sagemaker_mp_enabled
+from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 from hf_adaclip.audit.run_report import clipping_section, load_run
 from hf_adaclip.audit.tail import find_tail

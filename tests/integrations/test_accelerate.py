@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ClippingDefeatedError, ConfigError
 from hf_adaclip.audit import verify_ledger
 from tests.loops import make, weights
 
@@ -207,3 +207,91 @@ def test_closing_lets_go_of_the_accelerator():
 
     assert not accelerator._save_model_state_pre_hook
     assert not accelerator._load_model_state_pre_hook
+
+
+def test_two_optimizers_and_parameter_groups_under_one_clipper():
+    accelerator = Accelerator(cpu=True)
+    model, _ = make()
+    body, head = model[0], model[2]
+    groups = [{"params": [body.weight], "lr": 1e-2}, {"params": [body.bias], "lr": 1e-3, "weight_decay": 0.1}]
+    optimizers = [torch.optim.AdamW(groups, fused=True), torch.optim.SGD(head.parameters(), lr=1e-2, momentum=0.9)]
+    clipper = AdaptiveClipper(CONFIG.replace(max_pace=2.0), accelerator=accelerator, optimizer=optimizers)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    seen = []
+    for step in range(40):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        loss = (model(x) - 2 * x[:, :1]).square().mean() * {20: float("nan"), 30: 1e3}.get(step, 1.0)
+        accelerator.backward(loss)
+        clipper.clip_(model.parameters(), loss=loss)
+        before = [weights(body), weights(head)]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append([not torch.equal(a, b) for a, b in zip(before, (weights(body), weights(head)), strict=True)])
+    clipper.close()
+
+    assert seen[20] == [False, False]  # both leave the step out
+    assert all(all(moved) for i, moved in enumerate(seen) if i != 20)
+    assert [[g["lr"] for g in o.param_groups] for o in optimizers] == rates
+    assert clipper.statistics.counts_by_name()["SPIKE"] >= 1
+
+
+def test_several_models_with_a_clipper_each_keep_their_states_apart(tmp_path):
+    def build():
+        accelerator = Accelerator(cpu=True)
+        parts = []
+        for seed in (0, 1):
+            model, optimizer = make(seed)
+            clipper = AdaptiveClipper(CONFIG, accelerator=accelerator, optimizer=optimizer)
+            parts.append((*accelerator.prepare(model, optimizer), clipper))
+        return accelerator, parts
+
+    def train(accelerator, parts, first, last):
+        for step in range(first, last):
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+            for scale, (model, optimizer, clipper) in zip((1.0, 50.0), parts, strict=True):
+                accelerator.backward((model(x) - 2 * x[:, :1]).square().mean() * scale)
+                clipper.clip_(model.parameters())
+                optimizer.step()
+                optimizer.zero_grad()
+
+    accelerator, parts = build()
+    train(accelerator, parts, 0, 20)
+    accelerator.save_state(str(tmp_path / "c"))
+    train(accelerator, parts, 20, 40)
+    assert sorted(p.name for p in (tmp_path / "c").glob("clip_state*")) == [
+        "clip_state.safetensors",
+        "clip_state_1.safetensors",
+    ]
+
+    accelerator, again = build()
+    accelerator.load_state(str(tmp_path / "c"))
+    train(accelerator, again, 20, 40)
+    for before, after in zip(parts, again, strict=True):
+        assert torch.equal(weights(before[0]), weights(after[0]))
+        assert str(before[2].state) == str(after[2].state)
+    assert float(parts[1][2].state["level"]) > 5 * float(parts[0][2].state["level"])
+
+
+def test_a_clipper_that_is_closed_gives_its_place_to_the_next(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = make()
+    AdaptiveClipper(CONFIG, accelerator=accelerator, optimizer=optimizer).close()
+    clipper = AdaptiveClipper(CONFIG, accelerator=accelerator, optimizer=optimizer)
+    model(torch.ones(2, 8)).sum().backward()
+    clipper.clip_(model.parameters())
+    clipper.save_state(tmp_path)
+
+    assert [p.name for p in tmp_path.iterdir()] == ["clip_state.safetensors"]
+
+
+def test_somebody_who_replaces_what_install_had_put_in_place_is_found():
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = make()
+    clipper = AdaptiveClipper(CONFIG, accelerator=accelerator, optimizer=optimizer)
+    with clipper.install():
+        clipper.self_test(model.parameters())
+        accelerator.clip_grad_norm_ = lambda *a, **k: torch.tensor(1.0)
+        with pytest.raises(ClippingDefeatedError, match="somebody has replaced it"):
+            clipper.self_test(model.parameters())

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import BestRun
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, AdaptiveClipTrainer, UnsupportedSetupError
 from hf_adaclip.audit import verify_ledger
@@ -83,6 +84,8 @@ def test_every_trial_of_a_search_starts_afresh_under_its_own_settings(tmp_path):
         direction="minimize",
     )
 
+    assert isinstance(best, BestRun)
+    assert isinstance(best.objective, float)
     assert math.isfinite(best.objective)
     assert len(seen) == 3
     assert all(norm == static and step == 12 for norm, step, static in seen)
@@ -177,7 +180,7 @@ def test_the_sft_trainer_of_trl_through_the_mixin(tmp_path):
 
     from datasets import Dataset
 
-    class AdaptiveSFTTrainer(AdaptiveClipMixin, trl.SFTTrainer):
+    class AdaptiveSFTTrainer(AdaptiveClipMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
         pass
 
     texts = [t.lower()[i : i + 60] for t in list(topics.values())[:40] for i in range(0, 240, 60)]
@@ -215,7 +218,7 @@ def test_the_grpo_trainer_of_trl_runs(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    class AdaptiveGRPOTrainer(AdaptiveClipMixin, trl.GRPOTrainer):
+    class AdaptiveGRPOTrainer(AdaptiveClipMixin, trl.GRPOTrainer):  # type: ignore[misc, name-defined]
         pass
 
     args = trl.GRPOConfig(

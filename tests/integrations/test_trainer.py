@@ -11,7 +11,9 @@ from hf_adaclip import (
     AdaptiveClipConfig,
     AdaptiveClipMixin,
     AdaptiveClipTrainer,
+    ClippingDefeatedError,
     ConfigError,
+    NonFiniteGradientError,
     StateError,
     UnsupportedSetupError,
     attach,
@@ -266,3 +268,77 @@ def test_setups_that_are_not_supported_are_refused_with_those_that_are(tmp_path,
         UnsupportedSetupError, match=f"must be one of DEEPSPEED, FSDP, MULTI_CPU, MULTI_GPU, NO, but is {kind} instead"
     ):
         attach(trainer)
+
+
+class Amplifier(TrainerCallback):
+    """What a careless callback does: it puts the gradient back that clipping has cut."""
+
+    def __init__(self, from_step=0):
+        self.from_step = from_step
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step >= self.from_step:
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(10.0)
+
+
+def test_a_callback_that_undoes_the_clipping_stops_the_run_before_its_first_step(tmp_path):
+    trainer = build(AdaptiveClipTrainer, tmp_path, callbacks=[Amplifier()], clip=CONFIG)
+    before = weights(trainer)
+    with pytest.raises(ClippingDefeatedError, match="callbacks with `on_pre_optimizer_step`"):
+        run(trainer)
+    assert torch.equal(before, weights(trainer))
+
+
+def test_one_that_begins_later_is_found_by_verify(tmp_path):
+    run(build(AdaptiveClipTrainer, tmp_path, callbacks=[Amplifier(from_step=25)], clip=CONFIG))
+    report = verify_ledger(tmp_path / "clip_ledger.jsonl")
+
+    assert not report.ok
+    assert any("something changed it between clipping and the step" in str(f) for f in report.findings)
+
+
+def test_a_seam_that_somebody_has_replaced_stops_the_run_at_its_first_step(tmp_path):
+    trainer = build(AdaptiveClipTrainer, tmp_path, clip=CONFIG)
+    trainer._clip_grad_norm = lambda model: trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(ClippingDefeatedError, match="must be called in every optimizer step"):
+        run(trainer)
+    assert trainer.state.global_step == 1
+
+    class NoSeam(Trainer):
+        def _clip_grad_norm(self, model):
+            return torch.tensor(1.0)
+
+    class StandsLast(NoSeam, AdaptiveClipTrainer):
+        pass
+
+    with pytest.raises(ClippingDefeatedError, match="Let the mixin stand first"):
+        run(build(StandsLast, tmp_path, clip=CONFIG))
+
+
+def test_the_self_test_runs_once_at_the_start_and_can_be_switched_off(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("hf_adaclip.clipper.check_on_a_copy", lambda *a: calls.append(a))
+    run(build(AdaptiveClipTrainer, tmp_path, clip=CONFIG, args=arguments(tmp_path, max_steps=3)))
+    assert len(calls) == 1
+    settings = CONFIG.replace(self_test=False)
+    run(build(AdaptiveClipTrainer, tmp_path, clip=settings, args=arguments(tmp_path, max_steps=3)))
+    assert len(calls) == 1
+
+
+def test_too_many_bad_steps_name_the_checkpoint_to_go_back_to(tmp_path):
+    class NanFrom20(AdaptiveSpikeTrainer):
+        factor = float("nan")
+
+        def training_step(self, *args, **kwargs):
+            self.spike_step = self.state.global_step if self.state.global_step >= 22 else -1
+            return super().training_step(*args, **kwargs)
+
+    args = arguments(tmp_path, max_steps=80, save_strategy="steps", save_steps=20, logging_steps=5)
+    trainer = build(NanFrom20, tmp_path, args=args, clip=CONFIG.replace(max_consecutive_nonfinite=8))
+    with pytest.raises(NonFiniteGradientError, match=r"resume from .*checkpoint-20\.") as caught:
+        run(trainer)
+
+    assert caught.value.checkpoint.endswith("checkpoint-20")
+    assert weights(trainer).isfinite().all()
