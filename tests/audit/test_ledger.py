@@ -258,7 +258,7 @@ def test_something_that_undoes_the_clipping_is_found(tmp_path):
     """The applied norm is measured at the last moment: a callback that rescales gradients afterwards shows."""
     path = tmp_path / "l.jsonl"
     model, optimizer = make()
-    clipper = AdaptiveClipper(CONFIG, optimizer=optimizer, ledger=path)
+    clipper = AdaptiveClipper(CONFIG.replace(self_test=False), optimizer=optimizer, ledger=path)
 
     def clip_and_undo(model, loss):
         norm = clipper.clip_(model.parameters(), measure=True)

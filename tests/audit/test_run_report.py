@@ -157,7 +157,7 @@ def test_live_in_trackio(tmp_path):
     code = (
         "from tests.integrations.trainers import arguments, build, run\n"
         "from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer\n"
-        f"args = arguments({str(tmp_path)!r}, report_to=['trackio'], project='p', run_name='r', logging_steps=5)\n"
+        f"args = arguments({str(tmp_path)!r}, report_to=['trackio'], trackio_space_id=None, project='p', run_name='r', logging_steps=5)\n"
         f"run(build(AdaptiveClipTrainer, {str(tmp_path)!r}, args=args, clip=AdaptiveClipConfig(warmup_observations=10)))\n"
     )
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}

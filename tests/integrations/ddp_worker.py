@@ -15,6 +15,53 @@ CONFIG = AdaptiveClipConfig(warmup_observations=10, max_pace=2.0)
 DIVERGING = CONFIG.replace(divergence_spreads=2.0, divergence_steps=5, on_trouble="fallback", max_pace=1.0)
 
 
+def loop(kind, folder):
+    from accelerate import Accelerator
+
+    from tests.loops import make, weights
+
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = make()
+    clipper = AdaptiveClipper(
+        DIVERGING if kind == "diverging" else CONFIG,
+        accelerator=accelerator,
+        optimizer=optimizer,
+        ledger=folder / "clip_ledger.jsonl",
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    rank, world = accelerator.process_index, accelerator.num_processes
+
+    def train(first, last):
+        for step in range(first, last):
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))[rank::world]
+            # Rank 1 alone gets the faults: a NaN at step 20, a spike at step 30.
+            fault = {20: float("nan"), 30: 500.0}.get(step, 1.0) if rank == world - 1 else 1.0
+            if kind == "diverging":
+                fault = 1.0
+            loss = torch.nn.functional.mse_loss(model(x), x[:, :1] * 2) * fault
+            if kind == "diverging" and rank == world - 1:
+                loss = loss + 3.0 * step  # only this rank sees its loss rise
+            accelerator.backward(loss)
+            clipper.clip_(model.parameters(), loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    if kind == "resumed":
+        train(0, 25)
+        accelerator.save_state(str(folder / "checkpoint"))
+        train(25, 40)
+        first = weights(accelerator.unwrap_model(model)), str(clipper.state)
+        accelerator.load_state(str(folder / "checkpoint"))
+        train(25, 40)
+        again = weights(accelerator.unwrap_model(model)), str(clipper.state)
+        resumed = torch.equal(first[0], again[0]) and first[1] == again[1]
+    else:
+        train(0, 40)
+        resumed = None
+    clipper.close()
+    return clipper, weights(accelerator.unwrap_model(model)), rank, resumed
+
+
 def main(kind, folder):
     torch.set_num_threads(1)
     if kind == "trainer":
@@ -29,39 +76,9 @@ def main(kind, folder):
             layer.self_attn.attention_dropout = 0.0  # every rank would draw its own
         checkpoint = folder / "checkpoint-15"
         run(trainer, resume_from_checkpoint=str(checkpoint) if checkpoint.exists() else None)
-        clipper, final, rank = trainer.clipper, weights(trainer), args.process_index
+        clipper, final, rank, resumed = trainer.clipper, weights(trainer), args.process_index, None
     else:
-        from accelerate import Accelerator
-
-        from tests.loops import make, weights
-
-        accelerator = Accelerator(cpu=True)
-        model, optimizer = make()
-        clipper = AdaptiveClipper(
-            DIVERGING if kind == "diverging" else CONFIG,
-            accelerator=accelerator,
-            optimizer=optimizer,
-            ledger=folder / "clip_ledger.jsonl",
-        )
-        model, optimizer = accelerator.prepare(model, optimizer)
-        rank, world = accelerator.process_index, accelerator.num_processes
-        for step in range(40):
-            g = torch.Generator().manual_seed(step)
-            x = torch.randn(16, 8, generator=g)[rank::world]
-            y = x[:, :1] * 2
-            # Rank 1 alone gets the faults: a NaN at step 20, a spike at step 30.
-            fault = {20: float("nan"), 30: 500.0}.get(step, 1.0) if rank == world - 1 else 1.0
-            if kind == "diverging":
-                fault = 1.0
-            loss = torch.nn.functional.mse_loss(model(x), y) * fault
-            if kind == "diverging" and rank == world - 1:
-                loss = loss + 3.0 * step  # only this rank sees its loss rise
-            accelerator.backward(loss)
-            clipper.clip_(model.parameters(), loss=loss)
-            optimizer.step()
-            optimizer.zero_grad()
-        clipper.close()
-        final = weights(accelerator.unwrap_model(model))
+        clipper, final, rank, resumed = loop(kind, folder)
     (folder / f"rank{rank}.json").write_text(
         json.dumps(
             {
@@ -69,6 +86,7 @@ def main(kind, folder):
                 "counts": clipper.statistics.counts_by_name(),
                 "weights": final.double().sum().item().hex(),
                 "norm": final.norm().item(),
+                "resumed": resumed,
                 "has_ledger": clipper._run.recorder.ledger is not None,
             }
         )
