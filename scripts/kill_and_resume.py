@@ -23,12 +23,11 @@ from tqdm.auto import tqdm
 
 from hf_adaclip.audit import verify_ledger
 
-STEPS = 120
 SAVE_STEPS = 4
 ROOT = Path(__file__).parent.parent
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, steps: int) -> None:
     """Train from the last complete checkpoint in the folder, or from the start."""
     from pydoc_data.topics import topics
 
@@ -55,7 +54,7 @@ def train(folder: Path) -> None:
     )
     args = TrainingArguments(
         str(folder),
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=8,
         learning_rate=2e-3,
         logging_steps=5,
@@ -95,11 +94,11 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def start(folder: Path) -> "subprocess.Popen[bytes]":
+def start(folder: Path, steps: int) -> "subprocess.Popen[bytes]":
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "scripts.kill_and_resume", "--child", str(folder)],
+            [sys.executable, "-m", "scripts.kill_and_resume", "--child", str(folder), "--steps", str(steps)],
             cwd=ROOT,
             stdout=log,
             stderr=log,
@@ -107,12 +106,12 @@ def start(folder: Path) -> "subprocess.Popen[bytes]":
         )
 
 
-def run_and_kill(folder: Path, kills: int, rng: random.Random) -> tuple[int, int]:
+def run_and_kill(folder: Path, steps: int, kills: int, rng: random.Random) -> tuple[int, int]:
     """Returns how many kills met a running process, and how many checkpoints they tore apart."""
     ledger, done, torn = folder / "clip_ledger.jsonl", 0, 0
     for _ in tqdm(range(kills), desc="kills"):
         size = ledger.stat().st_size if ledger.exists() else 0
-        process = start(folder)
+        process = start(folder, steps)
         while process.poll() is None and (ledger.stat().st_size if ledger.exists() else 0) <= size:
             time.sleep(0.002)
         time.sleep(rng.uniform(0.0, 0.6))
@@ -124,7 +123,7 @@ def run_and_kill(folder: Path, kills: int, rng: random.Random) -> tuple[int, int
         torn += newest is not None and newest != last_complete_checkpoint(folder)
         if (folder / "end.pt").exists():
             break
-    code = start(folder).wait() if not (folder / "end.pt").exists() else 0
+    code = start(folder, steps).wait() if not (folder / "end.pt").exists() else 0
     if code:
         raise SystemExit(f"the last start ended with code {code}; see {folder / 'log.txt'}")
     return done, torn
@@ -137,16 +136,18 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/kill"), help="folder, emptied first (default: runs/kill)"
     )
+    parser.add_argument("--steps", type=int, help="length of the run (default: 60, and 20 more for every kill)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        train(options.child)
+        train(options.child, options.steps)
         return 0
+    steps = options.steps or 60 + 20 * options.kills
     shutil.rmtree(options.output, ignore_errors=True)
     alone, killed = options.output / "alone", options.output / "killed"
-    if start(alone).wait():
+    if start(alone, steps).wait():
         raise SystemExit(f"the run that is left alone failed; see {alone / 'log.txt'}")
-    kills, torn = run_and_kill(killed, options.kills, random.Random(options.seed))
+    kills, torn = run_and_kill(killed, steps, options.kills, random.Random(options.seed))
     ends = [torch.load(folder / "end.pt", weights_only=True) for folder in (alone, killed)]
     same_weights = all(torch.equal(a, ends[1]["weights"][name]) for name, a in ends[0]["weights"].items())
     same_state = str(ends[0]["state"]) == str(ends[1]["state"])
