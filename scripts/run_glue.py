@@ -1,0 +1,235 @@
+"""Fine-tune a Transformers model on a task of GLUE, or on a file of sentences with labels, with the clipping that `--clip` chooses.
+
+    python scripts/run_glue.py --model_name_or_path google-bert/bert-base-cased --task_name mrpc --do_train --do_eval \
+        --learning_rate 2e-5 --per_device_train_batch_size 32 --num_train_epochs 3 --output_dir out/mrpc --clip adaptive
+
+The arguments may stand in one .json or .yaml file instead. Without a hub: `--train_file` and `--validation_file` (parquet, csv, json) and a
+local `--model_name_or_path`, or no weights at all: `--model_type bert --config_overrides hidden_size=64,num_hidden_layers=2`.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import transformers
+from datasets import load_dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_adaclip import AdaptiveClipConfig
+from hf_adaclip.integrations.script import ClipArguments, make_trainer
+from hf_adaclip.metrics import GLUE_METRICS, metric_path
+
+logger = logging.getLogger(__name__)
+
+SENTENCES = {
+    "cola": ("sentence", None),
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
+    "sst2": ("sentence", None),
+    "stsb": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which model is fine-tuned."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Model on the hub, or a folder. Without it a model is made from `--model_type`."},
+    )
+    model_type: str = field(
+        default="bert", metadata={"help": "Type of the model that is made when no weights are named."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Settings of the model's config, e.g. hidden_size=64,num_hidden_layers=2."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's own."})
+
+
+@dataclass
+class DataArguments:
+    """Which task, and how much of it."""
+
+    task_name: str | None = field(
+        default=None,
+        metadata={"help": f"Task of GLUE: {', '.join(SENTENCES)}. Sets columns and metrics, for files too."},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset on the hub (default: nyu-mll/glue with `--task_name`)."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "parquet, csv or json with the training rows."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut, in tokens."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad all inputs to `--max_seq_length` instead of to the longest of a batch."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many rows of evaluation."})
+
+    def __post_init__(self) -> None:
+        if self.task_name is not None and self.task_name not in SENTENCES:
+            raise ValueError(
+                f"`--task_name` must be one of {', '.join(SENTENCES)}, but is {self.task_name!r} instead."
+            )
+        if self.task_name is None and self.dataset_name is None and self.train_file is None:
+            raise ValueError("`--task_name`, `--dataset_name` or `--train_file` must be given, but none is.")
+
+
+def parse(
+    argv: list[str],
+) -> tuple[ModelArguments, DataArguments, TrainingArguments, ClipArguments, AdaptiveClipConfig]:
+    """Arguments from flags, or from one .json or .yaml file."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, ClipArguments, AdaptiveClipConfig))  # type: ignore[arg-type]
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        return parser.parse_json_file(argv[0])  # type: ignore[return-value]
+    if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
+        return parser.parse_yaml_file(argv[0])  # type: ignore[return-value]
+    return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
+
+
+def load_splits(data: DataArguments) -> tuple[Any, Any]:
+    """Rows for training and for evaluation."""
+    if data.train_file is not None:
+        files = {"train": data.train_file, "validation": data.validation_file or data.train_file}
+        kind = Path(data.train_file).suffix.lstrip(".").replace("jsonl", "json")
+        splits = load_dataset(kind, data_files=files)
+    elif data.dataset_name is not None:
+        splits = load_dataset(data.dataset_name)
+    else:
+        splits = load_dataset("nyu-mll/glue", data.task_name)
+    validation = "validation_matched" if "validation_matched" in splits else "validation"
+    return splits["train"], splits[validation]
+
+
+def limit(rows: Any, count: int | None) -> Any:
+    return rows if count is None else rows.select(range(min(count, len(rows))))
+
+
+def columns_of(data: DataArguments, rows: Any) -> tuple[str, str | None]:
+    """Names of the one or two columns that hold text."""
+    if data.task_name is not None:
+        return SENTENCES[data.task_name]
+    names = [n for n in rows.column_names if n not in ("label", "idx")]
+    return names[0], names[1] if len(names) > 1 else None
+
+
+def make_model(arguments: ModelArguments, num_labels: int, regression: bool) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    settings: dict[str, Any] = {"num_labels": num_labels}
+    if regression:
+        settings["problem_type"] = "regression"
+    source = arguments.model_name_or_path
+    config = (
+        AutoConfig.from_pretrained(source, **settings)
+        if source
+        else AutoConfig.for_model(arguments.model_type, **settings)
+    )
+    if arguments.config_overrides:
+        config.update_from_string(arguments.config_overrides)
+    name = arguments.tokenizer_name or source
+    if name is None:
+        raise ValueError("`--tokenizer_name` must be given when there is no `--model_name_or_path`, but is not.")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if source:
+        return AutoModelForSequenceClassification.from_pretrained(source, config=config), tokenizer
+    config.vocab_size = len(tokenizer)
+    return AutoModelForSequenceClassification.from_config(config), tokenizer
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train and evaluate as the arguments say; returns all results."""
+    model_args, data_args, training_args, clip_args, clip_config = parse(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=training_args.get_process_log_level()
+    )
+    transformers.logging.enable_explicit_format()
+    set_seed(training_args.seed)
+
+    train_rows, eval_rows = load_splits(data_args)
+    train_rows = limit(train_rows, data_args.max_train_samples)
+    eval_rows = limit(eval_rows, data_args.max_eval_samples)
+    regression = str(train_rows.features["label"].dtype).startswith("float")
+    num_labels = 1 if regression else len(set(train_rows["label"]))
+    model, tokenizer = make_model(model_args, num_labels, regression)
+    first, second = columns_of(data_args, train_rows)
+
+    def encode(batch: dict[str, Any]) -> Any:
+        texts = (batch[first],) if second is None else (batch[first], batch[second])
+        padding = "max_length" if data_args.pad_to_max_length else False
+        return tokenizer(*texts, padding=padding, max_length=data_args.max_seq_length, truncation=True)
+
+    with training_args.main_process_first(desc="tokenizing"):
+        train_rows = train_rows.map(encode, batched=True, desc="tokenizing")
+        eval_rows = eval_rows.map(encode, batched=True, desc="tokenizing")
+
+    names = GLUE_METRICS.get(data_args.task_name or "", ("pearson_spearman",) if regression else ("accuracy",))
+    metrics = [evaluate.load(metric_path(name)) for name in names]
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        scores = prediction.predictions
+        scores = scores[0] if isinstance(scores, tuple) else scores
+        guesses = np.squeeze(scores) if regression else np.argmax(scores, axis=1)
+        result: dict[str, float] = {}
+        for metric in metrics:
+            result.update(metric.compute(predictions=guesses, references=prediction.label_ids))
+        return result
+
+    trainer = make_trainer(
+        clip_args,
+        clip_config,
+        training_args,
+        model=model,
+        train_dataset=train_rows if training_args.do_train else None,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        data_collator=default_data_collator if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
+    )
+    results: dict[str, float] = {}
+    if training_args.do_train:
+        output = Path(training_args.output_dir or ".")
+        checkpoint = training_args.resume_from_checkpoint or (
+            get_last_checkpoint(str(output)) if output.is_dir() else None
+        )
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        results.update(trained.metrics, train_samples=len(train_rows))
+        trainer.log_metrics("train", trained.metrics)
+        trainer.save_metrics("train", {**trained.metrics, "train_samples": len(train_rows)})
+        trainer.save_state()
+    if training_args.do_eval:
+        found = trainer.evaluate()
+        results.update(found, eval_samples=len(eval_rows))
+        trainer.log_metrics("eval", found)
+        trainer.save_metrics("eval", {**found, "eval_samples": len(eval_rows)})
+    card: dict[str, Any] = {"tasks": "text-classification", "language": "en"}
+    if model_args.model_name_or_path:
+        card["finetuned_from"] = model_args.model_name_or_path
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    return results
+
+
+if __name__ == "__main__":
+    main()
