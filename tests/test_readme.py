@@ -70,7 +70,7 @@ def block_with(language, piece):
 
 def test_every_block_is_of_a_kind_that_is_run():
     assert {kind for kind, _ in BLOCKS} == {"python", "diff", "bash", "text"}
-    assert (len(blocks("python")), len(blocks("diff")), len(blocks("bash"))) == (5, 4, 3)
+    assert (len(blocks("python")), len(blocks("diff")), len(blocks("bash"))) == (5, 4, 4)
 
 
 def test_the_first_60_seconds_print_what_they_say(tmp_path):
@@ -180,3 +180,18 @@ def test_the_readme_has_a_row_for_every_setup():
     for name, entry in SETUPS.items():
         [row] = [r for r in rows if f"`{name}`" in r.split("|")[1]]
         assert ("refused" in row) == (entry.how is None), name
+
+
+def test_the_script_runs_as_the_readme_has_it(tmp_path):
+    from pydoc_data.topics import topics
+
+    (tmp_path / "notes.txt").write_text("\n".join(" ".join(t.split()) for t in list(topics.values())[:60]))
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    [command] = [block_with("bash", "first-script").replace("\\\n", " ")]
+    listed = [sys.executable, *shlex.split(command)[1:], "--use_cpu", "--disable_tqdm", "true"]
+    done = subprocess.run(listed, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "first-script/clip_ledger.jsonl").is_file()
+    for name in re.findall(r"scripts/[\w/]+\.(?:py|yaml)", README):
+        assert (ROOT / name).is_file(), name
