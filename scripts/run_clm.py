@@ -8,7 +8,6 @@ txt), and a model from scratch with a byte-level BPE that is trained on the trai
 --config_overrides hidden_size=128,intermediate_size=256,num_hidden_layers=4,num_attention_heads=4,num_key_value_heads=4`.
 """
 
-import logging
 import math
 import sys
 from dataclasses import dataclass, field
@@ -21,16 +20,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedTokenizerFast,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_adaclip import AdaptiveClipConfig
-from hf_adaclip.integrations.script import ClipArguments, make_trainer
+from hf_adaclip.integrations.script import make_trainer, parse_arguments, train_and_evaluate
 
 
 @dataclass
@@ -84,18 +79,6 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_file is None:
             raise ValueError("`--dataset_name` or `--train_file` must be given, but neither is.")
-
-
-def parse(
-    argv: list[str],
-) -> tuple[ModelArguments, DataArguments, TrainingArguments, ClipArguments, AdaptiveClipConfig]:
-    """Arguments from flags, or from one .json or .yaml file."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, ClipArguments, AdaptiveClipConfig))  # type: ignore[arg-type]
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        return parser.parse_json_file(argv[0])  # type: ignore[return-value]
-    if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(argv[0])  # type: ignore[return-value]
-    return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
 
 
 def load_splits(data: DataArguments) -> tuple[Any, Any]:
@@ -177,7 +160,9 @@ def into_blocks(rows: Any, tokenizer: Any, columns: list[str], size: int) -> Any
     """Sequences of `size` tokens: all texts in a row, each ended, the rest of a batch left out."""
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        ids = [[*t, tokenizer.eos_token_id] for t in tokenizer(texts_of(batch, columns))["input_ids"] if t]
+        ids = [
+            [*t, tokenizer.eos_token_id] for t in tokenizer(texts_of(batch, columns), verbose=False)["input_ids"] if t
+        ]
         line = list(chain.from_iterable(ids))
         blocks = [line[i : i + size] for i in range(0, len(line) // size * size, size)]
         return {"input_ids": blocks, "labels": [list(b) for b in blocks]}
@@ -190,12 +175,8 @@ def into_blocks(rows: Any, tokenizer: Any, columns: list[str], size: int) -> Any
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say; returns all results."""
-    model_args, data_args, training_args, clip_args, clip_config = parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=training_args.get_process_log_level()
-    )
-    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # of texts longer than a block
-    set_seed(training_args.seed)
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
 
     train_rows, eval_rows = load_splits(data_args)
     columns = data_args.text_columns.split(",")
@@ -225,32 +206,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    results: dict[str, float] = {}
-    if training_args.do_train:
-        output = Path(training_args.output_dir or ".")
-        checkpoint = training_args.resume_from_checkpoint or (
-            get_last_checkpoint(str(output)) if output.is_dir() else None
-        )
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        results.update(trained.metrics, train_samples=len(train_blocks))
-        trainer.log_metrics("train", trained.metrics)
-        trainer.save_metrics("train", {**trained.metrics, "train_samples": len(train_blocks)})
-        trainer.save_state()
-    if training_args.do_eval:
-        found = trainer.evaluate()
-        found["eval_perplexity"] = math.exp(min(found["eval_loss"], 700.0))
-        results.update(found, eval_samples=len(eval_blocks))
-        trainer.log_metrics("eval", found)
-        trainer.save_metrics("eval", {**found, "eval_samples": len(eval_blocks)})
     card: dict[str, Any] = {"tasks": "text-generation"}
     if model_args.model_name_or_path:
         card["finetuned_from"] = model_args.model_name_or_path
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
-    return results
+    return train_and_evaluate(
+        trainer,
+        train_samples=len(train_blocks),
+        eval_samples=len(eval_blocks),
+        card=card,
+        add=lambda metrics: {"eval_perplexity": math.exp(min(metrics["eval_loss"], 700.0))},
+    )
 
 
 if __name__ == "__main__":

@@ -15,22 +15,16 @@ from typing import Any
 
 import evaluate
 import numpy as np
-import transformers
 from datasets import load_dataset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
-    TrainingArguments,
     default_data_collator,
-    set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_adaclip import AdaptiveClipConfig
-from hf_adaclip.integrations.script import ClipArguments, make_trainer
+from hf_adaclip.integrations.script import make_trainer, parse_arguments, train_and_evaluate
 from hf_adaclip.metrics import GLUE_METRICS, metric_path
 
 logger = logging.getLogger(__name__)
@@ -94,18 +88,6 @@ class DataArguments:
             raise ValueError("`--task_name`, `--dataset_name` or `--train_file` must be given, but none is.")
 
 
-def parse(
-    argv: list[str],
-) -> tuple[ModelArguments, DataArguments, TrainingArguments, ClipArguments, AdaptiveClipConfig]:
-    """Arguments from flags, or from one .json or .yaml file."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, ClipArguments, AdaptiveClipConfig))  # type: ignore[arg-type]
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        return parser.parse_json_file(argv[0])  # type: ignore[return-value]
-    if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(argv[0])  # type: ignore[return-value]
-    return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
-
-
 def load_splits(data: DataArguments) -> tuple[Any, Any]:
     """Rows for training and for evaluation."""
     if data.train_file is not None:
@@ -157,12 +139,8 @@ def make_model(arguments: ModelArguments, num_labels: int, regression: bool) -> 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say; returns all results."""
-    model_args, data_args, training_args, clip_args, clip_config = parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=training_args.get_process_log_level()
-    )
-    transformers.logging.enable_explicit_format()
-    set_seed(training_args.seed)
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
 
     train_rows, eval_rows = load_splits(data_args)
     train_rows = limit(train_rows, data_args.max_train_samples)
@@ -204,31 +182,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=default_data_collator if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
         compute_metrics=compute_metrics,
     )
-    results: dict[str, float] = {}
-    if training_args.do_train:
-        output = Path(training_args.output_dir or ".")
-        checkpoint = training_args.resume_from_checkpoint or (
-            get_last_checkpoint(str(output)) if output.is_dir() else None
-        )
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        results.update(trained.metrics, train_samples=len(train_rows))
-        trainer.log_metrics("train", trained.metrics)
-        trainer.save_metrics("train", {**trained.metrics, "train_samples": len(train_rows)})
-        trainer.save_state()
-    if training_args.do_eval:
-        found = trainer.evaluate()
-        results.update(found, eval_samples=len(eval_rows))
-        trainer.log_metrics("eval", found)
-        trainer.save_metrics("eval", {**found, "eval_samples": len(eval_rows)})
     card: dict[str, Any] = {"tasks": "text-classification", "language": "en"}
     if model_args.model_name_or_path:
         card["finetuned_from"] = model_args.model_name_or_path
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
-    return results
+    return train_and_evaluate(
+        trainer,
+        train_samples=len(train_rows),
+        eval_samples=len(eval_rows),
+        card=card,
+    )
 
 
 if __name__ == "__main__":

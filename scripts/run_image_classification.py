@@ -8,10 +8,8 @@ The arguments may stand in one .json or .yaml file instead. Without a hub: `--tr
 image_size=32,patch_size=4,hidden_size=64,num_hidden_layers=3,num_attention_heads=4,intermediate_size=128`.
 """
 
-import logging
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -23,14 +21,9 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_adaclip import AdaptiveClipConfig
-from hf_adaclip.integrations.script import ClipArguments, make_trainer
+from hf_adaclip.integrations.script import make_trainer, parse_arguments, train_and_evaluate
 from hf_adaclip.metrics import metric_path
 
 
@@ -77,18 +70,6 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_dir is None and self.train_file is None:
             raise ValueError("`--dataset_name`, `--train_dir` or `--train_file` must be given, but none is.")
-
-
-def parse(
-    argv: list[str],
-) -> tuple[ModelArguments, DataArguments, TrainingArguments, ClipArguments, AdaptiveClipConfig]:
-    """Arguments from flags, or from one .json or .yaml file."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, ClipArguments, AdaptiveClipConfig))  # type: ignore[arg-type]
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        return parser.parse_json_file(argv[0])  # type: ignore[return-value]
-    if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(argv[0])  # type: ignore[return-value]
-    return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
 
 
 def load_splits(data: DataArguments) -> tuple[Any, Any]:
@@ -175,11 +156,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say; returns all results."""
-    model_args, data_args, training_args, clip_args, clip_config = parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=training_args.get_process_log_level()
-    )
-    set_seed(training_args.seed)
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
     training_args.remove_unused_columns = False  # the image column is needed to make pixels from
 
     train_rows, eval_rows = load_splits(data_args)
@@ -212,31 +190,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=collate,
         compute_metrics=compute_metrics,
     )
-    results: dict[str, float] = {}
-    if training_args.do_train:
-        output = Path(training_args.output_dir or ".")
-        checkpoint = training_args.resume_from_checkpoint or (
-            get_last_checkpoint(str(output)) if output.is_dir() else None
-        )
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        results.update(trained.metrics, train_samples=len(train_rows))
-        trainer.log_metrics("train", trained.metrics)
-        trainer.save_metrics("train", {**trained.metrics, "train_samples": len(train_rows)})
-        trainer.save_state()
-    if training_args.do_eval:
-        found = trainer.evaluate()
-        results.update(found, eval_samples=len(eval_rows))
-        trainer.log_metrics("eval", found)
-        trainer.save_metrics("eval", {**found, "eval_samples": len(eval_rows)})
     card: dict[str, Any] = {"tasks": "image-classification"}
     if model_args.model_name_or_path:
         card["finetuned_from"] = model_args.model_name_or_path
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
-    return results
+    return train_and_evaluate(
+        trainer,
+        train_samples=len(train_rows),
+        eval_samples=len(eval_rows),
+        card=card,
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """What a script needs to choose its clipping by `--clip`: arguments for `HfArgumentParser`, and the Trainer that follows from them."""
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS
@@ -67,3 +70,71 @@ def make_trainer(
     trainer = Trainer(args=args, **ingredients)
     trainer.add_callback(ConvergenceCallback(args.output_dir))
     return trainer
+
+
+def parse_arguments(argv: Sequence[str], *kinds: type) -> tuple[Any, ...]:
+    """Arguments from flags, or from one .json or .yaml file; logging and seed are set as they say.
+
+    Args:
+        argv: The command line without the program's name.
+        kinds: The script's own dataclasses.
+
+    Returns:
+        One object of each kind, then `TrainingArguments`, [`ClipArguments`] and [`AdaptiveClipConfig`].
+    """
+    parser = HfArgumentParser((*kinds, TrainingArguments, ClipArguments, AdaptiveClipConfig))  # type: ignore[arg-type]
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        parsed: tuple[Any, ...] = parser.parse_json_file(argv[0])
+    elif len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
+        parsed = parser.parse_yaml_file(argv[0])
+    else:
+        parsed = parser.parse_args_into_dataclasses(list(argv))
+    training_args = parsed[-3]
+    level = training_args.get_process_log_level()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
+    set_seed(training_args.seed)
+    return parsed
+
+
+def train_and_evaluate(
+    trainer: Trainer,
+    *,
+    train_samples: int,
+    eval_samples: int,
+    card: dict[str, Any],
+    add: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: {},
+) -> dict[str, float]:
+    """What the Transformers examples do with a Trainer: train from the last checkpoint, evaluate, save all results, write the card.
+
+    Args:
+        trainer: The Trainer; `do_train`, `do_eval`, `resume_from_checkpoint` and `push_to_hub` of its arguments are followed.
+        train_samples, eval_samples: Rows, for the record.
+        card: What `create_model_card` takes.
+        add: Further metrics from those of an evaluation.
+
+    Returns:
+        All results, as in `all_results.json`.
+    """
+    args = trainer.args
+    results: dict[str, float] = {}
+    if args.do_train:
+        output = Path(args.output_dir or ".")
+        found = get_last_checkpoint(str(output)) if output.is_dir() else None  # type: ignore[no-untyped-call]
+        trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or found)
+        trainer.save_model()
+        trainer.log_metrics("train", trained.metrics)
+        metrics = {**trained.metrics, "train_samples": train_samples}
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+        results.update(metrics)
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        metrics = {**metrics, **add(metrics), "eval_samples": eval_samples}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        results.update(metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    return results
