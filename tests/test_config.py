@@ -52,6 +52,12 @@ def test_only_adaptive_has_a_pace():
         AdaptiveClipConfig(controller="zscore", max_pace=2.0)
 
 
+@pytest.mark.parametrize("change", [{"max_pace": 2.0}, {"granularity": "tensor"}])
+def test_what_deepspeed_cannot_do_is_refused(change):
+    with pytest.raises(ConfigError, match=r"must be 1\.0 and `granularity` 'global' under DeepSpeed"):
+        AdaptiveClipConfig(one_step_late=True, **change)
+
+
 def test_json_round_trip(tmp_path):
     config = AdaptiveClipConfig(controller="zscore", z_threshold=3.5, shadow=True)
     config.to_json(tmp_path / "clip.json")

@@ -22,7 +22,14 @@ from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.convergence.callback import ConvergenceCallback
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError, TrainingTroubleError, UnsupportedSetupError
 from hf_adaclip.events import ClipEvent
-from hf_adaclip.support import check_accelerator, check_device, check_device_map, check_optimizer_name, check_setup
+from hf_adaclip.support import (
+    check_accelerator,
+    check_device,
+    check_device_map,
+    check_optimizer_name,
+    check_setup,
+    distributed_type,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -81,6 +88,10 @@ class AdaptiveClipMixin(_Base):
         if config.ledger == "auto":
             folder = self.args.output_dir if trial is None else self._get_output_dir(trial)
             config = config.replace(ledger=str(Path(folder or ".") / LEDGER_FILE))
+        if distributed_type(self.accelerator) == "DEEPSPEED":
+            config = config.replace(
+                one_step_late=True
+            )  # what is not possible there is refused here, not at the first step
         if config.static_threshold is None:
             config = config.replace(static_threshold=float(self.args.max_grad_norm))
         return config

@@ -4,6 +4,7 @@ Accelerate has no DeepSpeed on CPUs of its own: with DS_ACCELERATOR=cpu the engi
 So batches are dealt out by the rank that torch.distributed knows.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer, ConfigError
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
 STEPS = 40
@@ -121,6 +122,9 @@ def trainer(stage, folder):
     config = {**settings(stage, bf16=False), "gradient_clipping": "auto", "zero_allow_untested_optimizer": True}
     config["train_micro_batch_size_per_gpu"] = "auto"
     changes = {"deepspeed": config, "use_cpu": False, "save_strategy": "steps", "save_steps": 20, "max_grad_norm": 0.7}
+    with contextlib.suppress(ConfigError):
+        build(AdaptiveClipTrainer, folder, args=arguments(folder, **changes), clip=CONFIG.replace(max_pace=2.0))
+        raise AssertionError("a pace must be refused as the Trainer is made")
     part = build(
         AdaptiveClipTrainer,
         folder,
