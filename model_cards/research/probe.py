@@ -1,6 +1,6 @@
 """Probe of pace rules: one plain training loop, small tasks, every signal a rule may look at, JSON lines out.
 
-    python model_cards/research/probe.py --data DATA --tasks sst2 cola --arms stock trend --lrs 2e-5 1e-4 --seeds 0 1
+    python scripts/probe.py --data DATA --tasks sst2 cola --arms stock trend --lrs 2e-5 1e-4 --seeds 0 1
 
 A run that is already in the results file is skipped, so a call can be repeated after it was cut off. Every rule is a class with
 `update(seen) -> pace`, plain floats, so that it can be moved into a controller without a change. The loop is AdamW (fused, weight
@@ -200,7 +200,6 @@ class Signals:
 
     def take(self, optimizer, effective, peak_effective):
         """`effective` is the rate of the last step; g is this step's gradient, m Adam's first moment before it, u the last update."""
-        live = [p for p in self.parameters if p.grad is not None]
         g = self._sample([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters])
         x = self._sample([p.data for p in self.parameters])
         out = {}
@@ -232,7 +231,6 @@ class Signals:
             out[kind] = self.r[kind] / (float(self.s[kind].abs().sum()) + 1e-30)
         out["rms"] = out["dist"] / math.sqrt(len(x))
         self.last = x
-        del live
         return out
 
 
@@ -471,7 +469,6 @@ def run(data, task, arm, lr, seed, traces):
     every = max(1, steps // 12)
     curve, trace = [], []
     pace = effective = 1.0
-    loss_known = True
 
     def evaluate():
         model.eval()
@@ -520,8 +517,7 @@ def run(data, task, arm, lr, seed, traces):
             "calm": reason in (Reason.WITHIN, Reason.WIDENED),
             "coefficient": coefficient,
         }
-        loss_known = math.isfinite(seen["loss"]) and math.isfinite(seen["norm"])
-        if not loss_known:
+        if not (math.isfinite(seen["loss"]) and math.isfinite(seen["norm"])):
             curve.append((step, float("inf"), 0.0))
             break
         pace = rule.update(seen)
