@@ -13,6 +13,7 @@ from hf_adaclip.accelerator import AcceleratorPort
 from hf_adaclip.alerts import Alerts
 from hf_adaclip.checkpoint import state_file
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
+from hf_adaclip.controllers import leaves_out
 from hf_adaclip.controllers.base import coefficient_of, is_finite_norm
 from hf_adaclip.controllers.ops import Value
 from hf_adaclip.describe import describe
@@ -110,6 +111,7 @@ class AdaptiveClipper:
         self._guards = Guards(() if self._in_engine else optimizers, scaler=scaled)
         writes = is_rank_zero() if is_main_process is None else is_main_process
         self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=scaled)
+        self._leaves_out = leaves_out(config)
         self._engine: EnginePort | None = None
         self._check = FirstStepCheck(enabled=config.self_test)
         self._tensor_norms = TensorNorms()
@@ -193,6 +195,8 @@ class AdaptiveClipper:
             applied = ops.where(finite, coefficient_of(norm, ops(run.static_threshold), ops), ops(1.0))
         elif run.num_tensors:
             applied = self._tensor_norms.gather(gradients, applied, total.device, ops)
+        elif self._leaves_out:
+            finite = finite & (applied > ops(0.0))
         scale_(gradients.tensors, applied)
         checks = self._check.pending and bool(self._guards)
         if checks and (warning := self._check.clipped(gradients.tensors)):

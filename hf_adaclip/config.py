@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError
-from hf_adaclip.rules import GRANULARITIES, POLICIES, range_problems, type_problems
+from hf_adaclip.rules import GRANULARITIES, ON_SPIKE, POLICIES, range_problems, type_problems
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,10 @@ class AdaptiveClipConfig:
 
     controller: str = field(
         default="adaptive",
-        metadata={"help": "Name of the controller: adaptive, static, zscore (ZClip) or percentile (AutoClip)."},
+        metadata={
+            "help": "Name of the controller: adaptive, static, zscore (ZClip), percentile (AutoClip), ema_ratio (AdaGC), median (icefall), "
+            "quantile, and log_zscore (lingvo) and mean_sd (OLMo-core), which leave steps out."
+        },
     )
     granularity: str = field(
         default="global",
@@ -180,6 +183,39 @@ class AdaptiveClipConfig:
         },
     )
     history: int = field(default=1000, metadata={"help": "percentile: how many past norms are kept."})
+    percentile_capped: bool = field(
+        default=False, metadata={"help": "percentile: the static threshold stays on as a cap, as in TRELLIS."}
+    )
+    on_spike: str = field(
+        default="auto",
+        metadata={
+            "help": "What becomes of a step that the controller would cut: 'clip', 'skip' (the step is left out as a whole), or 'auto' "
+            "(as the controller's source does: skip for log_zscore and mean_sd, clip for the others).",
+            "choices": list(ON_SPIKE),
+        },
+    )
+    ema_factor: float = field(
+        default=1.05, metadata={"help": "ema_ratio: multiple of the average of what was let through."}
+    )
+    ema_decay: float = field(default=0.98, metadata={"help": "ema_ratio: decay of that average per step."})
+    median_factor: float = field(
+        default=2.0, metadata={"help": "median: multiple of the median that is the threshold."}
+    )
+    median_window: int = field(default=100, metadata={"help": "median: how many past norms it is taken over."})
+    quantile: float = field(
+        default=0.99, metadata={"help": "quantile: share of norms that stays below the threshold."}
+    )
+    quantile_rate: float = field(
+        default=0.05, metadata={"help": "quantile: relative step of the threshold when it is exceeded."}
+    )
+    log_width: float = field(
+        default=4.0, metadata={"help": "log_zscore: standard deviations of the logarithm at which a step is left out."}
+    )
+    log_decay: float = field(default=0.995, metadata={"help": "log_zscore: decay of mean and deviation per step."})
+    sd_width: float = field(
+        default=6.0, metadata={"help": "mean_sd: standard deviations above the mean at which a step is left out."}
+    )
+    sd_window: int = field(default=128, metadata={"help": "mean_sd: how many past norms these are taken over."})
 
     def __post_init__(self) -> None:
         problems = type_problems(self)

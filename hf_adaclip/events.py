@@ -40,6 +40,7 @@ _KINDS: Final[dict[Reason, Kind]] = {
     Reason.FALLBACK: "fallback",
     Reason.SCALER_SKIPPED: "skipped",
     Reason.NONFINITE: "skipped",
+    Reason.SKIPPED: "skipped",
     Reason.TROUBLE_STATISTICS: "trouble",
     Reason.TROUBLE_DIVERGENCE: "trouble",
     Reason.TROUBLE_BUDGET: "trouble",
@@ -119,7 +120,7 @@ class EventTracker:
         before, after = (self._edge if self._edge is not None else threshold), threshold
         if kind in ("spike", "clipped"):
             before, after = row["norm"], row["norm"] * row["coefficient"]
-        if self._narrowed and quiet and reason not in (Reason.NONFINITE, Reason.SCALER_SKIPPED):
+        if self._narrowed and quiet and kind != "skipped":
             self._narrowed = False
             if self._edge is not None and threshold < self._edge:
                 yield ClipEvent(step, step, "tightened", self._edge, threshold, _TIGHTENED)
@@ -128,7 +129,7 @@ class EventTracker:
         yield from self._pace_step(step, row["pace"])
         if kind == "spike":
             self._narrowed = True
-        if quiet and reason not in (Reason.NONFINITE, Reason.SCALER_SKIPPED):
+        if quiet and kind != "skipped":
             self._edge = threshold
 
     def finish(self) -> Iterator[ClipEvent]:

@@ -5,7 +5,7 @@ import difflib
 import math
 from typing import Any
 
-from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.controllers import CONTROLLERS, leaves_out
 
 GRANULARITIES = ("global", "tensor")
 
@@ -32,6 +32,16 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("z_threshold", 0.0, math.inf, False, False),
     ("percentile", 0.0, 100.0, False, True),
     ("history", 10, 1_000_000, True, True),
+    ("ema_factor", 1.0, math.inf, True, False),
+    ("ema_decay", 0.0, 1.0, False, False),
+    ("median_factor", 1.0, math.inf, True, False),
+    ("median_window", 10, 1_000_000, True, True),
+    ("quantile", 0.0, 1.0, False, False),
+    ("quantile_rate", 0.0, 1.0, False, False),
+    ("log_width", 0.0, math.inf, False, False),
+    ("log_decay", 0.0, 1.0, False, False),
+    ("sd_width", 0.0, math.inf, False, False),
+    ("sd_window", 10, 1_000_000, True, True),
     ("ring_capacity", 1, 65536, True, True),
     ("divergence_spreads", 0.0, math.inf, True, False),
     ("divergence_steps", 1, math.inf, True, False),
@@ -46,6 +56,7 @@ _OPTIONAL_RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("max_widening_100", 1.0, math.inf, True, False),
     ("max_skipped", 0, math.inf, True, False),
 )
+ON_SPIKE = ("auto", "clip", "skip")
 POLICIES = ("continue", "fallback", "stop")
 
 
@@ -54,7 +65,7 @@ def type_problems(config: Any) -> list[str]:
     problems = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.name in ("controller", "granularity", "on_trouble"):
+        if f.name in ("controller", "granularity", "on_trouble", "on_spike"):
             ok, rule = isinstance(value, str), "a string"
         elif f.name == "ledger":
             ok, rule = value is None or isinstance(value, str), "a path as a string, 'auto', 'none' or None"
@@ -91,6 +102,8 @@ def range_problems(config: Any) -> list[str]:
         )
     if config.on_trouble not in POLICIES:
         problems.append(f"`on_trouble` must be one of {', '.join(POLICIES)}, but is {config.on_trouble!r} instead.")
+    if config.on_spike not in ON_SPIKE:
+        problems.append(f"`on_spike` must be one of {', '.join(ON_SPIKE)}, but is {config.on_spike!r} instead.")
     for name, low, high, low_in, high_in in (*_RANGES, *_OPTIONAL_RANGES):
         value = getattr(config, name)
         if value is None:
@@ -132,6 +145,15 @@ def range_problems(config: Any) -> list[str]:
         problems.append(
             f"`max_pace` must be 1.0 and `granularity` 'global' under DeepSpeed, but are {config.max_pace} and {config.granularity!r} "
             "instead: its engine steps before anything outside sees the gradients."
+        )
+    if not problems and leaves_out(config) and (config.one_step_late or config.granularity != "global"):
+        where = (
+            "under DeepSpeed, whose engine has stepped before"
+            if config.one_step_late
+            else "per tensor: a step is left out as a whole"
+        )
+        problems.append(
+            f"`on_spike` must be 'clip' {where}, but is {config.on_spike!r} with controller '{config.controller}' instead."
         )
     if config.max_pace > 1 and config.controller in CONTROLLERS and not CONTROLLERS[config.controller].paces:
         problems.append(

@@ -14,7 +14,7 @@ class RunStatistics:
     Attributes:
         counts: Steps by reason.
         clipped: Steps whose gradient was scaled down.
-        skipped: Steps left out because the norm was not finite, by us or by a loss scaler.
+        skipped: Steps left out, because the norm was not finite (by us or by a loss scaler) or because the controller skips spikes.
         consecutive_nonfinite: How many of ours have come in a row.
     """
 
@@ -35,13 +35,13 @@ class RunStatistics:
 
     def add(self, row: dict[str, float], reason: Reason) -> None:
         """Count one step; `row` has the columns of the ring."""
-        altered = row["coefficient"] < 1
+        altered = 0 < row["coefficient"] < 1
         self.counts[reason] += 1
         self.clipped += altered
         # By the norm and not by the reason: the step at which a budget runs out is named after that, and is left out all the same.
-        left_out = not math.isfinite(row["norm"])
-        self.skipped += left_out
-        ours = left_out and reason is not Reason.SCALER_SKIPPED
+        nonfinite = not math.isfinite(row["norm"])
+        self.skipped += nonfinite or row["coefficient"] == 0
+        ours = nonfinite and reason is not Reason.SCALER_SKIPPED
         self.consecutive_nonfinite = self.consecutive_nonfinite + 1 if ours else 0
         self._longest = max(self._longest, self.consecutive_nonfinite)
         self._window_steps += 1

@@ -5,7 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.reference.adaptive import AdaptiveReference
+from tests.reference.ema_ratio import EmaRatioReference
+from tests.reference.log_zscore import LogZScoreReference
+from tests.reference.mean_sd import MeanSdReference
+from tests.reference.median import MedianReference
 from tests.reference.percentile import PercentileReference
+from tests.reference.quantile import QuantileReference
 from tests.reference.static import StaticReference
 from tests.reference.zscore import ZScoreReference
 
@@ -37,6 +42,20 @@ CASES = [
     Case("static", StaticReference, scale_free=False),
     Case("percentile", PercentileReference),
     Case("percentile", PercentileReference, {"percentile": 90.0, "history": 50}),
+    Case(
+        "percentile",
+        PercentileReference,
+        {"percentile": 95.0, "history": 50, "percentile_capped": True},
+        scale_free=False,
+    ),
+    Case("median", MedianReference),
+    Case("mean_sd", MeanSdReference),
+    Case("mean_sd", MeanSdReference, {"sd_window": 37, "sd_width": 3.0}),
+    # The running minimum of the warm-up is of norms that the static threshold has cut.
+    Case("ema_ratio", EmaRatioReference, scale_free=False),
+    # Ours has (2 + x) / (2 - x) for exp(x), which differs by 1e-5 a step where the bound is exceeded.
+    Case("quantile", QuantileReference, rtol=5e-3),
+    Case("log_zscore", LogZScoreReference, rtol=5e-4, scale_free=False),
     # ZClip adds 1e-6 to the standard deviation, so it is scale-free only up to that.
     Case("zscore", ZScoreReference, rtol=2e-3, scale_free=False),
     Case("adaptive", AdaptiveReference),

@@ -7,9 +7,15 @@ from typing import Any
 
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason
+from hf_adaclip.controllers.ema_ratio import EmaRatioController
 from hf_adaclip.controllers.late import LateController
+from hf_adaclip.controllers.log_zscore import LogZScoreController
+from hf_adaclip.controllers.mean_sd import MeanSdController
+from hf_adaclip.controllers.median import MedianController
 from hf_adaclip.controllers.oversight import GovernedController
 from hf_adaclip.controllers.percentile import PercentileController
+from hf_adaclip.controllers.quantile import QuantileController
+from hf_adaclip.controllers.skipping import SkippingController
 from hf_adaclip.controllers.static import StaticController
 from hf_adaclip.controllers.zscore import ZScoreController
 
@@ -18,6 +24,11 @@ CONTROLLERS: dict[str, type[Controller[Any]]] = {
     "static": StaticController,
     "percentile": PercentileController,
     "zscore": ZScoreController,
+    "ema_ratio": EmaRatioController,
+    "log_zscore": LogZScoreController,
+    "mean_sd": MeanSdController,
+    "median": MedianController,
+    "quantile": QuantileController,
 }
 
 _LIMITS = (
@@ -31,9 +42,17 @@ _LIMITS = (
 
 
 def build_controller(config: Any) -> Controller[Any]:
-    """The controller that a config describes, under the limits that it sets, and one step late if it says so."""
+    """The controller that a config describes, under the limits that it sets; leaving steps out or one step late if it says so."""
     governed = _governed(config)
+    if leaves_out(config):
+        return SkippingController(governed)
     return LateController(governed) if config.one_step_late else governed
+
+
+def leaves_out(config: Any) -> bool:
+    """Whether a step that would be cut is left out instead."""
+    skips = CONTROLLERS[config.controller].skips
+    return skips if config.on_spike == "auto" else config.on_spike == "skip"
 
 
 def _governed(config: Any) -> Controller[Any]:
@@ -51,4 +70,4 @@ def _governed(config: Any) -> Controller[Any]:
     )
 
 
-__all__ = ["CONTROLLERS", "Controller", "Decision", "Observation", "Reason", "build_controller"]
+__all__ = ["CONTROLLERS", "Controller", "Decision", "Observation", "Reason", "build_controller", "leaves_out"]

@@ -38,6 +38,9 @@ class Reason(enum.IntEnum):
     TROUBLE_STATISTICS = 14
     TROUBLE_DIVERGENCE = 15
     TROUBLE_BUDGET = 16
+    SKIPPED = (
+        17  # out of order, as ledgers and checkpoints hold the numbers before it; only a step as a whole is skipped
+    )
 
     @property
     def sentence(self) -> str:
@@ -68,6 +71,7 @@ _SENTENCES = {
     Reason.TROUBLE_STATISTICS: "Trouble: the controller's threshold is not a positive number.",
     Reason.TROUBLE_DIVERGENCE: "Trouble: the training loss has stayed far above its best for `divergence_steps` steps.",
     Reason.TROUBLE_BUDGET: "Trouble: more steps were left out than `max_skipped` allows.",
+    Reason.SKIPPED: "The norm is above the threshold; the step was left out: no weight, moment or counter moved.",
 }
 
 _PHASES = {
@@ -88,6 +92,7 @@ _PHASES = {
     Reason.TROUBLE_STATISTICS: "trouble",
     Reason.TROUBLE_DIVERGENCE: "trouble",
     Reason.TROUBLE_BUDGET: "trouble",
+    Reason.SKIPPED: "skipped",
 }
 
 
@@ -118,7 +123,8 @@ class Decision(NamedTuple):
 
     Attributes:
         threshold: Largest norm allowed to reach the optimizer.
-        coefficient: Multiplier on the gradient, in (0, 1]; exactly 1 when nothing is to be changed.
+        coefficient: Multiplier on the gradient, in (0, 1]; exactly 1 when nothing is to be changed, exactly 0 when the step as a whole
+            is to be left out.
         pace: Multiplier on the learning rate of this step, >= 1; exactly 1 when the pace is off.
         reason: A [`Reason`] as a number.
     """
@@ -138,11 +144,13 @@ class Controller(Generic[State]):
             `update` needs log, exp or a reduction whose order is not fixed; then `tolerance` applies.
         tolerance: Largest relative difference of a replayed threshold when `exact` is False.
         paces: The controller can set the pace.
+        skips: By default a step that it would cut is left out instead (see `SkippingController`).
     """
 
     exact: ClassVar[bool] = True
     tolerance: ClassVar[float] = 0.0
     paces: ClassVar[bool] = False
+    skips: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: Any) -> "Controller[State]":
@@ -169,3 +177,30 @@ def coefficient_of(norm: Value, threshold: Value, ops: Ops) -> Value:
     torch divides a Python number by a tensor as number times reciprocal, which is not the same last bit as a division.
     """
     return ops.minimum(ops(1.0) / (norm + ops(CLIP_EPS)) * threshold, ops(1.0))
+
+
+def decide_by_threshold(
+    norm: Value, threshold: Value, static_threshold: Value, *, warm: Value, ops: Ops
+) -> tuple[Decision, Value]:
+    """The decision of a rule that is one threshold and nothing else.
+
+    Args:
+        norm: Norm of the step.
+        threshold: What the rule allows.
+        static_threshold: What rules while `warm`.
+        warm: Bool, whether the rule still has too little to go by.
+        ops: The kind of numbers that all of these are.
+
+    Returns:
+        The decision, and whether the norm may be learned: NaN, infinite and zero norms may not (a few zeros, from a frozen or masked
+        phase, would make a threshold 0, from which nothing ever trains again).
+    """
+    finite = is_finite_norm(norm, ops)
+    usable = finite & (norm > ops(0.0))
+    threshold = ops.where(warm, static_threshold, threshold)
+    coefficient = ops.where(finite, coefficient_of(norm, threshold, ops), ops(1.0))
+    reason = ops.where(coefficient < ops(1.0), ops(float(Reason.CLIPPED)), ops(float(Reason.WITHIN)))
+    reason = ops.where(warm, ops(float(Reason.WARMUP)), reason)
+    reason = ops.where(usable, reason, ops(float(Reason.VANISHING)))
+    reason = ops.where(finite, reason, ops(float(Reason.NONFINITE)))
+    return Decision(threshold, coefficient, ops.expand(ops(1.0), ops.shape(norm)), reason), usable

@@ -21,6 +21,9 @@ Value: TypeAlias = Any
 
 Shape: TypeAlias = tuple[int, ...]
 
+# The parts of a float32: exponent bias, bits of the fraction, and the bits of 1.0.
+_BIAS, _FRACTION, _ONE = 127, 0x007FFFFF, 0x3F800000
+
 
 class Ops(Protocol):
     """What a controller may do besides arithmetic. `where` takes both branches as values, as `torch.where` does."""
@@ -46,6 +49,15 @@ class Ops(Protocol):
 
     def put(self, history: Value, position: Value, value: Value, keep: Value) -> Value:
         """A copy of `history` with `history[position] = value`, except where `keep`."""
+
+    def filled(self, history: Value) -> Value:
+        """`history` with 0 where it holds +inf."""
+
+    def take_apart(self, a: Value) -> tuple[Value, Value]:
+        """Exponent e and mantissa m in [1, 2) with a = m 2^e, for normal a > 0."""
+
+    def power_of_two(self, exponent: Value) -> Value:
+        """2 to a whole-numbered float in [-126, 127]."""
 
 
 class TensorOps:
@@ -101,6 +113,16 @@ class TensorOps:
         places = torch.arange(len(history), device=self.device).reshape(-1, *([1] * value.dim()))
         return torch.where((places == position) & ~keep, value, history)
 
+    def filled(self, history: Value) -> torch.Tensor:
+        return torch.where(history < math.inf, history, 0.0)
+
+    def take_apart(self, a: Value) -> tuple[torch.Tensor, torch.Tensor]:
+        bits = a.view(torch.int32)
+        return ((bits >> 23) - _BIAS).float(), ((bits & _FRACTION) | _ONE).view(torch.float32)
+
+    def power_of_two(self, exponent: Value) -> torch.Tensor:
+        return ((exponent.to(torch.int32) + _BIAS) << 23).view(torch.float32)  # type: ignore[no-any-return]
+
 
 class ArrayOps:
     """Operations on float32 arrays in host memory."""
@@ -151,6 +173,16 @@ class ArrayOps:
     def put(self, history: Value, position: Value, value: Value, keep: Value) -> Value:
         places = np.arange(len(history)).reshape(-1, *([1] * value.ndim))
         return np.where((places == position) & ~keep, value, history)
+
+    def filled(self, history: Value) -> Value:
+        return np.where(history < np.inf, history, np.float32(0))
+
+    def take_apart(self, a: Value) -> tuple[Value, Value]:
+        bits = a.view(np.int32)
+        return ((bits >> 23) - _BIAS).astype(np.float32), ((bits & _FRACTION) | _ONE).view(np.float32)
+
+    def power_of_two(self, exponent: Value) -> Value:
+        return ((exponent.astype(np.int32) + _BIAS) << 23).view(np.float32)
 
 
 class ScalarOps(ArrayOps):

@@ -177,7 +177,7 @@ class Guards:
 
         Args:
             gradients: What the optimizers step on.
-            finite: Bool, shape `[]`; False leaves the step out.
+            finite: Bool, shape `[]`; False leaves the step out, be it that it is not finite or that the controller wants it so.
             pace: Multiplier on the learning rate, None to leave it alone.
             ops: The kind of numbers that `finite` and `pace` are.
             measure: Called with the gradients as the first optimizer is about to read them.

@@ -162,6 +162,7 @@ TASKS = {
     ),
     "rte": lambda d, s: minilm(d, "rte", s, steps=150, batch=8, longest=40, val_longest=40, val_count=120),
     "fashion": fashion,
+    "fashion_long": lambda d, s: fashion(d, s, steps=720),
     "wikitext": wikitext,
     "wikitext_long": lambda d, s: wikitext(d, s, steps=720),
 }
@@ -406,6 +407,7 @@ class Reach(Rule):
     ramp = 1.1
     shrink = 0.95
     hold = 1 / 3
+    scale = 1.0  # on the estimate
     back = 1.0  # below 1, per step of the first climb with d < 0; 1 waits
     until = 0.0  # no growth above 1 once less than this part of the schedule is left
     climbing = True
@@ -417,7 +419,7 @@ class Reach(Rule):
     def update(self, seen):
         d = seen["dn98"]
         self.best = max(self.best, d)
-        target = min(self.max, max(d, self.hold * self.best) / seen["lr_peak"])
+        target = min(self.max, self.scale * max(d, self.hold * self.best) / seen["lr_peak"])
         if seen["step"] == 0 or seen["spike"]:
             pass
         elif self.pace > max(1.0, target):

@@ -6,13 +6,17 @@ import numpy as np
 
 
 class PercentileReference:
-    def __init__(self, static_threshold=1.0, percentile=10.0, history=1000, warmup_observations=20, **_):
+    def __init__(
+        self, static_threshold=1.0, percentile=10.0, history=1000, warmup_observations=20, percentile_capped=False, **_
+    ):
         self.static, self.p, self.window, self.warmup = static_threshold, percentile, history, warmup_observations
-        self.seen = []
+        self.seen, self.capped = [], percentile_capped
 
     def step(self, norm, loss=math.nan):
         warm = len(self.seen) < self.warmup
         threshold = self.static if warm else float(np.percentile(self.seen[-self.window :], self.p))
+        if self.capped:
+            threshold = min(threshold, self.static)
         if not math.isfinite(norm):
             return threshold, 1.0, 1.0, "NONFINITE"
         if norm == 0:

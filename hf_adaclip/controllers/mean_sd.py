@@ -1,0 +1,47 @@
+"""`mean_sd`: leave out steps that are many standard deviations above the mean of a window.
+
+    threshold_t = mean(W_t) + width * sd(W_t)        W_t the last `sd_window` learned norms, sd with count - 1
+    learned_t   = min(n_t, threshold_t)
+    a step with n_t > threshold_t is left out        (`on_spike="clip"`: cut to the threshold instead)
+
+Source: `SkipStepOptimizer` of allenai/OLMo-core (width 6, window 128 there and here).
+
+Differs from OLMo-core in:
+1. only the norm is judged; theirs leaves a step out when norm *or* loss is too high. The ledger's replay would need the loss of every
+   step, which hand-written loops need not give;
+2. what is learned is bounded by the threshold. Raw spikes, learned as there, make the next threshold tens of times higher, and one NaN
+   blocks the method for a whole window;
+3. a step that is left out moves nothing at all; there the update is multiplied by 0, and 0 * NaN is NaN in the moments;
+4. until `warmup_observations` norms are known (64 there) the static threshold rules, where OLMo-core does nothing;
+5. the state is in the checkpoint; there each resumption starts with an empty window.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
+from hf_adaclip.controllers.ops import Ops, Shape, ops_of
+from hf_adaclip.controllers.window import Window, empty_window, moments_of, remember
+
+
+@dataclass(frozen=True)
+class MeanSdController(Controller[Window]):
+    """Bound the norm by mean plus some standard deviations of a window."""
+
+    skips: ClassVar[bool] = True
+
+    sd_width: float = 6.0
+    sd_window: int = 128
+    warmup_observations: int = 50
+
+    def init(self, ops: Ops, shape: Shape) -> Window:
+        return empty_window(ops, shape, self.sd_window)
+
+    def update(self, state: Window, observation: Observation) -> tuple[Decision, Window]:
+        norm = observation.norm
+        ops = ops_of(norm)
+        mean, variance = moments_of(state, ops)
+        bound = mean + ops(self.sd_width) * ops.sqrt(variance)
+        warm = state.count < ops(float(self.warmup_observations))
+        decision, usable = decide_by_threshold(norm, bound, observation.static_threshold, warm=warm, ops=ops)
+        return decision, remember(state, ops.where(warm, norm, ops.minimum(norm, bound)), usable, ops)

@@ -1,0 +1,42 @@
+"""`median`: a multiple of the running median.
+
+    threshold_t = factor * median(n_{t-1}, ..., n_{t-W})
+    coefficient = min(1, threshold / (n_t + 1e-6))
+
+Source: `ScaledAdam` of k2-fsa/icefall (`clipping_scale`; factor 2, W = 100 there and here), the optimizer of the Zipformer recipes, Yao
+et al. 2024 (arXiv 2310.11230). Half of the window has to be far away before the median follows, so spikes do not move it, and a lasting
+rise is accepted after about W / 2 steps.
+
+Differs from icefall in:
+1. the median is taken anew in every step, not every 100 steps (10, 20 and 40 at first);
+2. the norm is the plain one; theirs weights every tensor by the root mean square of its parameters, which belongs to their optimizer;
+3. a NaN or infinite norm leaves the step out, where there the gradient is zeroed and the momentum still moves the weights;
+4. the current norm is judged before it enters the window, and zero norms do not enter it;
+5. until `warmup_observations` norms are known the static threshold rules, where icefall doubles the factor at first.
+"""
+
+from dataclasses import dataclass
+
+from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
+from hf_adaclip.controllers.ops import Ops, Shape, ops_of
+from hf_adaclip.controllers.window import Window, empty_window, quantile_of, remember
+
+
+@dataclass(frozen=True)
+class MedianController(Controller[Window]):
+    """Clip to a multiple of the median of the norms of the past."""
+
+    median_factor: float = 2.0
+    median_window: int = 100
+    warmup_observations: int = 50
+
+    def init(self, ops: Ops, shape: Shape) -> Window:
+        return empty_window(ops, shape, self.median_window)
+
+    def update(self, state: Window, observation: Observation) -> tuple[Decision, Window]:
+        norm = observation.norm
+        ops = ops_of(norm)
+        threshold = ops(self.median_factor) * quantile_of(state, 0.5, ops)
+        warm = state.count < ops(float(self.warmup_observations))
+        decision, usable = decide_by_threshold(norm, threshold, observation.static_threshold, warm=warm, ops=ops)
+        return decision, remember(state, norm, usable, ops)

@@ -1,0 +1,59 @@
+"""`quantile`: one number that climbs when it is exceeded and sinks when it is not, so that it settles at a quantile.
+
+    threshold_t = C_{t-1}
+    C_t         = C_{t-1} f(rate * ([n_t > C_{t-1}] - (1 - quantile)))          f(x) = (2 + x) / (2 - x), about exp(x)
+
+In balance a share 1 - quantile of all norms is above C. No history is kept, only the order counts (how far above does not), and a scale
+factor on all norms is a scale factor on C.
+
+Source: Andrew, Thakkar, McMahan, Ramaswamy 2021, "Differentially Private Learning with Adaptive Clipping" (arXiv 1905.03871), section
+2.1, equation 1, the geometric update; there quantile 0.5 and rate 0.2.
+
+Differs from the paper in:
+1. it is the norm of the step's gradient that is counted, one a step, not those of the samples of a batch (nor is noise added);
+2. hence quantile 0.99 and rate 0.05: a median would cut every second step;
+3. f is the rational form of the exponential, equal to 1e-5 at these rates, so that a replay gives the same bits on every device;
+4. C starts at the first norm, and in the warm-up the rate is at least 1 / count, so that it comes to its place in time;
+5. norms that are not finite, and zeros, move nothing.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
+from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
+
+
+class QuantileState(NamedTuple):
+    """`bound`: the tracked quantile, 0 before the first norm; `count` of norms learned."""
+
+    bound: Value
+    count: Value
+
+
+@dataclass(frozen=True)
+class QuantileController(Controller[QuantileState]):
+    """Clip to a quantile of the norm that is tracked without a history."""
+
+    quantile: float = 0.99
+    quantile_rate: float = 0.05
+    warmup_observations: int = 50
+
+    def init(self, ops: Ops, shape: Shape) -> QuantileState:
+        return QuantileState(ops.full(shape, 0.0), ops.full(shape, 0.0))
+
+    def update(self, state: QuantileState, observation: Observation) -> tuple[Decision, QuantileState]:
+        norm = observation.norm
+        ops = ops_of(norm)
+        one, two, zero = ops(1.0), ops(2.0), ops(0.0)
+        warm = state.count < ops(float(self.warmup_observations))
+        decision, usable = decide_by_threshold(norm, state.bound, observation.static_threshold, warm=warm, ops=ops)
+
+        rate = ops(self.quantile_rate)
+        rate = ops.where(warm, ops.maximum(rate, one / (state.count + one)), rate)
+        move = rate * (ops.where(norm > state.bound, one, zero) - ops(1.0 - self.quantile))
+        bound = ops.where(state.count > zero, state.bound * (two + move) / (two - move), norm)
+        return decision, QuantileState(
+            bound=ops.where(usable, bound, state.bound),
+            count=ops.where(usable, state.count + one, state.count),
+        )
