@@ -69,6 +69,11 @@ class AcceleratorPort:
         prepared = list(getattr(self._accelerator, "_optimizers", ()))
         return prepared if len(prepared) == 1 else ()
 
+    @property
+    def models(self) -> list[Any]:
+        """The models that were prepared."""
+        return list(getattr(self._accelerator, "_models", ()))
+
     def unscale(self, optimizers: Sequence[Any]) -> None:
         """Divide the loss scale out of the gradients of these optimizers, of all when there are none named.
 

@@ -22,7 +22,6 @@ from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.events import ClipEvent
 from hf_adaclip.gradients import (
     Guards,
-    TensorNorms,
     collect,
     global_norm,
     observe_loss,
@@ -33,6 +32,7 @@ from hf_adaclip.gradients import (
 from hf_adaclip.gradients.norms import Parameters
 from hf_adaclip.recorder import is_rank_zero
 from hf_adaclip.run import Run
+from hf_adaclip.scope import Scope
 from hf_adaclip.selftest import FirstStepCheck, check_on_a_copy
 from hf_adaclip.statistics import RunStatistics
 
@@ -54,6 +54,8 @@ class AdaptiveClipper:
         optimizer: The optimizer (or several) that steps on these gradients. Known, a fused Adam(W) on an accelerator leaves a
             non-finite step out without a host read, and the applied norm is measured at the last moment. Needed when
             `max_pace` > 1; otherwise the only optimizer that an accelerator has prepared is taken.
+        model: The model, where the names of parameters matter: for `granularity="module"`, for `parameter_rules`, and to read them in
+            a per-tensor ledger. By default what the accelerator has prepared.
         ledger: Overrides `config.ledger`; `"auto"` means no ledger here.
         static_threshold: Overrides `config.static_threshold`; unset in both, 1.0.
         is_main_process: Whether this process writes the ledger; by default rank 0.
@@ -84,6 +86,7 @@ class AdaptiveClipper:
         *,
         accelerator: Any = None,
         optimizer: Any = None,
+        model: Any = None,
         ledger: str | Path | None = "auto",
         static_threshold: float | None = None,
         is_main_process: bool | None = None,
@@ -114,7 +117,8 @@ class AdaptiveClipper:
         self._leaves_out = leaves_out(config)
         self._engine: EnginePort | None = None
         self._check = FirstStepCheck(enabled=config.self_test)
-        self._tensor_norms = TensorNorms()
+        self._models = [] if model is None else [model]
+        self._scope: Scope | None = None
         self._closed = False
         self._handles: list[Any] = []
         self._state_file = state_file(0)
@@ -182,21 +186,28 @@ class AdaptiveClipper:
             self._port.unscale(self._optimizers)
         run, norms = self._run, tensor_norms(gradients.tensors)
         total = global_norm(norms)
-        ops = run.begin(len(gradients.parameters), total.device)
+        if self._scope is None:
+            models = self._models or ([] if self._port is None else self._port.models)
+            self._scope = Scope(self.config, gradients.parameters, models, self._guards.optimizers)
+        scope = self._scope
+        ops = run.begin(len(gradients.parameters), total.device, scope.grouping)
         norm = to_value(total, ops)
         finite = is_finite_norm(norm, ops)
-        observed = norm if not run.num_tensors else self._tensor_norms.spread(gradients, norms, finite, ops)
+        observed = scope.observe(gradients, norms, norm, finite, ops)
+        left = scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._observe(loss, total.device)
         scale = None if self._port is None else self._port.loss_scale
-        decision, pace = run.decide(norm, observed, seen_loss, finite, loss_scale=scale)
+        decision, pace = run.decide(norm, observed, seen_loss, finite, loss_scale=scale, left=left)
 
         applied = decision.coefficient
         if self.config.shadow:
             applied = ops.where(finite, coefficient_of(norm, ops(run.static_threshold), ops), ops(1.0))
-        elif run.num_tensors:
-            applied = self._tensor_norms.gather(gradients, applied, total.device, ops)
-        elif self._leaves_out:
-            finite = finite & (applied > ops(0.0))
+        elif left is not None:
+            applied = ops(1.0)  # done already
+        else:
+            applied = scope.coefficients(gradients, applied, total.device, ops)
+            if self._leaves_out:
+                finite = finite & (applied > ops(0.0))
         scale_(gradients.tensors, applied)
         checks = self._check.pending and bool(self._guards)
         if checks and (warning := self._check.clipped(gradients.tensors)):

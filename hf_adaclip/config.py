@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError
-from hf_adaclip.rules import GRANULARITIES, ON_SPIKE, POLICIES, range_problems, type_problems
+from hf_adaclip.rules import GRANULARITIES, ON_SPIKE, POLICIES, parse_rules, range_problems, type_problems
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,15 @@ class AdaptiveClipConfig:
         default="adaptive",
         metadata={
             "help": "Name of the controller: adaptive, static, zscore (ZClip), percentile (AutoClip), ema_ratio (AdaGC), median (icefall), "
-            "quantile, and log_zscore (lingvo) and mean_sd (OLMo-core), which leave steps out."
+            "quantile, weight_ratio (AGC), second_moment (element-wise), and log_zscore (lingvo) and mean_sd (OLMo-core), which skip."
         },
     )
     granularity: str = field(
-        default="global",
+        default="auto",
         metadata={
-            "help": "'global' judges and clips the norm over all parameters; 'tensor' does so for each parameter.",
+            "help": "'global' judges and clips the norm over all parameters; 'tensor' does so for each parameter, 'module' for each "
+            "module that owns parameters (needs their names: a Trainer, or `model=`); 'unit' and 'element' belong to weight_ratio and "
+            "second_moment. 'auto': what is usual for the controller.",
             "choices": list(GRANULARITIES),
         },
     )
@@ -194,6 +196,16 @@ class AdaptiveClipConfig:
             "choices": list(ON_SPIKE),
         },
     )
+    weight_ratio: float = field(
+        default=0.01, metadata={"help": "weight_ratio: largest ratio of a unit's gradient to its weights, as norms."}
+    )
+    weight_floor: float = field(
+        default=1e-3, metadata={"help": "weight_ratio: norm that smaller weights count as, so that zeros can train."}
+    )
+    moment_width: float = field(
+        default=3.0,
+        metadata={"help": "second_moment: multiples of the root of Adam's second moment; 70.7 is SPAM's theta."},
+    )
     ema_factor: float = field(
         default=1.05, metadata={"help": "ema_ratio: multiple of the average of what was let through."}
     )
@@ -217,7 +229,20 @@ class AdaptiveClipConfig:
     )
     sd_window: int = field(default=128, metadata={"help": "mean_sd: how many past norms these are taken over."})
 
+    parameter_rules: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Other settings for some parameters, as JSON: glob on the parameter's name -> 'exclude', a controller, or fields, "
+            """such as '{"classifier.*": {"controller": "static", "static_threshold": 1.0}, "*.bias": "exclude"}'. The first match """
+            "counts. With granularity 'global' all matches of one pattern share one norm."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if isinstance(self.parameter_rules, str):
+            object.__setattr__(self, "parameter_rules", parse_rules(self.parameter_rules))
+        if self.granularity == "auto" and self.controller in CONTROLLERS:
+            object.__setattr__(self, "granularity", CONTROLLERS[self.controller].granularities[0])
         problems = type_problems(self)
         if not problems:
             problems = range_problems(self)
@@ -228,6 +253,18 @@ class AdaptiveClipConfig:
     def looks_at_loss(self) -> bool:
         """Whether decisions depend on the training loss; then all ranks have to see the same one."""
         return self.max_pace > 1 or self.divergence_spreads > 0
+
+    def for_pattern(self, pattern: str) -> "AdaptiveClipConfig | None":
+        """The settings for what a pattern of `parameter_rules` matches; None where it excludes.
+
+        Raises:
+            ConfigError: They break a rule.
+        """
+        assert isinstance(self.parameter_rules, dict)
+        rule = self.parameter_rules[pattern]
+        if rule == "exclude":
+            return None
+        return self.replace(parameter_rules=None, **({"controller": rule} if isinstance(rule, str) else rule))
 
     # -- conversions ---------------------------------------------------------------------------------------------
 

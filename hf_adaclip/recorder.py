@@ -16,6 +16,7 @@ from hf_adaclip.controllers import Reason
 from hf_adaclip.controllers.ops import Ops, Value
 from hf_adaclip.events import ClipEvent, EventTracker
 from hf_adaclip.gradients import to_value
+from hf_adaclip.gradients.groups import Grouping
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.versions import environment
 
@@ -153,6 +154,7 @@ def ledger_header(
     static_threshold: float,
     device: torch.device,
     num_tensors: int,
+    grouping: Grouping | None,
     first_step: int,
     statistics: RunStatistics,
     parent: dict[str, Any] | None,
@@ -165,7 +167,8 @@ def ledger_header(
         state: The controller's state before the first step.
         static_threshold: Threshold of the warm-up.
         device: Where the gradients are.
-        num_tensors: Tensors with a norm of their own; 0 when only the global norm counts.
+        num_tensors: Tensors, or groups of them, with a norm of their own; 0 when only the global norm counts.
+        grouping: Which tensors are judged together, with names; None when only the global norm counts.
         first_step: Step of the first record.
         statistics: Counts so far, which the footer goes on from.
         parent: For a resumed run, hash and step of the ledger's seal that its checkpoint refers to.
@@ -182,6 +185,8 @@ def ledger_header(
         "world_size": torch.distributed.get_world_size() if distributed else 1,
         "seed": torch.initial_seed(),
         "num_tensors": num_tensors,
+        "groups": [] if grouping is None else list(grouping.names),
+        "parts": [] if grouping is None else [list(part) for part in grouping.parts],
         "first_step": first_step,
         "counts": statistics.counts_by_name(),
         "initial_state": state_to_json(state),

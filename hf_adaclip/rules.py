@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import json
 import math
 from typing import Any
 
 from hf_adaclip.controllers import CONTROLLERS, leaves_out
+from hf_adaclip.errors import ConfigError
 
-GRANULARITIES = ("global", "tensor")
+GRANULARITIES = ("auto", "global", "module", "tensor", "unit", "element")
 
 # (field, lower bound, upper bound, lower inclusive, upper inclusive)
 _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
@@ -32,6 +34,9 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("z_threshold", 0.0, math.inf, False, False),
     ("percentile", 0.0, 100.0, False, True),
     ("history", 10, 1_000_000, True, True),
+    ("weight_ratio", 0.0, math.inf, False, False),
+    ("weight_floor", 0.0, math.inf, False, False),
+    ("moment_width", 0.0, math.inf, False, False),
     ("ema_factor", 1.0, math.inf, True, False),
     ("ema_decay", 0.0, 1.0, False, False),
     ("median_factor", 1.0, math.inf, True, False),
@@ -56,6 +61,16 @@ _OPTIONAL_RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("max_widening_100", 1.0, math.inf, True, False),
     ("max_skipped", 0, math.inf, True, False),
 )
+# What a rule for some parameters may set besides the fields of controllers; the rest belongs to the run as a whole.
+_RULE_FIELDS = {
+    "controller",
+    "static_threshold",
+    "freeze_after",
+    "min_threshold",
+    "max_threshold",
+    "max_widening_step",
+    "max_widening_100",
+}
 ON_SPIKE = ("auto", "clip", "skip")
 POLICIES = ("continue", "fallback", "stop")
 
@@ -67,6 +82,8 @@ def type_problems(config: Any) -> list[str]:
         value = getattr(config, f.name)
         if f.name in ("controller", "granularity", "on_trouble", "on_spike"):
             ok, rule = isinstance(value, str), "a string"
+        elif f.name == "parameter_rules":
+            ok, rule = value is None or _is_rules(value), "a mapping of patterns to 'exclude', a controller, or fields"
         elif f.name == "ledger":
             ok, rule = value is None or isinstance(value, str), "a path as a string, 'auto', 'none' or None"
         elif f.name in ("freeze_after", "max_skipped"):
@@ -100,6 +117,8 @@ def range_problems(config: Any) -> list[str]:
         problems.append(
             f"`granularity` must be one of {', '.join(GRANULARITIES)}, but is {config.granularity!r} instead."
         )
+    elif config.controller in CONTROLLERS:
+        problems += _kind_problems(config, CONTROLLERS[config.controller])
     if config.on_trouble not in POLICIES:
         problems.append(f"`on_trouble` must be one of {', '.join(POLICIES)}, but is {config.on_trouble!r} instead.")
     if config.on_spike not in ON_SPIKE:
@@ -141,16 +160,21 @@ def range_problems(config: Any) -> list[str]:
             f"`pace_progress_fast` must be below `pace_progress_slow` ({config.pace_progress_slow}), but is "
             f"{config.pace_progress_fast} instead."
         )
-    if config.one_step_late and (config.max_pace > 1 or config.granularity == "tensor"):
+    if config.one_step_late and config.parameter_rules:
+        problems.append(
+            "`parameter_rules` must be None under DeepSpeed, whose engine knows one threshold, but are set instead."
+        )
+    if config.one_step_late and (config.max_pace > 1 or config.granularity != "global"):
         problems.append(
             f"`max_pace` must be 1.0 and `granularity` 'global' under DeepSpeed, but are {config.max_pace} and {config.granularity!r} "
             "instead: its engine steps before anything outside sees the gradients."
         )
-    if not problems and leaves_out(config) and (config.one_step_late or config.granularity != "global"):
+    split = config.granularity != "global" or bool(config.parameter_rules)
+    if not problems and leaves_out(config) and (config.one_step_late or split):
         where = (
             "under DeepSpeed, whose engine has stepped before"
             if config.one_step_late
-            else "per tensor: a step is left out as a whole"
+            else "where parameters are judged apart: a step is left out as a whole"
         )
         problems.append(
             f"`on_spike` must be 'clip' {where}, but is {config.on_spike!r} with controller '{config.controller}' instead."
@@ -160,7 +184,73 @@ def range_problems(config: Any) -> list[str]:
             f"`max_pace` must be 1.0 with controller '{config.controller}', but is {config.max_pace} instead: "
             "only 'adaptive' changes the pace."
         )
+    for pattern, rule in (config.parameter_rules or {}).items():
+        problems += _rule_problems(config, pattern, rule)
     return problems
+
+
+def _kind_problems(config: Any, kind: Any) -> list[str]:
+    """What the controller cannot do."""
+    problems = []
+    if config.granularity not in kind.granularities:
+        problems.append(
+            f"`granularity` must be one of {', '.join(kind.granularities)} with controller '{config.controller}', but is "
+            f"{config.granularity!r} instead."
+        )
+    if kind.fine:
+        limits = ("min_threshold", "max_threshold", "max_widening_step", "max_widening_100", "freeze_after")
+        limited = [name for name in limits if getattr(config, name) is not None]
+        if limited:
+            problems.append(
+                f"`{limited[0]}` must be None with controller '{config.controller}', which has no threshold to limit, but is "
+                f"{getattr(config, limited[0])} instead."
+            )
+        if config.on_spike == "skip":
+            problems.append(
+                f"`on_spike` must be 'clip' with controller '{config.controller}', but is 'skip' instead: it changes parts of a gradient."
+            )
+        others = [p for p, rule in (config.parameter_rules or {}).items() if rule != "exclude"]
+        if others:
+            problems.append(
+                f"`parameter_rules` must only exclude with controller '{config.controller}', but {others[0]!r} sets something else instead."
+            )
+    return problems
+
+
+def _rule_problems(config: Any, pattern: str, rule: Any) -> list[str]:
+    fields = {f.name for c in CONTROLLERS.values() if not c.fine for f in dataclasses.fields(c)} | _RULE_FIELDS
+    fields -= {"max_pace"}
+    for key in rule if isinstance(rule, dict) else ():
+        if key not in fields:
+            near = difflib.get_close_matches(key, sorted(fields), n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            return [
+                f"`parameter_rules` must set fields of a controller or its limits, but {pattern!r} sets {key!r} instead.{hint}"
+            ]
+    if isinstance(rule, str) and rule != "exclude" and rule not in CONTROLLERS:
+        near = difflib.get_close_matches(rule, ["exclude", *CONTROLLERS], n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return [
+            f"`parameter_rules` must give 'exclude', a controller ({', '.join(sorted(CONTROLLERS))}) or a mapping of fields, but "
+            f"{pattern!r} gives {rule!r} instead.{hint}"
+        ]
+    try:
+        config.for_pattern(pattern)
+    except ConfigError as error:
+        return [f"`parameter_rules` for {pattern!r}: {problem}" for problem in error.problems]
+    return []
+
+
+def parse_rules(text: str) -> Any:
+    """`parameter_rules` from the JSON of a flag; what is no JSON is given back, for the check of types to report."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _is_rules(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, str | dict) for k, v in value.items())
 
 
 def _is_number(value: object) -> bool:

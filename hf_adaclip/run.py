@@ -21,6 +21,7 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Decision, Observation, build_controller
 from hf_adaclip.controllers.ops import Ops, Value, ops_for
 from hf_adaclip.errors import StateError
+from hf_adaclip.gradients.groups import Grouping
 from hf_adaclip.recorder import Recorder, start_recorder
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.support import check_device
@@ -44,7 +45,8 @@ class Run:
         self.statistics = RunStatistics()
         self.alerts = Alerts()
         self.step = 0
-        self.num_tensors = 0
+        self.num_tensors = 0  # or groups of them, that have a norm of their own; 0 when only the global norm counts
+        self._num_parameters = 0
         self._controller = build_controller(config)
         self._scaled = scaled
         self._writes = writes_ledger and config.ledger not in (None, "none", "auto")
@@ -69,23 +71,31 @@ class Run:
         assert self._ops is not None
         return self._ops
 
-    def begin(self, count: int, device: torch.device) -> Ops:
+    def begin(self, count: int, device: torch.device, grouping: Grouping | None = None) -> Ops:
         """Get ready for a step with this many tensors; all work is done in the first one.
+
+        Args:
+            count: Trainable tensors.
+            device: Where the norms are.
+            grouping: Which of them are judged together; None for all.
 
         Raises:
             StateError: The state was loaded from, or made for, other parameters.
             UnsupportedSetupError: The device cannot do what controllers need.
         """
-        count = count if self.config.granularity == "tensor" else 0
         if self._ops is not None:
-            if count != self.num_tensors:
+            if grouping is not None and count != self._num_parameters:
                 raise StateError(
-                    f"`parameters` must be the {self.num_tensors} trainable tensors that the state was made for when "
-                    f"`granularity` is 'tensor', but are {count} instead. Use one clipper per set of parameters."
+                    f"`parameters` must be the {self._num_parameters} trainable tensors that the state was made for when "
+                    f"`granularity` is '{self.config.granularity}', but are {count} instead. Use one clipper per set of parameters."
                 )
             return self._ops
         check_device(device)
-        shape = (count,) if count else ()
+        groups = () if grouping is None else grouping.names
+        if grouping is not None:
+            self._controller = build_controller(self.config, grouping.parts)
+            self._num_parameters = count
+        shape = (len(groups),) if groups else ()
         ops = ops_for(device, shape)
         if self._loaded is None:
             self._state = self._controller.init(ops, shape)
@@ -94,7 +104,7 @@ class Run:
                 self._state = state_from_tensors(self._controller, self._loaded, ops, shape, device)
             except ValueError as error:
                 raise StateError(f"`{self._checkpoint}` does not fit: {error}. Resume with the same model.") from error
-        self._ops, self.num_tensors, self._loaded = ops, count, None
+        self._ops, self.num_tensors, self._loaded = ops, len(groups), None
         self.recorder = start_recorder(
             self.config,
             writes=self._writes,
@@ -103,7 +113,8 @@ class Run:
             static_threshold=self.static_threshold,
             ops=ops,
             device=device,
-            num_tensors=count,
+            num_tensors=len(groups),
+            grouping=grouping,
             first_step=self.step,
             statistics=self.statistics,
             parent=self._parent,
@@ -111,7 +122,14 @@ class Run:
         return ops
 
     def decide(
-        self, norm: Value, observed: Value, loss: Value, finite: Value, *, loss_scale: Tensor | None
+        self,
+        norm: Value,
+        observed: Value,
+        loss: Value,
+        finite: Value,
+        *,
+        loss_scale: Tensor | None,
+        left: Value | None = None,
     ) -> tuple[Decision, Value]:
         """Decide on one step, learn from it, record it.
 
@@ -121,6 +139,7 @@ class Run:
             loss: Training loss, shape `[]`; NaN when it is not known.
             finite: Bool, whether the step is finite.
             loss_scale: The loss scaler's scale, on the device.
+            left: The norm that a rule on units or elements has left.
 
         Returns:
             The decision, and the pace of the step as a whole.
@@ -129,7 +148,7 @@ class Run:
         assert self._ops is not None
         assert self.recorder is not None
         with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
-            seen = Observation(observed, loss, self._ops(self.static_threshold), finite)
+            seen = Observation(observed, loss, self._ops(self.static_threshold), finite, left)
             decision, self._state = self._controller.update(self._state, seen)
             summary = Summary(*decision) if not self.num_tensors else summarise(norm, observed, *decision)
         if self.recorder.full:

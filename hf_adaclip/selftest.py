@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import Observation, build_controller
+from hf_adaclip.controllers import CONTROLLERS, Observation, build_controller
 from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.ops import ops_for
 from hf_adaclip.errors import ClippingDefeatedError
@@ -42,6 +42,8 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
     Raises:
         ClippingDefeatedError: The spike came through.
     """
+    if CONTROLLERS[config.controller].fine:
+        return  # no threshold of its own; the measurement in the first step covers it
     copies = [torch.ones_like(p, requires_grad=False) for p in _representatives(like)]
     if not copies:
         return

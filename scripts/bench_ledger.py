@@ -42,6 +42,7 @@ def write_ledger(path: Path, steps: int) -> None:
         static_threshold=1.0,
         device=cpu,
         num_tensors=0,
+        grouping=None,
         first_step=0,
         statistics=statistics,
         parent=None,

@@ -12,6 +12,7 @@ from hf_adaclip.audit.schema import STEP_FIELDS, parse_number
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.base import coefficient_of
+from hf_adaclip.controllers.fine import FineController
 from hf_adaclip.controllers.ops import ARRAY, SCALAR
 
 APPLIED_TOLERANCE = 0.01
@@ -34,10 +35,12 @@ class Segment:
 
     def __init__(self, header: dict[str, Any]) -> None:
         self._config = AdaptiveClipConfig.from_dict(header["config"])
-        self._controller = build_controller(self._config)
         self._num_tensors = int(header["num_tensors"])
         if not 0 <= self._num_tensors <= MAX_TENSORS:
             raise ValueError(f"`num_tensors` is {self._num_tensors}")
+        # Ledgers of before there were `parameter_rules` have no parts.
+        parts = [(str(p) if p is not None else None, int(n)) for p, n in header.get("parts", [])]
+        self._controller = build_controller(self._config, parts)
         self._shape = (self._num_tensors,) if self._num_tensors else ()
         self._ops = ARRAY if self._shape else SCALAR
         self._state = state_from_json(self._controller, header["initial_state"], self._ops, self._shape)
@@ -121,7 +124,10 @@ class Segment:
         norm = np.float32(recorded["norm"])
         observed = norm if norms is None else np.array(norms, dtype=np.float32)
         finite = norm < np.float32("inf")
-        seen = Observation(observed, np.float32(recorded["loss"]), self._static, finite)
+        left = None
+        if isinstance(self._controller, FineController) and self._next_step > self._controller.first_step:
+            left = np.float32(recorded["threshold"])  # what it did to single units is not in a ledger
+        seen = Observation(observed, np.float32(recorded["loss"]), self._static, finite, left)
         decision, self._state = self._controller.update(self._state, seen)
         return Summary(*decision) if norms is None else summarise(norm, observed, *decision)
 

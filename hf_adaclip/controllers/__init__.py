@@ -3,7 +3,8 @@
 A new controller is one file here, one line below, a slow reference in tests/reference/ and a declaration in tests/cases.py.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason
@@ -12,12 +13,17 @@ from hf_adaclip.controllers.late import LateController
 from hf_adaclip.controllers.log_zscore import LogZScoreController
 from hf_adaclip.controllers.mean_sd import MeanSdController
 from hf_adaclip.controllers.median import MedianController
+from hf_adaclip.controllers.mixed import MixedController, Part
 from hf_adaclip.controllers.oversight import GovernedController
 from hf_adaclip.controllers.percentile import PercentileController
 from hf_adaclip.controllers.quantile import QuantileController
+from hf_adaclip.controllers.second_moment import SecondMomentController
 from hf_adaclip.controllers.skipping import SkippingController
 from hf_adaclip.controllers.static import StaticController
+from hf_adaclip.controllers.weight_ratio import WeightRatioController
 from hf_adaclip.controllers.zscore import ZScoreController
+
+Parts: TypeAlias = Sequence[tuple[str | None, int]]
 
 CONTROLLERS: dict[str, type[Controller[Any]]] = {
     "adaptive": AdaptiveController,
@@ -29,6 +35,8 @@ CONTROLLERS: dict[str, type[Controller[Any]]] = {
     "mean_sd": MeanSdController,
     "median": MedianController,
     "quantile": QuantileController,
+    "weight_ratio": WeightRatioController,
+    "second_moment": SecondMomentController,
 }
 
 _LIMITS = (
@@ -41,12 +49,27 @@ _LIMITS = (
 )
 
 
-def build_controller(config: Any) -> Controller[Any]:
-    """The controller that a config describes, under the limits that it sets; leaving steps out or one step late if it says so."""
+def build_controller(config: Any, parts: Parts = ()) -> Controller[Any]:
+    """The controller that a config describes, under the limits that it sets; leaving steps out or one step late if it says so.
+
+    Args:
+        config: An `AdaptiveClipConfig`.
+        parts: Where `parameter_rules` hold, how many norms come from which pattern (None: from none), in their order. Without it the
+            rules are left aside: one norm has no name.
+    """
+    if config.parameter_rules and parts:
+        return MixedController(tuple(_part(config, *part) for part in parts), max_pace=config.max_pace)
     governed = _governed(config)
     if leaves_out(config):
         return SkippingController(governed)
     return LateController(governed) if config.one_step_late else governed
+
+
+def _part(config: Any, pattern: str | None, size: int) -> Part:
+    own = config if pattern is None else config.for_pattern(pattern)
+    if own is None:
+        return Part(size, None)
+    return Part(size, _governed(own), None if pattern is None else own.static_threshold)
 
 
 def leaves_out(config: Any) -> bool:

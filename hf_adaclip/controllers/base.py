@@ -106,12 +106,14 @@ class Observation(NamedTuple):
         static_threshold: Threshold of the warm-up, float32, shape `[]`.
         step_finite: Bool, shape `[]`: whether the step as a whole is finite. Per tensor a NaN norm in a finite step only means that
             the tensor has no gradient in it. None: the norm itself tells.
+        left: For rules on units and elements, the global norm that they left, shape `[]`; None for all others, and in their warm-up.
     """
 
     norm: Value
     loss: Value
     static_threshold: Value
     step_finite: Value | None = None
+    left: Value | None = None
 
     def left_out(self, finite: Value) -> Value:
         """Whether the step is left out, given whether `norm` is finite; bool, shape `[]` or that of the norm."""
@@ -144,13 +146,17 @@ class Controller(Generic[State]):
             `update` needs log, exp or a reduction whose order is not fixed; then `tolerance` applies.
         tolerance: Largest relative difference of a replayed threshold when `exact` is False.
         paces: The controller can set the pace.
+        fine: It bounds single units or elements (see `FineController`).
+        granularities: On what it can work, the usual one first.
         skips: By default a step that it would cut is left out instead (see `SkippingController`).
     """
 
     exact: ClassVar[bool] = True
     tolerance: ClassVar[float] = 0.0
     paces: ClassVar[bool] = False
+    fine: ClassVar[bool] = False
     skips: ClassVar[bool] = False
+    granularities: ClassVar[tuple[str, ...]] = ("global", "module", "tensor")
 
     @classmethod
     def from_config(cls, config: Any) -> "Controller[State]":

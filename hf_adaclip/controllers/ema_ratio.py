@@ -5,7 +5,8 @@
                 g_t = decay g_{t-1} + (1 - decay) min(n_t, threshold_t)
 
 Source: Wang et al. 2025, "AdaGC: Improving Training Stability for Large Language Model Pretraining" (arXiv 2502.11034), algorithm 1,
-with factor 1.05 and decay 0.98. Made for every tensor on its own: use `granularity="tensor"`.
+with factor 1.05 and decay 0.98. Made for every tensor on its own, which is
+the usual granularity here too.
 
 Properties that come with the rule, here as in the paper: at factor 1.05 about half of all steps are cut when nothing is wrong, and since
 it learns only what it has let through, the threshold rises by at most 1 + (1 - decay) (factor - 1) = 0.1 % a step: a lasting 3x rise is
@@ -20,7 +21,7 @@ Differs from the paper in:
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
@@ -36,6 +37,8 @@ class EmaRatioState(NamedTuple):
 @dataclass(frozen=True)
 class EmaRatioController(Controller[EmaRatioState]):
     """Clip to a multiple of the average of what was let through."""
+
+    granularities: ClassVar[tuple[str, ...]] = ("tensor", "module", "global")
 
     ema_factor: float = 1.05
     ema_decay: float = 0.98

@@ -53,6 +53,9 @@ class Ops(Protocol):
     def filled(self, history: Value) -> Value:
         """`history` with 0 where it holds +inf."""
 
+    def join(self, values: list[Value]) -> Value:
+        """One vector after the other."""
+
     def take_apart(self, a: Value) -> tuple[Value, Value]:
         """Exponent e and mantissa m in [1, 2) with a = m 2^e, for normal a > 0."""
 
@@ -116,6 +119,9 @@ class TensorOps:
     def filled(self, history: Value) -> torch.Tensor:
         return torch.where(history < math.inf, history, 0.0)
 
+    def join(self, values: list[Value]) -> torch.Tensor:
+        return torch.cat(values)
+
     def take_apart(self, a: Value) -> tuple[torch.Tensor, torch.Tensor]:
         bits = a.view(torch.int32)
         return ((bits >> 23) - _BIAS).float(), ((bits & _FRACTION) | _ONE).view(torch.float32)
@@ -176,6 +182,9 @@ class ArrayOps:
 
     def filled(self, history: Value) -> Value:
         return np.where(history < np.inf, history, np.float32(0))
+
+    def join(self, values: list[Value]) -> Value:
+        return np.concatenate(values)
 
     def take_apart(self, a: Value) -> tuple[Value, Value]:
         bits = a.view(np.int32)

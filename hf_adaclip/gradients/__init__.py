@@ -2,14 +2,13 @@
 
 from hf_adaclip.gradients.guard import Guards, StepGuard
 from hf_adaclip.gradients.norms import Gradients, collect, global_norm, tensor_norms
-from hf_adaclip.gradients.observe import TensorNorms, observe_loss, to_value
+from hf_adaclip.gradients.observe import observe_loss, to_value
 from hf_adaclip.gradients.scale import scale_
 
 __all__ = [
     "Gradients",
     "Guards",
     "StepGuard",
-    "TensorNorms",
     "collect",
     "global_norm",
     "observe_loss",

@@ -155,6 +155,11 @@ class Guards:
         return [guard.why for guard in self._guards]
 
     @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers, without what Accelerate wraps around them."""
+        return [guard.optimizer for guard in self._guards]
+
+    @property
     def parameters(self) -> list[Tensor]:
         """All parameters of all optimizers."""
         return [p for guard in self._guards for group in guard.optimizer.param_groups for p in group["params"]]

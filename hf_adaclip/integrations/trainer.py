@@ -118,7 +118,9 @@ class AdaptiveClipMixin(_Base):
     def _ready_clipper(self) -> AdaptiveClipper:
         # The optimizer exists, and is prepared by Accelerate, only once training has begun.
         if self.clipper is None:
-            self.clipper = AdaptiveClipper(self.clip_config, accelerator=self.accelerator, optimizer=self.optimizer)
+            self.clipper = AdaptiveClipper(
+                self.clip_config, accelerator=self.accelerator, optimizer=self.optimizer, model=self.model
+            )
             self.clipper.on_event(self._tell_callbacks)
             self.clipper.alerts.stop = self._end_on_trouble
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())

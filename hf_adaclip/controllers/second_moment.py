@@ -1,0 +1,44 @@
+"""`second_moment`: clamp every element to a multiple of its own running size, which Adam keeps anyway.
+
+    |g_i| <= width * sqrt(v_i / (1 - b2^t))        v Adam's second moment before this step, t the steps it has taken
+
+Only the elements beyond their bound change, to the bound with their own sign.
+
+Source: AdamWClip (PyPI `AdamWClip`; width 3) and the detection of spikes in Huang et al. 2025, "SPAM: Spike-Aware Adam with Momentum
+Reset" (arXiv 2501.06842), section 4, equation 4, whose theta = 5000 is width sqrt(5000) = 70.7 on the uncorrected v.
+
+Differs from them in:
+1. AdamWClip clamps from the second step on, when v is one squared gradient; here `warmup_observations` steps are held to the static
+   threshold first;
+2. SPAM's periodic reset of both moments is left out: it throws away good state on a clock, whether or not a spike came, and belongs to an
+   optimizer. So is its momentum mask;
+3. the step count is the optimizer's own, so that bias correction goes on after a resumption (AdamWClip starts again);
+4. a gradient that is not finite leaves the step out.
+
+It needs an optimizer that keeps `exp_avg_sq` (Adam, AdamW), and memory for one more tensor as large as the largest.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from hf_adaclip.controllers.fine import FineController
+
+
+@dataclass(frozen=True)
+class SecondMomentController(FineController):
+    """Clamp every element of the gradient by its second moment."""
+
+    granularities: ClassVar[tuple[str, ...]] = ("element",)
+    looks_at: ClassVar[Literal["weights", "second moment"]] = "second moment"
+
+    moment_width: float = 3.0
+    warmup_observations: int = 50
+
+    @property
+    def first_step(self) -> int:
+        return self.warmup_observations
+
+    def bound(self, reference: Tensor) -> Tensor:
+        return reference * self.moment_width

@@ -1,0 +1,200 @@
+"""Which gradients are judged together: all of them, each tensor, each module, or what patterns on the parameters' names say."""
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.errors import ConfigError
+from hf_adaclip.gradients.norms import Gradients
+from hf_adaclip.gradients.observe import to_value
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+class Grouping(NamedTuple):
+    """A partition of the trainable parameters; every group has one norm.
+
+    Attributes:
+        names: Of the groups: of a parameter, of a module, a pattern, or "rest".
+        member_of: Per parameter, its group.
+        parts: In the order of the groups, which pattern of `parameter_rules` they come from (None: from none) and how many they are.
+    """
+
+    names: tuple[str, ...]
+    member_of: tuple[int, ...]
+    parts: tuple[tuple[str | None, int], ...]
+
+
+def names_of(models: Iterable[Any], parameters: Sequence[Tensor]) -> list[str] | None:
+    """Names of the parameters in these models, without what wrappers put before them; None when one of them is in none."""
+    known: dict[int, str] = {}
+    for model in models:
+        for name, parameter in model.named_parameters():
+            known.setdefault(id(parameter), _bare(name))
+    return [known[id(p)] for p in parameters] if all(id(p) in known for p in parameters) else None
+
+
+def _bare(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "") if wrapper.startswith("_") else name.removeprefix(wrapper)
+    return name
+
+
+def group(config: AdaptiveClipConfig, count: int, names: Sequence[str] | None) -> Grouping:
+    """Group the parameters as the config says.
+
+    Args:
+        config: `granularity` and `parameter_rules`.
+        count: Number of trainable parameters.
+        names: Their names, where they are known.
+
+    Raises:
+        ConfigError: Names are needed and not known, or a pattern matches no parameter.
+    """
+    rules = config.parameter_rules or {}
+    if rules or config.granularity == "module":
+        names = _known(names, "`parameter_rules`" if rules else "`granularity='module'`")
+    elif names is None:
+        names = [f"tensor {i}" for i in range(count)]
+    _check_patterns(rules, names)
+
+    rule_of = [next((r for r in rules if fnmatch.fnmatchcase(name, r)), None) for name in names]
+    groups: list[str] = []
+    parts: list[tuple[str | None, int]] = []
+    member_of = [0] * len(names)
+    for rule in (None, *rules):
+        begin, known = len(groups), {}  # type: int, dict[str, int]
+        for i, name in enumerate(names):
+            if rule_of[i] == rule:
+                label = _label(config.granularity, name, rule)
+                if label not in known:
+                    known[label] = len(groups)
+                    groups.append(label)
+                member_of[i] = known[label]
+        if len(groups) > begin:
+            parts.append((rule, len(groups) - begin))
+    return Grouping(tuple(groups), tuple(member_of), tuple(parts))
+
+
+def excluded(config: AdaptiveClipConfig, names: Sequence[str] | None) -> frozenset[int]:
+    """Positions of the parameters that `parameter_rules` exclude, where rules can do nothing else.
+
+    Raises:
+        ConfigError: The names are not known, or a pattern matches no parameter.
+    """
+    rules = config.parameter_rules or {}
+    if not rules:
+        return frozenset()
+    names = _known(names, "`parameter_rules`")
+    _check_patterns(rules, names)
+    return frozenset(i for i, name in enumerate(names) if any(fnmatch.fnmatchcase(name, rule) for rule in rules))
+
+
+def _known(names: Sequence[str] | None, what: str) -> Sequence[str]:
+    if names is None:
+        raise ConfigError(
+            f"`model` must be the one whose parameters are clipped where names matter ({what}), but they are not known instead. "
+            "Pass it as `model=`, after it was wrapped or sharded."
+        )
+    return names
+
+
+def _label(granularity: str, name: str, rule: str | None) -> str:
+    if granularity == "global":
+        return rule or "rest"
+    return name if granularity == "tensor" else name.rpartition(".")[0]
+
+
+def _check_patterns(rules: Iterable[str], names: Sequence[str]) -> None:
+    problems = []
+    taken: set[str] = set()
+    for rule in rules:
+        matches = {name for name in names if fnmatch.fnmatchcase(name, rule)}
+        if not matches:
+            near = difflib.get_close_matches(rule.replace("*", ""), names, n=3, cutoff=0.3) or list(names[:3])
+            problems.append(
+                f"`parameter_rules` must have patterns that match trainable parameters, but {rule!r} matches none instead. "
+                f"Names look like {', '.join(near)}."
+            )
+        elif matches <= taken:
+            problems.append(
+                f"`parameter_rules` must have patterns that add something, but all {len(matches)} matches of {rule!r} belong to earlier "
+                "patterns already. The first match counts: put the narrower pattern first."
+            )
+        taken |= matches
+    if problems:
+        raise ConfigError(problems)
+
+
+class GroupNorms:
+    """Norms by group, NaN where a group has no gradient: a fixed shape while gradients come and go.
+
+    Args:
+        grouping: Who belongs together.
+    """
+
+    def __init__(self, grouping: Grouping) -> None:
+        self._member_of = np.array(grouping.member_of)
+        self._size = len(grouping.names)
+        self._single = self._size == len(grouping.member_of)
+        self._plain = bool(self._single and (self._member_of == np.arange(self._size)).all())
+        self._present: list[int] | None = None
+        self._index: Any = None
+        self._absent: Any = None
+
+    def spread(self, gradients: Gradients, norms: Tensor, finite: Value, ops: Ops) -> Value:
+        """Norms by group.
+
+        Args:
+            gradients: The gradients of this step.
+            norms: Their norms, shape `[len(gradients.tensors)]`.
+            finite: Bool, whether the global norm is finite. One tensor that is not skips the whole step, so then no group may
+                learn from it and every norm is NaN.
+            ops: The kind of numbers wanted.
+
+        Returns:
+            float32, shape `[number of groups]`.
+        """
+        nan = ops(math.nan)
+        values = ops.where(finite, to_value(norms, ops), nan)
+        if self._plain and len(gradients.present) == len(gradients.parameters):
+            return values
+        places = self._places(gradients, norms.device, ops)
+        if self._single:
+            full = ops.full((self._size,), math.nan)
+            full[places] = values
+            return full
+        return ops.where(self._absent, nan, _added(values, places, self._size))
+
+    def gather(self, gradients: Gradients, values: Value, device: torch.device, ops: Ops) -> Value:
+        """Of one value per group, that of each gradient of this step."""
+        if self._plain and len(gradients.present) == len(gradients.parameters):
+            return values
+        return values[self._places(gradients, device, ops)]
+
+    def _places(self, gradients: Gradients, device: torch.device, ops: Ops) -> Any:
+        if self._present != gradients.present:
+            self._present = gradients.present
+            places = self._member_of[gradients.present]
+            absent = ~np.isin(np.arange(self._size), places)
+            on_host = (places, absent)
+            self._index, self._absent = on_host if ops.on_host else (torch.from_numpy(a).to(device) for a in on_host)
+        return self._index
+
+
+def _added(norms: Value, places: Any, size: int) -> Value:
+    """L2 norms of groups from those of their members, added up in float64 so that the order of a device does not matter."""
+    if isinstance(norms, Tensor):
+        squares = torch.zeros(size, dtype=torch.float64, device=norms.device)
+        return squares.index_add_(0, places, norms.double().square()).sqrt().float()
+    sums = np.zeros(size)
+    np.add.at(sums, places, np.square(norms.astype(np.float64)))
+    return np.sqrt(sums).astype(np.float32)
