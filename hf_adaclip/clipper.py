@@ -91,7 +91,7 @@ class AdaptiveClipper:
         static_threshold: float | None = None,
         is_main_process: bool | None = None,
     ) -> None:
-        config = AdaptiveClipConfig.resolve(clip)
+        config = AdaptiveClipConfig.resolve(clip).resolved()
         if static_threshold is not None:
             config = config.replace(static_threshold=float(static_threshold))
         if ledger != "auto":

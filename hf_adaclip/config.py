@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError
+from hf_adaclip.migrate import autoclip_fields, bitsandbytes_fields, zclip_fields
 from hf_adaclip.rules import GRANULARITIES, ON_SPIKE, POLICIES, parse_rules, range_problems, type_problems
 
 
@@ -241,8 +242,6 @@ class AdaptiveClipConfig:
     def __post_init__(self) -> None:
         if isinstance(self.parameter_rules, str):
             object.__setattr__(self, "parameter_rules", parse_rules(self.parameter_rules))
-        if self.granularity == "auto" and self.controller in CONTROLLERS:
-            object.__setattr__(self, "granularity", CONTROLLERS[self.controller].granularities[0])
         problems = type_problems(self)
         if not problems:
             problems = range_problems(self)
@@ -254,6 +253,15 @@ class AdaptiveClipConfig:
         """Whether decisions depend on the training loss; then all ranks have to see the same one."""
         return self.max_pace > 1 or self.divergence_spreads > 0
 
+    def resolved(self) -> "AdaptiveClipConfig":
+        """The same with 'auto' granularity spelled out: what runs, ledgers and checkpoints go by."""
+        return self.replace(granularity=self.works_on)
+
+    @property
+    def works_on(self) -> str:
+        """The granularity, that of the controller where it is 'auto'."""
+        return CONTROLLERS[self.controller].granularities[0] if self.granularity == "auto" else self.granularity
+
     def for_pattern(self, pattern: str) -> "AdaptiveClipConfig | None":
         """The settings for what a pattern of `parameter_rules` matches; None where it excludes.
 
@@ -264,7 +272,8 @@ class AdaptiveClipConfig:
         rule = self.parameter_rules[pattern]
         if rule == "exclude":
             return None
-        return self.replace(parameter_rules=None, **({"controller": rule} if isinstance(rule, str) else rule))
+        own = {"controller": rule} if isinstance(rule, str) else rule
+        return self.replace(parameter_rules=None, granularity=self.works_on, **own)
 
     # -- conversions ---------------------------------------------------------------------------------------------
 
@@ -325,6 +334,39 @@ class AdaptiveClipConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"`clip` must be a JSON object of fields, but {path} holds {type(values).__name__}.")
         return cls.from_dict(values)
+
+    @classmethod
+    def from_zclip(
+        cls,
+        alpha: float = 0.97,
+        z_thresh: float = 2.5,
+        max_grad_norm: float | None = 1.0,
+        warmup_steps: int = 25,
+        mode: str = "zscore",
+        clip_option: str = "adaptive_scaling",
+    ) -> "AdaptiveClipConfig":
+        """What `ZClip(...)` of PyPI `zclip` is here, its static cap included (`controllers/zscore.py` lists what differs).
+
+        Raises:
+            ConfigError: A form of ZClip that is not here, or a value breaks its rule.
+        """
+        return cls(**zclip_fields(alpha, z_thresh, max_grad_norm, warmup_steps, mode, clip_option))
+
+    @classmethod
+    def from_autoclip(
+        cls, quantile: float = 0.9, history_length: int = 1000, global_threshold: bool = False
+    ) -> "AdaptiveClipConfig":
+        """What `QuantileClip(...)` of PyPI `autoclip` is here. For AutoClip's own code, set `controller="percentile"` and `percentile`."""
+        return cls(**autoclip_fields(quantile, history_length, global_threshold))
+
+    @classmethod
+    def from_bitsandbytes_percentile(cls, percentile_clipping: int) -> "AdaptiveClipConfig":
+        """What `percentile_clipping=` of bitsandbytes' optimizers was, before it was removed in 0.50.
+
+        Raises:
+            ConfigError: It was 100 (off), or no percentile.
+        """
+        return cls(**bitsandbytes_fields(percentile_clipping))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

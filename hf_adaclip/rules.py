@@ -164,12 +164,12 @@ def range_problems(config: Any) -> list[str]:
         problems.append(
             "`parameter_rules` must be None under DeepSpeed, whose engine knows one threshold, but are set instead."
         )
-    if config.one_step_late and (config.max_pace > 1 or config.granularity != "global"):
+    if not problems and config.one_step_late and (config.max_pace > 1 or config.works_on != "global"):
         problems.append(
-            f"`max_pace` must be 1.0 and `granularity` 'global' under DeepSpeed, but are {config.max_pace} and {config.granularity!r} "
+            f"`max_pace` must be 1.0 and `granularity` 'global' under DeepSpeed, but are {config.max_pace} and {config.works_on!r} "
             "instead: its engine steps before anything outside sees the gradients."
         )
-    split = config.granularity != "global" or bool(config.parameter_rules)
+    split = (not problems and config.works_on != "global") or bool(config.parameter_rules)
     if not problems and leaves_out(config) and (config.one_step_late or split):
         where = (
             "under DeepSpeed, whose engine has stepped before"
@@ -184,7 +184,8 @@ def range_problems(config: Any) -> list[str]:
             f"`max_pace` must be 1.0 with controller '{config.controller}', but is {config.max_pace} instead: "
             "only 'adaptive' changes the pace."
         )
-    for pattern, rule in (config.parameter_rules or {}).items():
+    fine = config.controller in CONTROLLERS and CONTROLLERS[config.controller].fine
+    for pattern, rule in ({} if fine else config.parameter_rules or {}).items():
         problems += _rule_problems(config, pattern, rule)
     return problems
 
@@ -192,7 +193,7 @@ def range_problems(config: Any) -> list[str]:
 def _kind_problems(config: Any, kind: Any) -> list[str]:
     """What the controller cannot do."""
     problems = []
-    if config.granularity not in kind.granularities:
+    if config.works_on not in kind.granularities:
         problems.append(
             f"`granularity` must be one of {', '.join(kind.granularities)} with controller '{config.controller}', but is "
             f"{config.granularity!r} instead."

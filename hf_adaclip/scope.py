@@ -45,7 +45,7 @@ class Scope:
             assert isinstance(rule, FineController)
             self._fine, self._first_step = FineClip(rule, optimizers), rule.first_step
             self._excluded = excluded(config, names_of(models, parameters) if config.parameter_rules else None)
-        elif config.granularity != "global" or config.parameter_rules:
+        elif config.works_on != "global" or config.parameter_rules:
             self.grouping = group(config, len(parameters), names_of(models, parameters))
             self._norms = GroupNorms(self.grouping)
 

@@ -17,10 +17,10 @@ PACKAGE = ROOT / "hf_adaclip"
 LAYERS = [
     ("errors", "versions", "support"),
     ("controllers",),
-    ("config", "rules", "gradients", "accelerator", "engine"),
+    ("config", "rules", "migrate", "gradients", "accelerator", "engine"),
     ("checkpoint", "statistics", "events", "audit"),
     ("alerts", "recorder", "describe", "selftest"),
-    ("run",),
+    ("run", "scope"),
     ("clipper",),
     ("convergence", "integrations", "metrics"),
     ("cli",),

@@ -164,7 +164,7 @@ def test_the_demos_numbers_are_those_of_its_card():
 @pytest.mark.parametrize(("rule", "share"), [("adaptive", 0.005), ("zscore", 1.6), ("percentile", 90)])
 def test_shares_of_altered_steps_are_those_of_the_gauntlet(rule, share):
     from hf_adaclip import CONTROLLERS, AdaptiveClipConfig
-    from tests.gauntlet import judge
+    from hf_adaclip.audit.gauntlet import judge
 
     controller = CONTROLLERS[rule].from_config(AdaptiveClipConfig(controller=rule))
     measured = judge(controller, "normal", 20).altered_calm

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from hf_adaclip.audit.ingest import Series
-from hf_adaclip.audit.replay import find_spikes, outcome, replay
+from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, replay
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS
 
 ALWAYS_ON = 0.5
 """A threshold that alters more than this share of steps does not guard against spikes, it sets the size of every step."""
@@ -28,7 +27,7 @@ def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
     spikes = find_spikes(series.norms)
     static_share = float((finite > max_grad_norm).mean()) if len(finite) else 0.0
     arms = {}
-    for name in CONTROLLERS:
+    for name in REPLAYABLE:
         decided = replay(series, AdaptiveClipConfig(controller=name), static_threshold=max_grad_norm)
         arms[name] = outcome(series, decided.coefficients, decided.reasons, spikes)
     calm = np.delete(series.norms, spikes)

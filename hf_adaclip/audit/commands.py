@@ -1,4 +1,4 @@
-"""The commands `verify`, `replay`, `advise`, `diff` and `report`."""
+"""The commands `verify`, `replay`, `advise`, `diff` and `gauntlet`."""
 
 import argparse
 import json
@@ -20,6 +20,7 @@ def add_commands(commands: Commands) -> None:
     _add_replay(commands)
     _add_advise(commands)
     _add_diff(commands)
+    _add_gauntlet(commands)
 
 
 def _add_verify(commands: Commands) -> None:
@@ -97,6 +98,43 @@ def _add_diff(commands: Commands) -> None:
     parser.set_defaults(run=_diff)
 
 
+def _add_gauntlet(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "gauntlet",
+        help="what every controller does when nothing is wrong, at a spike, at a lasting rise, and in a decay",
+        description="Run controllers over made-up norms whose story is known, or over those of a log, and show how each does: "
+        "altered when calm (always on), what is applied of two spikes (self-masking), steps until a lasting 3x rise is accepted "
+        "(lock-in). About half a minute for all.",
+    )
+    parser.add_argument(
+        "--controllers",
+        nargs="+",
+        default=None,
+        metavar="NAME[:FIELD=VALUE,...]",
+        help="controllers, with settings where they differ from the defaults, such as percentile:percentile=90 (default: all)",
+    )
+    parser.add_argument(
+        "--noise",
+        choices=["normal", "student"],
+        default="normal",
+        help="normal of 15 %%, or Student-t with heavy tails (default: %(default)s)",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="streams of each story (default: %(default)s)")
+    parser.add_argument("--stream", type=Path, default=None, metavar="LOG", help=f"norms of your own: {_LOGS}")
+    parser.add_argument(
+        "--max-grad-norm", type=float, default=1.0, help="threshold of the warm-up (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        default=None,
+        metavar="PNG",
+        help="draw what each does with one stream in which all of it happens",
+    )
+    parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
+    parser.set_defaults(run=_gauntlet)
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from hf_adaclip.audit import verify_ledger
 
@@ -125,13 +163,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _replay(arguments: argparse.Namespace) -> int:
     from hf_adaclip.audit.ingest import load_series
-    from hf_adaclip.audit.replay import find_spikes, outcome, replay
+    from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, replay
     from hf_adaclip.audit.show import COUNTERFACTUAL, draw_replay, outcome_table
     from hf_adaclip.config import AdaptiveClipConfig
-    from hf_adaclip.controllers import CONTROLLERS
 
     changes = dict(_setting(text) for text in arguments.set)
-    names = arguments.controller or list(CONTROLLERS)
+    names = arguments.controller or list(REPLAYABLE)
     configs = [AdaptiveClipConfig.from_dict({"controller": name, **changes}) for name in names]
     series = load_series(arguments.log)
     static = _positive(arguments.max_grad_norm, (series.header or {}).get("static_threshold"))
@@ -173,6 +210,46 @@ def _advise(arguments: argparse.Namespace) -> int:
 
     advice = advise(load_series(arguments.log), max_grad_norm=_positive(arguments.max_grad_norm, None))
     print(json.dumps(plain(advice), indent=1) if arguments.json else advice_text(advice))
+    return 0
+
+
+def _gauntlet(arguments: argparse.Namespace) -> int:
+    from hf_adaclip.audit import gauntlet
+    from hf_adaclip.audit.ingest import load_series
+    from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, replay
+    from hf_adaclip.audit.show import draw_replay, outcome_table
+
+    if arguments.seeds < 1:
+        raise ConfigError(f"`--seeds` must be at least 1, but is {arguments.seeds} instead.")
+    configs = {text: gauntlet.parse_controller(text) for text in arguments.controllers or REPLAYABLE}
+    static = _positive(arguments.max_grad_norm, None)
+    own = None if arguments.stream is None else load_series(arguments.stream)
+    found: dict[str, Any] = {}
+    width = max(24, *(len(text) for text in configs))
+    if own is not None:
+        spikes = find_spikes(own.norms)
+        for text, config in configs.items():
+            done = replay(own, config, static_threshold=static)
+            found[text] = outcome(own, done.coefficients, done.reasons, spikes)
+        if not arguments.json:
+            print(outcome_table(found))
+    elif not arguments.json:
+        print(gauntlet.header_line(width))
+    if own is None:
+        for text, config in configs.items():
+            verdict = gauntlet.judge_config(config, arguments.noise, arguments.seeds)
+            found[text] = verdict.to_dict()
+            if not arguments.json:
+                print(gauntlet.verdict_line(text, verdict, width), flush=True)
+    if arguments.plot is not None:
+        series = gauntlet.story(arguments.noise) if own is None else own
+        replays = [replay(series, config, static_threshold=static) for config in configs.values()]
+        draw_replay(series, replays, arguments.plot, titles=list(configs))
+    if arguments.json:
+        setting = {"noise": arguments.noise, "seeds": arguments.seeds, "static_threshold": static}
+        print(json.dumps(plain({**setting, "stream": own and own.path, "verdicts": found}), indent=1))
+    elif arguments.plot is not None:
+        print(f"Picture: {arguments.plot}")
     return 0
 
 

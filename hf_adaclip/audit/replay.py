@@ -4,14 +4,18 @@ Counterfactual on thresholds only: had the run been clipped otherwise, its later
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from hf_adaclip.audit.ingest import Series
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import Observation, Reason, build_controller
+from hf_adaclip.controllers import CONTROLLERS, Observation, Reason, build_controller
 from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.errors import ConfigError
+
+REPLAYABLE: Final = tuple(name for name, kind in CONTROLLERS.items() if not kind.fine)
+"""Controllers that can be asked what they would have done."""
 
 SPIKE_RATIO = 3.0
 """A norm that is so many times the median of the finite norms around it counts as a spike, whatever a controller says."""
@@ -41,9 +45,17 @@ def replay(series: Series, config: AdaptiveClipConfig, *, static_threshold: floa
 
     Args:
         series: The norms.
-        config: Controller and settings. Per-tensor granularity is replayed on the global norm.
+        config: Controller and settings. Finer granularities are replayed on the global norm, and rules for some parameters left aside.
         static_threshold: Threshold of the warm-up, unless the config sets one.
+
+    Raises:
+        ConfigError: The controller does not go by norms.
     """
+    if CONTROLLERS[config.controller].fine:
+        raise ConfigError(
+            f"`controller` must be a rule on norms to be replayed, but is '{config.controller}' instead: it goes by weights or optimizer "
+            f"state, which no log holds. Choose from {', '.join(REPLAYABLE)}."
+        )
     controller = build_controller(config)
     static = np.float32(config.static_threshold if config.static_threshold is not None else static_threshold)
     state = controller.init(SCALAR, ())

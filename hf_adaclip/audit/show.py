@@ -72,14 +72,22 @@ def keep_extremes(x: np.ndarray, y: np.ndarray, limit: int = _MAX_POINTS) -> np.
     return np.array(chosen)
 
 
-def draw_replay(series: Series, replays: list[Replay], path: Path) -> Path:
-    """Norms and thresholds on a log axis, what each replay would have cut marked. Needs matplotlib."""
+def draw_replay(series: Series, replays: list[Replay], path: Path, titles: list[str] | None = None) -> Path:
+    """Norms and thresholds on a log axis, what each replay would have cut marked. Needs matplotlib.
+
+    Args:
+        series: The norms.
+        replays: What was decided on them.
+        path: PNG to write.
+        titles: Of the panels; by default the controllers' names.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4 * len(replays)), layout="constrained")
     axes = figure.subplots(len(replays), 1, squeeze=False, sharex=True)[:, 0]
     points = keep_extremes(series.steps, series.norms)
-    for axis, decided in zip(axes, replays, strict=True):
+    titles = titles or [decided.config.controller for decided in replays]
+    for axis, decided, title in zip(axes, replays, titles, strict=True):
         axis.plot(series.steps[points], series.norms[points], color="#0072B2", linewidth=0.8, label="norm")
         axis.plot(series.steps[points], decided.thresholds[points], color="#E69F00", linewidth=1, label="threshold")
         cut = np.flatnonzero(decided.coefficients < 1)
@@ -87,7 +95,7 @@ def draw_replay(series: Series, replays: list[Replay], path: Path) -> Path:
         axis.plot(series.steps[cut], series.norms[cut], "v", color="#D55E00", markersize=4, label="would be cut")
         axis.set_yscale("log")
         axis.set_ylabel("gradient norm")
-        axis.set_title(decided.config.controller, loc="left", fontsize=10)
+        axis.set_title(title, loc="left", fontsize=10)
         axis.grid(True, which="both", alpha=0.25)
         axis.legend(frameon=False, ncols=3, fontsize=8, loc="upper right")
     axes[-1].set_xlabel("optimizer steps")

@@ -67,6 +67,11 @@ class AdaptiveState(NamedTuple):
 class AdaptiveController(Controller[AdaptiveState]):
     """The package's own controller."""
 
+    idea: ClassVar[str] = (
+        "a range around the running level; widens while stable, narrows after a spike; six excursions at one level are the new level"
+    )
+    source: ClassVar[str] = "this package"
+    choose: ClassVar[str] = "by default"
     paces: ClassVar[bool] = True
 
     decay: float = 0.97

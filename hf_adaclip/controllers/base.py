@@ -142,6 +142,9 @@ class Controller(Generic[State]):
     """Base of all controllers. Subclasses add hyperparameters as fields and implement `init` and `update`.
 
     Class attributes:
+        idea: What it does, in a line.
+        source: Where it comes from.
+        choose: When to choose it.
         exact: Replaying the recorded norms gives the recorded decisions bit for bit, on any device. False only where
             `update` needs log, exp or a reduction whose order is not fixed; then `tolerance` applies.
         tolerance: Largest relative difference of a replayed threshold when `exact` is False.
@@ -151,6 +154,9 @@ class Controller(Generic[State]):
         skips: By default a step that it would cut is left out instead (see `SkippingController`).
     """
 
+    idea: ClassVar[str]
+    source: ClassVar[str]
+    choose: ClassVar[str]
     exact: ClassVar[bool] = True
     tolerance: ClassVar[float] = 0.0
     paces: ClassVar[bool] = False

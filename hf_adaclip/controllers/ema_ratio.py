@@ -38,6 +38,9 @@ class EmaRatioState(NamedTuple):
 class EmaRatioController(Controller[EmaRatioState]):
     """Clip to a multiple of the average of what was let through."""
 
+    idea: ClassVar[str] = "a multiple of the average of what was let through, for each tensor"
+    source: ClassVar[str] = "AdaGC, Wang et al. 2025"
+    choose: ClassVar[str] = "to repeat AdaGC in pre-training; never where norms rise for good"
     granularities: ClassVar[tuple[str, ...]] = ("tensor", "module", "global")
 
     ema_factor: float = 1.05

@@ -64,7 +64,7 @@ class FineController(Controller[FineState]):
             threshold, usual = observation.static_threshold, ops(float(Reason.WARMUP))
             coefficient = coefficient_of(norm, threshold, ops)
         else:
-            threshold = left
+            threshold = ops.where(finite, left, observation.static_threshold)
             coefficient = ops.where(left < norm, left / norm, one)
             usual = ops.where(left < norm, ops(float(Reason.CLIPPED)), ops(float(Reason.WITHIN)))
         coefficient = ops.where(finite, coefficient, one)

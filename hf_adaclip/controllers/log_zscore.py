@@ -50,6 +50,9 @@ class LogZScoreState(NamedTuple):
 class LogZScoreController(Controller[LogZScoreState]):
     """Bound the norm by its z-score on the logarithmic scale."""
 
+    idea: ClassVar[str] = "z-score of the logarithm; the step is left out"
+    source: ClassVar[str] = "lingvo, GradNormTracker"
+    choose: ClassVar[str] = "when bad batches should leave no trace at all"
     skips: ClassVar[bool] = True
 
     log_width: float = 4.0

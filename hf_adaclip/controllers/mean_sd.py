@@ -28,6 +28,9 @@ from hf_adaclip.controllers.window import Window, empty_window, moments_of, reme
 class MeanSdController(Controller[Window]):
     """Bound the norm by mean plus some standard deviations of a window."""
 
+    idea: ClassVar[str] = "mean + 6 sd of a window; the step is left out"
+    source: ClassVar[str] = "OLMo-core, SkipStepOptimizer"
+    choose: ClassVar[str] = "as log_zscore, if you come from OLMo-core"
     skips: ClassVar[bool] = True
 
     sd_width: float = 6.0

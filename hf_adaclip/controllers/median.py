@@ -16,6 +16,7 @@ Differs from icefall in:
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.ops import Ops, Shape, ops_of
@@ -25,6 +26,10 @@ from hf_adaclip.controllers.window import Window, empty_window, quantile_of, rem
 @dataclass(frozen=True)
 class MedianController(Controller[Window]):
     """Clip to a multiple of the median of the norms of the past."""
+
+    idea: ClassVar[str] = "twice the running median"
+    source: ClassVar[str] = "icefall, ScaledAdam"
+    choose: ClassVar[str] = "a plain guard that a spike cannot move"
 
     median_factor: float = 2.0
     median_window: int = 100

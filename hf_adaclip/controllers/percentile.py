@@ -19,6 +19,7 @@ Differs from the paper in:
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.ops import Ops, Shape, ops_of
@@ -28,6 +29,10 @@ from hf_adaclip.controllers.window import Window, empty_window, quantile_of, rem
 @dataclass(frozen=True)
 class PercentileController(Controller[Window]):
     """Clip to a percentile of the norms of the past."""
+
+    idea: ClassVar[str] = "a percentile of past norms (p = 10 equalises norms rather than guards them)"
+    source: ClassVar[str] = "AutoClip, Seetharaman et al. 2020; capped: TRELLIS"
+    choose: ClassVar[str] = "to repeat AutoClip; `percentile=95` as a guard"
 
     percentile: float = 10.0
     percentile_capped: bool = False

@@ -18,7 +18,7 @@ Differs from the paper in:
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
@@ -34,6 +34,10 @@ class QuantileState(NamedTuple):
 @dataclass(frozen=True)
 class QuantileController(Controller[QuantileState]):
     """Clip to a quantile of the norm that is tracked without a history."""
+
+    idea: ClassVar[str] = "one number that climbs when exceeded and sinks when not, and settles at a quantile"
+    source: ClassVar[str] = "Andrew et al. 2021"
+    choose: ClassVar[str] = "per tensor in very large models: two numbers each"
 
     quantile: float = 0.99
     quantile_rate: float = 0.05

@@ -8,12 +8,12 @@ Source: AdamWClip (PyPI `AdamWClip`; width 3) and the detection of spikes in Hua
 Reset" (arXiv 2501.06842), section 4, equation 4, whose theta = 5000 is width sqrt(5000) = 70.7 on the uncorrected v.
 
 Differs from them in:
-1. AdamWClip clamps from the second step on, when v is one squared gradient; here `warmup_observations` steps are held to the static
-   threshold first;
+1. until `warmup_observations` steps are done the static threshold rules; AdamWClip does nothing for 10 steps, SPAM for 20;
 2. SPAM's periodic reset of both moments is left out: it throws away good state on a clock, whether or not a spike came, and belongs to an
    optimizer. So is its momentum mask;
 3. the step count is the optimizer's own, so that bias correction goes on after a resumption (AdamWClip starts again);
-4. a gradient that is not finite leaves the step out.
+4. a gradient that is not finite leaves the step out;
+5. AdamWClip's floor of 0.01 under every bound is left out: it is an absolute size, far above the elements of most gradients.
 
 It needs an optimizer that keeps `exp_avg_sq` (Adam, AdamW), and memory for one more tensor as large as the largest.
 """
@@ -30,6 +30,9 @@ from hf_adaclip.controllers.fine import FineController
 class SecondMomentController(FineController):
     """Clamp every element of the gradient by its second moment."""
 
+    idea: ClassVar[str] = "each element by Adam's own second moment"
+    source: ClassVar[str] = "AdamWClip; SPAM, Huang et al. 2025"
+    choose: ClassVar[str] = "spikes in a few coordinates, as in low-precision training"
     granularities: ClassVar[tuple[str, ...]] = ("element",)
     looks_at: ClassVar[Literal["weights", "second moment"]] = "second moment"
 

@@ -11,7 +11,7 @@ Differs from `torch.nn.utils.clip_grad_norm_` in:
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import (
     Controller,
@@ -42,6 +42,10 @@ class StaticController(Controller[StaticState]):
         >>> round(float(decision.coefficient), 4)
         0.25
     """
+
+    idea: ClassVar[str] = "a constant threshold: the stock Trainer, bit for bit"
+    source: ClassVar[str] = "Pascanu et al. 2013"
+    choose: ClassVar[str] = "as the baseline, or where a threshold has been tuned"
 
     def init(self, ops: Ops, shape: Shape) -> StaticState:
         return StaticState(count=ops.full(shape, 0.0))

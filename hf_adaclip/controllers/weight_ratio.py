@@ -28,6 +28,9 @@ from hf_adaclip.controllers.fine import FineController
 class WeightRatioController(FineController):
     """Bound the gradient of every unit by the norm of its weights."""
 
+    idea: ClassVar[str] = "each unit by the norm of its weights; no history"
+    source: ClassVar[str] = "AGC, Brock et al. 2021"
+    choose: ClassVar[str] = "vision models without normalisation, large batches"
     granularities: ClassVar[tuple[str, ...]] = ("unit",)
     looks_at: ClassVar[Literal["weights", "second moment"]] = "weights"
 

@@ -21,7 +21,7 @@ Differs from the authors' code in:
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import (
     Controller,
@@ -47,6 +47,10 @@ class ZScoreState(NamedTuple):
 @dataclass(frozen=True)
 class ZScoreController(Controller[ZScoreState]):
     """Clip norms whose z-score is above a threshold, harder the larger they are."""
+
+    idea: ClassVar[str] = "z-score of the norm, cut harder the larger it is; five faults of the published code mended"
+    source: ClassVar[str] = "ZClip, Kumar et al. 2025"
+    choose: ClassVar[str] = "to repeat ZClip"
 
     z_threshold: float = 2.5
     decay: float = 0.97

@@ -60,7 +60,7 @@ def group(config: AdaptiveClipConfig, count: int, names: Sequence[str] | None) -
         ConfigError: Names are needed and not known, or a pattern matches no parameter.
     """
     rules = config.parameter_rules or {}
-    if rules or config.granularity == "module":
+    if rules or config.works_on == "module":
         names = _known(names, "`parameter_rules`" if rules else "`granularity='module'`")
     elif names is None:
         names = [f"tensor {i}" for i in range(count)]
@@ -74,7 +74,7 @@ def group(config: AdaptiveClipConfig, count: int, names: Sequence[str] | None) -
         begin, known = len(groups), {}  # type: int, dict[str, int]
         for i, name in enumerate(names):
             if rule_of[i] == rule:
-                label = _label(config.granularity, name, rule)
+                label = _label(config.works_on, name, rule)
                 if label not in known:
                     known[label] = len(groups)
                     groups.append(label)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from hf_adaclip.audit.gauntlet import BURN_IN, CALM_LEVEL, NOISES, judge, run_stream
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation
 from hf_adaclip.controllers.ops import SCALAR
-from tests.gauntlet import BURN_IN, CALM_LEVEL, NOISES, judge, run_stream
 
 SEEDS = 24
 # (altered when calm %, applied spike x calm level, steps to accept a lasting 3x rise, altered during decay %)
