@@ -99,11 +99,7 @@ class AdaptiveClipper:
         optimizers = (
             () if optimizer is None else tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
         )
-        if config.max_pace > 1 and not optimizers:
-            raise ConfigError(
-                f"`optimizer` must be given when `max_pace` > 1 (it is {config.max_pace}), but is None instead: "
-                "the pace multiplies its learning rate."
-            )
+        _check_optimizer(config, optimizers, accelerator)
         self._port = None if accelerator is None else AcceleratorPort(accelerator)
         self._in_engine = self._port is not None and self._port.steps_in_engine
         if self._in_engine:
@@ -385,3 +381,16 @@ class AdaptiveClipper:
     def _load_or_start_afresh(self, folder: str | Path) -> None:
         if not self.load_state(folder):
             logger.info("%s has no %s: the controller starts afresh.", folder, self._state_file)
+
+
+def _check_optimizer(config: AdaptiveClipConfig, optimizers: tuple[Any, ...], accelerator: Any) -> None:
+    if config.max_pace > 1 and not optimizers:
+        raise ConfigError(
+            f"`optimizer` must be given when `max_pace` > 1 (it is {config.max_pace}), but is None instead: "
+            "the pace multiplies its learning rate."
+        )
+    if config.works_on == "element" and not optimizers and accelerator is None:
+        raise ConfigError(
+            f"`optimizer` must be given with controller '{config.controller}', but is None instead: its bound follows from the "
+            "optimizer's state."
+        )

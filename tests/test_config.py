@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from hf_adaclip import AdaptiveClipConfig, ConfigError
+from hf_adaclip import CONTROLLERS, AdaptiveClipConfig, ConfigError
 
 
 def test_every_problem_is_reported_at_once_with_field_rule_and_value():
@@ -13,12 +13,12 @@ def test_every_problem_is_reported_at_once_with_field_rule_and_value():
 
     assert len(caught.value.problems) == 4
     assert (
-        "`controller` must be one of adaptive, percentile, static, zscore, but is 'adaptiv' instead. Did you mean 'adaptive'?"
+        f"`controller` must be one of {', '.join(sorted(CONTROLLERS))}, but is 'adaptiv' instead. Did you mean 'adaptive'?"
         in text
     )
     assert "`decay` must be in (0, 1), but is 1.5 instead." in text
     assert "`max_pace` must be in [1, inf), but is 0.5 instead." in text
-    assert "`granularity` must be one of global, tensor, but is 'layer' instead." in text
+    assert "`granularity` must be one of auto, global, module, tensor, unit, element, but is 'layer' instead." in text
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,18 @@ def test_fields_become_flags_of_hf_argument_parser():
             "0.5",
             "--warmup_observations",
             "7",
+            "--parameter_rules",
+            '{"head.*": "exclude"}',
         ]
     )
 
-    assert config == AdaptiveClipConfig(controller="zscore", shadow=True, static_threshold=0.5, warmup_observations=7)
+    assert config == AdaptiveClipConfig(
+        controller="zscore",
+        shadow=True,
+        static_threshold=0.5,
+        warmup_observations=7,
+        parameter_rules={"head.*": "exclude"},
+    )
     help_text = parser.format_help()
     for name, f in AdaptiveClipConfig.__dataclass_fields__.items():
         assert f.metadata["help"], name

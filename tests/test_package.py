@@ -101,9 +101,9 @@ def test_doctests():
     import doctest
 
     import hf_adaclip.clipper
-    import hf_adaclip.controllers.static
 
-    for module in (hf_adaclip.clipper, hf_adaclip.controllers.static):
+    controllers = [sys.modules[kind.__module__] for kind in hf_adaclip.CONTROLLERS.values()]
+    for module in (hf_adaclip.clipper, *controllers):
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0

@@ -120,7 +120,7 @@ def outcome(
         "altered": int(altered.sum()),
         "altered_share": float(altered.mean()),
         "altered_share_after_warmup": float(after.sum() / max(int((~warm).sum()), 1)),
-        "skipped": int((~finite).sum()),
+        "skipped": int((~finite | (coefficients == 0)).sum()),
         "spikes": len(spikes),
         "spikes_cut": int((altered[spikes]).sum()) if len(spikes) else 0,
         "largest_applied_spike": largest,

@@ -65,7 +65,19 @@ class AdaptiveState(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaptiveController(Controller[AdaptiveState]):
-    """The package's own controller."""
+    """The package's own controller.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> rule = AdaptiveController(warmup_observations=4)
+        >>> state = rule.init(SCALAR, ())
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):
+        ...     seen = Observation(np.float32(norm), loss=np.float32("nan"), static_threshold=np.float32(2.0))
+        ...     decision, state = rule.update(state, seen)
+        >>> round(float(decision.threshold), 2)
+        1.21
+    """
 
     idea: ClassVar[str] = (
         "a range around the running level; widens while stable, narrows after a spike; six excursions at one level are the new level"

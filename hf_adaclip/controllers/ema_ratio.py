@@ -36,7 +36,19 @@ class EmaRatioState(NamedTuple):
 
 @dataclass(frozen=True)
 class EmaRatioController(Controller[EmaRatioState]):
-    """Clip to a multiple of the average of what was let through."""
+    """Clip to a multiple of the average of what was let through.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> rule = EmaRatioController(warmup_observations=4)
+        >>> state = rule.init(SCALAR, ())
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):
+        ...     seen = Observation(np.float32(norm), loss=np.float32("nan"), static_threshold=np.float32(2.0))
+        ...     decision, state = rule.update(state, seen)
+        >>> round(float(decision.threshold), 2)
+        0.84
+    """
 
     idea: ClassVar[str] = "a multiple of the average of what was let through, for each tensor"
     source: ClassVar[str] = "AdaGC, Wang et al. 2025"

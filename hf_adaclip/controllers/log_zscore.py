@@ -48,7 +48,19 @@ class LogZScoreState(NamedTuple):
 
 @dataclass(frozen=True)
 class LogZScoreController(Controller[LogZScoreState]):
-    """Bound the norm by its z-score on the logarithmic scale."""
+    """Bound the norm by its z-score on the logarithmic scale.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> rule = LogZScoreController(warmup_observations=4)
+        >>> state = rule.init(SCALAR, ())
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):
+        ...     seen = Observation(np.float32(norm), loss=np.float32("nan"), static_threshold=np.float32(2.0))
+        ...     decision, state = rule.update(state, seen)
+        >>> round(float(decision.threshold), 2)
+        1.76
+    """
 
     idea: ClassVar[str] = "z-score of the logarithm; the step is left out"
     source: ClassVar[str] = "lingvo, GradNormTracker"

@@ -26,7 +26,19 @@ from hf_adaclip.controllers.window import Window, empty_window, moments_of, reme
 
 @dataclass(frozen=True)
 class MeanSdController(Controller[Window]):
-    """Bound the norm by mean plus some standard deviations of a window."""
+    """Bound the norm by mean plus some standard deviations of a window.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> rule = MeanSdController(warmup_observations=4)
+        >>> state = rule.init(SCALAR, ())
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):
+        ...     seen = Observation(np.float32(norm), loss=np.float32("nan"), static_threshold=np.float32(2.0))
+        ...     decision, state = rule.update(state, seen)
+        >>> round(float(decision.threshold), 2)
+        1.98
+    """
 
     idea: ClassVar[str] = "mean + 6 sd of a window; the step is left out"
     source: ClassVar[str] = "OLMo-core, SkipStepOptimizer"

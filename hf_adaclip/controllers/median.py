@@ -25,7 +25,19 @@ from hf_adaclip.controllers.window import Window, empty_window, quantile_of, rem
 
 @dataclass(frozen=True)
 class MedianController(Controller[Window]):
-    """Clip to a multiple of the median of the norms of the past."""
+    """Clip to a multiple of the median of the norms of the past.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> rule = MedianController(warmup_observations=4)
+        >>> state = rule.init(SCALAR, ())
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):
+        ...     seen = Observation(np.float32(norm), loss=np.float32("nan"), static_threshold=np.float32(2.0))
+        ...     decision, state = rule.update(state, seen)
+        >>> round(float(decision.threshold), 2)
+        2.0
+    """
 
     idea: ClassVar[str] = "twice the running median"
     source: ClassVar[str] = "icefall, ScaledAdam"

@@ -28,7 +28,19 @@ from hf_adaclip.controllers.window import Window, empty_window, quantile_of, rem
 
 @dataclass(frozen=True)
 class PercentileController(Controller[Window]):
-    """Clip to a percentile of the norms of the past."""
+    """Clip to a percentile of the norms of the past.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> rule = PercentileController(warmup_observations=4)
+        >>> state = rule.init(SCALAR, ())
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):
+        ...     seen = Observation(np.float32(norm), loss=np.float32("nan"), static_threshold=np.float32(2.0))
+        ...     decision, state = rule.update(state, seen)
+        >>> round(float(decision.threshold), 2)
+        0.86
+    """
 
     idea: ClassVar[str] = "a percentile of past norms (p = 10 equalises norms rather than guards them)"
     source: ClassVar[str] = "AutoClip, Seetharaman et al. 2020; capped: TRELLIS"

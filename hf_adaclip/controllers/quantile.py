@@ -33,7 +33,19 @@ class QuantileState(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantileController(Controller[QuantileState]):
-    """Clip to a quantile of the norm that is tracked without a history."""
+    """Clip to a quantile of the norm that is tracked without a history.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> rule = QuantileController(warmup_observations=4)
+        >>> state = rule.init(SCALAR, ())
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):
+        ...     seen = Observation(np.float32(norm), loss=np.float32("nan"), static_threshold=np.float32(2.0))
+        ...     decision, state = rule.update(state, seen)
+        >>> round(float(decision.threshold), 2)
+        1.65
+    """
 
     idea: ClassVar[str] = "one number that climbs when exceeded and sinks when not, and settles at a quantile"
     source: ClassVar[str] = "Andrew et al. 2021"

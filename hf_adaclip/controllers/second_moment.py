@@ -28,7 +28,13 @@ from hf_adaclip.controllers.fine import FineController
 
 @dataclass(frozen=True)
 class SecondMomentController(FineController):
-    """Clamp every element of the gradient by its second moment."""
+    """Clamp every element of the gradient by its second moment.
+
+    Example:
+        >>> import torch
+        >>> [round(bound, 6) for bound in SecondMomentController().bound(torch.tensor([0.5, 0.0])).tolist()]
+        [1.5, 0.0]
+    """
 
     idea: ClassVar[str] = "each element by Adam's own second moment"
     source: ClassVar[str] = "AdamWClip; SPAM, Huang et al. 2025"

@@ -26,7 +26,13 @@ from hf_adaclip.controllers.fine import FineController
 
 @dataclass(frozen=True)
 class WeightRatioController(FineController):
-    """Bound the gradient of every unit by the norm of its weights."""
+    """Bound the gradient of every unit by the norm of its weights.
+
+    Example:
+        >>> import torch
+        >>> [round(bound, 6) for bound in WeightRatioController().bound(torch.tensor([2.0, 0.0])).tolist()]
+        [0.02, 1e-05]
+    """
 
     idea: ClassVar[str] = "each unit by the norm of its weights; no history"
     source: ClassVar[str] = "AGC, Brock et al. 2021"

@@ -46,7 +46,19 @@ class ZScoreState(NamedTuple):
 
 @dataclass(frozen=True)
 class ZScoreController(Controller[ZScoreState]):
-    """Clip norms whose z-score is above a threshold, harder the larger they are."""
+    """Clip norms whose z-score is above a threshold, harder the larger they are.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> rule = ZScoreController(warmup_observations=4)
+        >>> state = rule.init(SCALAR, ())
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):
+        ...     seen = Observation(np.float32(norm), loss=np.float32("nan"), static_threshold=np.float32(2.0))
+        ...     decision, state = rule.update(state, seen)
+        >>> round(float(decision.threshold), 2)
+        1.01
+    """
 
     idea: ClassVar[str] = "z-score of the norm, cut harder the larger it is; five faults of the published code mended"
     source: ClassVar[str] = "ZClip, Kumar et al. 2025"

@@ -57,29 +57,50 @@ class FineClip:
         Raises:
             UnsupportedSetupError: Gradients are sharded, or the optimizer keeps no second moment.
         """
-        removed = torch.zeros((), dtype=torch.float64, device=norm.device)
+        kept = torch.zeros((), dtype=torch.float64, device=norm.device)
+        altered = torch.zeros((), dtype=torch.bool, device=norm.device)
         for position, gradient in zip(gradients.present, gradients.tensors, strict=True):
             if is_sharded(gradient):
                 raise UnsupportedSetupError(
                     "`granularity` must not be 'unit' or 'element' with sharded gradients (FSDP, tensor parallelism), where it has not "
                     "been run. Choose a controller of norms, such as 'adaptive'."
                 )
-            if position not in excluded and gradient.numel():
-                parameter = gradients.parameters[position]
-                limit = self._units if self._rule.looks_at == "weights" else self._elements
-                removed += limit(parameter, gradient, act).to(norm.device, non_blocking=True)
-        left = (norm.double().square() - removed).clamp(min=0.0).sqrt().float()
-        return torch.where(removed > 0, left, norm)
+            part = self._limit(gradients.parameters[position], gradient, act=act, leave=position in excluded)
+            kept += part[0].to(norm.device, non_blocking=True)
+            altered |= part[1].to(norm.device, non_blocking=True)
+        return torch.where(altered, kept.sqrt().float(), norm)
 
-    def _units(self, weight: Tensor, gradient: Tensor, act: bool) -> Tensor:
+    def _limit(self, parameter: Tensor, gradient: Tensor, *, act: bool, leave: bool) -> tuple[Tensor, Tensor]:
+        """Bound one gradient; returns the sum of the squares that are left, and whether anything was beyond its bound."""
+        if not leave and gradient.numel():
+            if self._rule.looks_at == "weights":
+                return self._units(parameter, gradient, act)
+            root = self._root_of_second_moment(parameter)
+            if root is not None:
+                return self._elements(root, gradient, act)
+        squares = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+        return squares, torch.zeros((), dtype=torch.bool, device=gradient.device)
+
+    def _units(self, weight: Tensor, gradient: Tensor, act: bool) -> tuple[Tensor, Tensor]:
         norms = _unit_norms(gradient)
         bound = self._rule.bound(_unit_norms(weight.detach()))
-        factor = torch.where(norms > bound, bound / norms, 1.0)
+        beyond = norms > bound
         if act:
-            gradient.mul_(factor)  # by 1 where nothing is to change, which leaves the bits alone
-        return (norms.double().square() * (1 - factor.double().square())).sum()
+            gradient.mul_(
+                torch.where(beyond, bound / norms, 1.0)
+            )  # by 1 where nothing is to change, which leaves the bits alone
+        return torch.where(beyond, bound, norms).double().square().sum(), beyond.any()
 
-    def _elements(self, weight: Tensor, gradient: Tensor, act: bool) -> Tensor:
+    def _elements(self, root: Tensor, gradient: Tensor, act: bool) -> tuple[Tensor, Tensor]:
+        bound = self._rule.bound(root)
+        size = gradient.abs().float()
+        beyond = size > bound
+        if act:
+            gradient.copy_(torch.where(beyond, torch.copysign(bound, gradient.float()), gradient))
+        return torch.where(beyond, bound, size).double().square().sum(), beyond.any()
+
+    def _root_of_second_moment(self, weight: Tensor) -> Tensor | None:
+        """Square root of the bias-corrected second moment; None before the parameter's first step."""
         optimizer, group = self._groups.get(id(weight), (None, {}))
         state = {} if optimizer is None else optimizer.state.get(weight, {})
         if optimizer is None or (state and "exp_avg_sq" not in state):
@@ -88,18 +109,13 @@ class FineClip:
                 f"`optimizer` must keep a second moment of every parameter (Adam, AdamW) with controller 'second_moment', but one of "
                 f"them belongs to {name} instead. Exclude it by `parameter_rules`, or choose another controller."
             )
-        if not state:  # a parameter that gets its first gradient late
-            return torch.zeros((), dtype=torch.float64, device=gradient.device)
-        step = torch.as_tensor(state["step"], dtype=torch.float32, device=gradient.device)
-        correction = 1 - torch.pow(torch.tensor(float(group["betas"][1]), device=gradient.device), step)
-        bound = self._rule.bound((state["exp_avg_sq"].float() / correction).sqrt())
-        beyond = gradient.abs().float()
-        removed = (beyond.square() - bound.square()).clamp(min=0.0).sum(dtype=torch.float64)
-        if act:
-            torch.clamp(gradient, -bound, bound, out=gradient) if gradient.dtype == bound.dtype else gradient.copy_(
-                torch.clamp(gradient.float(), -bound, bound)
-            )
-        return removed
+        if not state:
+            return None
+        moment = state["exp_avg_sq"].float()
+        step = torch.as_tensor(state["step"], dtype=torch.float32, device=moment.device)
+        correction = 1 - torch.pow(torch.tensor(float(group["betas"][1]), device=moment.device), step)
+        root: Tensor = (moment / correction).sqrt()
+        return root
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hf_adaclip import AdaptiveClipConfig, LedgerError
 from hf_adaclip.audit.advise import advise, wilson
 from hf_adaclip.audit.diff import diff_ledgers
 from hf_adaclip.audit.ingest import load_series
-from hf_adaclip.audit.replay import find_spikes, outcome, replay
+from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, replay
 from hf_adaclip.audit.show import keep_extremes
 from hf_adaclip.cli import main
 from hf_adaclip.controllers import Reason
@@ -178,11 +178,12 @@ def test_replay_command(tmp_path, capsys):
     assert picture.stat().st_size > 5000
     assert main(["replay", str(path), "--set", "decay=0.9", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found["outcomes"]) == {"recorded (adaptive)", "adaptive", "static", "percentile", "zscore"}
+    assert set(found["outcomes"]) == {"recorded (adaptive)", *REPLAYABLE}
     for arguments, message in (
         (["--set", "decy=0.9"], "Did you mean `decay`?"),
         (["--set", "decay"], "`--set` must be FIELD=VALUE"),
         (["--controller", "magic"], "`controller` must be one of"),
+        (["--controller", "weight_ratio"], "must be a rule on norms to be replayed"),
         (["--max-grad-norm", "-1"], "must be finite and above 0"),
     ):
         assert main(["replay", str(path), *arguments]) == 2

@@ -21,7 +21,13 @@ STATIC = 0.25
 def test_what_is_applied_was_known_before_and_what_is_learned_is_the_same(case, seed):
     rng = np.random.default_rng(seed)
     config = AdaptiveClipConfig(
-        controller=case.name, static_threshold=STATIC, one_step_late=True, warmup_observations=20, **case.settings
+        controller=case.name,
+        static_threshold=STATIC,
+        one_step_late=True,
+        warmup_observations=20,
+        on_spike="clip",
+        granularity="global",
+        **case.settings,
     )
     late = build_controller(config)
     assert isinstance(late, LateController)
