@@ -45,6 +45,7 @@ class SavedState(NamedTuple):
         static_threshold: Threshold of the warm-up.
         statistics: Counts.
         ledger: Hash of the ledger's seal at that point, None without a ledger.
+        groups: Names of what has a norm of its own; empty when only the global norm counts, or in files of before they were written.
     """
 
     tensors: dict[str, Tensor]
@@ -52,6 +53,7 @@ class SavedState(NamedTuple):
     static_threshold: float
     statistics: RunStatistics
     ledger: str | None
+    groups: tuple[str, ...]
 
 
 def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
@@ -82,6 +84,7 @@ def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
             static_threshold=float(metadata["static_threshold"]),
             statistics=RunStatistics.from_dict(metadata["statistics"]),
             ledger=None if metadata["ledger"] is None else str(metadata["ledger"]),
+            groups=tuple(str(name) for name in metadata.get("groups", ())),
         )
     except StateError:
         raise

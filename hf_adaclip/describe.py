@@ -1,8 +1,19 @@
 """What a clipper does, and why it does it that way, in words: `AdaptiveClipper.explain`."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS, leaves_out
+
+_WHAT: Final = {
+    "global": "the global norm",
+    "module": "the norm of each module's own parameters",
+    "tensor": "the norm of each tensor",
+    "unit": "the units of each tensor",
+    "element": "each element",
+}
+_NO_WARMUP: Final = ("static", "weight_ratio")
 
 
 def describe(config: AdaptiveClipConfig, static_threshold: float, skipping: Sequence[str], setup: str | None) -> str:
@@ -15,10 +26,17 @@ def describe(config: AdaptiveClipConfig, static_threshold: float, skipping: Sequ
         setup: How the distributed setup is supported; None without an accelerator.
     """
     shadow = ", shadow: the static threshold is what is applied" if config.shadow else ""
+    kind = CONTROLLERS[config.controller]
+    until = f"; static threshold {static_threshold:g} until {config.warmup_observations} norms are known"
     lines = [
-        f"controller  {config.controller} on the {config.granularity} norm; static threshold {static_threshold:g} "
-        f"until {config.warmup_observations} norms are known{shadow}"
+        f"controller  {config.controller} on {_WHAT[config.works_on]}{'' if config.controller in _NO_WARMUP else until}{shadow}",
+        f"            {kind.idea} ({kind.source})",
     ]
+    if leaves_out(config):
+        lines.append("spikes      a step that the controller would cut is left out as a whole")
+    rules = config.parameter_rules if isinstance(config.parameter_rules, dict) else {}
+    for pattern, rule in rules.items():
+        lines.append(f"rule        {pattern}: {rule}")
     if setup is not None:
         lines.append(f"setup       {setup}")
     unknown = "no optimizer is known: on an accelerator one flag is read per step (pass `optimizer=`)"

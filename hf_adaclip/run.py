@@ -47,6 +47,8 @@ class Run:
         self.step = 0
         self.num_tensors = 0  # or groups of them, that have a norm of their own; 0 when only the global norm counts
         self._num_parameters = 0
+        self._groups: tuple[str, ...] = ()
+        self._loaded_groups: tuple[str, ...] = ()
         self._controller = build_controller(config)
         self._scaled = scaled
         self._writes = writes_ledger and config.ledger not in (None, "none", "auto")
@@ -95,6 +97,9 @@ class Run:
         if grouping is not None:
             self._controller = build_controller(self.config, grouping.parts)
             self._num_parameters = count
+        if self._loaded_groups and self._loaded_groups != groups:
+            raise StateError(_other_groups(self._checkpoint, self._loaded_groups, groups))
+        self._groups, self._loaded_groups = groups, ()
         shape = (len(groups),) if groups else ()
         ops = ops_for(device, shape)
         if self._loaded is None:
@@ -205,6 +210,7 @@ class Run:
             static_threshold=self.static_threshold,
             statistics=self.statistics.to_dict(),
             ledger=None if ledger is None else ledger.head,
+            groups=self._groups,
         )
 
     def load(self, path: Path) -> bool:
@@ -222,7 +228,16 @@ class Run:
             if self.recorder.ledger is not None:
                 self.recorder.ledger.close()
             self.recorder = self._ops = self._state = None
-        tensors, self.step, self.static_threshold, self.statistics, head = read
+        tensors, self.step, self.static_threshold, self.statistics, head, self._loaded_groups = read
         self._loaded, self._parent = tensors, None if head is None else {"sha256": head, "step": self.step}
         self._checkpoint = str(path.parent)
         return True
+
+
+def _other_groups(checkpoint: str | None, before: tuple[str, ...], now: tuple[str, ...]) -> str:
+    gone, new = ([n for n in a if n not in b][:3] for a, b in ((before, now), (now, before)))
+    what = f"{', '.join(gone) or 'none'} gone, {', '.join(new) or 'none'} new" if gone or new else "in another order"
+    return (
+        f"`parameters` must be those that `{checkpoint}` was written for ({len(before)} with a norm of their own), but they are "
+        f"{len(now)} now: {what}. Resume with the same model and the same frozen parameters."
+    )

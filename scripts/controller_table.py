@@ -43,7 +43,7 @@ def controller_table() -> str:
             measured = [
                 percent(found["altered_calm"]),
                 spike(found["second_spike"]),
-                "at once" if rise == 0 else steps(rise),
+                "at once" if rise < 1 else steps(rise),
                 str(found["state_numbers"]),
             ]
         cells = [f'`"{name}"`', kind.idea, kind.source, ", ".join(kind.granularities), *measured, kind.choose]

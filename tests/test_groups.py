@@ -256,3 +256,26 @@ def test_an_excluded_part_does_not_hold_back_the_pace():
     for index in range(60):
         step(model, optimizer, clipper, index)
     assert 1 < clipper.metrics()["clip/pace"] <= 4
+
+
+def test_a_checkpoint_of_other_parameters_names_them(tmp_path):
+    model, optimizer = net()
+    config = AdaptiveClipConfig(granularity="tensor", warmup_observations=5)
+    clipper = AdaptiveClipper(config, optimizer=optimizer, model=model)
+    for index in range(10):
+        step(model, optimizer, clipper, index)
+    clipper.save_state(tmp_path)
+    model.body[0].bias.requires_grad_(False)
+    other = AdaptiveClipper(config, optimizer=optimizer, model=model)
+    assert other.load_state(tmp_path)
+    model(torch.ones(2, 6)).sum().backward()
+    with pytest.raises(StateError, match=r"they are 5 now: body\.0\.bias gone, none new"):
+        other.clip_(model.parameters())
+
+
+def test_explain_says_what_is_judged():
+    config = AdaptiveClipConfig(granularity="module", parameter_rules={"*.bias": "exclude"})
+    text = AdaptiveClipper(config, model=net()[0]).explain()
+    assert "on the norm of each module's own parameters" in text
+    assert "rule        *.bias: exclude" in text
+    assert "left out as a whole" in AdaptiveClipper("log_zscore").explain()
