@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
@@ -16,8 +14,10 @@ STATE_FILE: Final = "clip_state.safetensors"
 STATE_SCHEMA: Final = 1
 # Settings that may change between a checkpoint and its resumption without changing what is decided.
 _FREE_FIELDS: Final = (
+    "fold",
     "ledger",
     "ledger_required",
+    "nan_filter_on_device",
     "ring_capacity",
     "max_consecutive_nonfinite",
     "self_test",
@@ -32,6 +32,8 @@ def state_file(number: int) -> str:
 
 def write_state(path: Path, tensors: dict[str, Tensor], config: AdaptiveClipConfig, **metadata: Any) -> None:
     """Write a state file; `metadata` must be JSON."""
+    from safetensors.torch import save_file  # here, because most starts of a run write none for a long time
+
     text = {"schema": str(STATE_SCHEMA), "config": json.dumps(config.to_dict()), "metadata": json.dumps(metadata)}
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(path), metadata=text)
 
@@ -67,6 +69,8 @@ def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
     """
     if not path.is_file():
         return None
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(path), framework="pt") as file:
             text = file.metadata() or {}

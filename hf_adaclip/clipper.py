@@ -20,6 +20,7 @@ from hf_adaclip.describe import describe
 from hf_adaclip.engine import EnginePort
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.events import ClipEvent
+from hf_adaclip.following import EngineFollower
 from hf_adaclip.gradients import (
     Guards,
     collect,
@@ -29,12 +30,14 @@ from hf_adaclip.gradients import (
     tensor_norms,
     to_value,
 )
+from hf_adaclip.gradients.fold import scale_of, why_not_folded
 from hf_adaclip.gradients.norms import Parameters
 from hf_adaclip.recorder import is_rank_zero
 from hf_adaclip.run import Run
 from hf_adaclip.scope import Scope
 from hf_adaclip.selftest import FirstStepCheck, check_on_a_copy
 from hf_adaclip.statistics import RunStatistics
+from hf_adaclip.support import check_capture
 
 logger = logging.getLogger(__name__)
 
@@ -101,20 +104,21 @@ class AdaptiveClipper:
         )
         _check_optimizer(config, optimizers, accelerator)
         self._port = None if accelerator is None else AcceleratorPort(accelerator)
-        self._in_engine = self._port is not None and self._port.steps_in_engine
-        if self._in_engine:
+        in_engine = self._port is not None and self._port.steps_in_engine
+        if in_engine:
             config = config.replace(one_step_late=True)
         self.config = config
         self._optimizers = optimizers
         scaled = self._port is not None and self._port.has_scaler
-        self._guards = Guards(() if self._in_engine else optimizers, scaler=scaled)
+        self._guards = Guards(() if in_engine else optimizers, scaler=scaled)
         writes = is_rank_zero() if is_main_process is None else is_main_process
         self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=scaled)
         self._leaves_out = leaves_out(config)
-        self._engine: EnginePort | None = None
+        self._follower = EngineFollower(self._port, self._run) if in_engine and self._port is not None else None
         self._check = FirstStepCheck(enabled=config.self_test)
         self._models = [] if model is None else [model]
         self._scope: Scope | None = None
+        self._why_not_folded: str | None = "that is decided in the first step"
         self._closed = False
         self._handles: list[Any] = []
         self._state_file = state_file(0)
@@ -172,19 +176,22 @@ class AdaptiveClipper:
             raise StateError(
                 "`clip_` must be called before `close`, but this clipper was closed. Make a new one for a new run."
             )
-        if self._in_engine:
-            return self._follow_engine(loss)
+        if self._follower is not None:
+            return self._follower.follow(lambda total: self._observe(loss, total.device))
         gradients = collect(parameters).required()
         if self._port is not None:
             if not self._port.syncs_now:
                 return global_norm(tensor_norms(gradients.tensors))
             self._guards.adopt(self._port.only_optimizer())
             self._port.unscale(self._optimizers)
+        check_capture(gradients.tensors[0].device)
         run, norms = self._run, tensor_norms(gradients.tensors)
         total = global_norm(norms)
         if self._scope is None:
             models = self._models or ([] if self._port is None else self._port.models)
             self._scope = Scope(self.config, gradients.parameters, models, self._guards.optimizers)
+            ops = run.begin(len(gradients.parameters), total.device, self._scope.grouping)
+            self._why_not_folded = why_not_folded(self.config, self._guards, gradients.parameters, ops)
         scope = self._scope
         ops = run.begin(len(gradients.parameters), total.device, scope.grouping)
         norm = to_value(total, ops)
@@ -204,8 +211,11 @@ class AdaptiveClipper:
             applied = scope.coefficients(gradients, applied, total.device, ops)
             if self._leaves_out:
                 finite = finite & (applied > ops(0.0))
-        scale_(gradients.tensors, applied)
         checks = self._check.pending and bool(self._guards)
+        # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
+        fold = scale_of(applied, ops) if self._why_not_folded is None and not checks else None
+        if fold is None:
+            scale_(gradients.tensors, applied)
         if checks and (warning := self._check.clipped(gradients.tensors)):
             self.alerts.warn_once(warning)
 
@@ -216,6 +226,7 @@ class AdaptiveClipper:
             pace=None if self.config.max_pace == 1 or self.config.shadow else pace,
             ops=ops,
             measure=self._measure if measure or checks else None,
+            fold=fold,
         )
         run.step += 1
         return total
@@ -231,39 +242,6 @@ class AdaptiveClipper:
         assert self._run.recorder is not None
         self._run.recorder.set_applied(global_norm(tensor_norms(gradients)))
         self._check.stepping(gradients)
-
-    # -- engines that step by themselves -------------------------------------------------------------------------
-
-    def _follow_engine(self, loss: Tensor | float | None) -> Tensor:
-        assert self._port is not None
-        total = self._attach_engine().norm
-        if self._port.syncs_now:
-            ops = self._run.begin(0, total.device)
-            norm = to_value(total, ops)
-            seen_loss = self._observe(loss, total.device)
-            self._run.decide(norm, norm, seen_loss, is_finite_norm(norm, ops), loss_scale=None)
-            self._run.step += 1
-        return total
-
-    def _attach_engine(self) -> EnginePort:
-        """From here on the engine is told its threshold before every step."""
-        if self._engine is None:
-            assert self._port is not None
-            self._engine = EnginePort(self._port.engine(), self._next_threshold)
-            configured = self._engine.static_threshold
-            if self.config.static_threshold not in (None, configured):
-                raise ConfigError(
-                    f"`static_threshold` must be the `gradient_clipping` of the DeepSpeed config ({configured:g}), which rules its first "
-                    f"step, but is {self.config.static_threshold} instead. Leave it unset."
-                )
-            self._run.static_threshold = configured
-        return self._engine
-
-    def _next_threshold(self) -> float | None:
-        told = self._run.state.get("late_threshold")
-        if told is None or self.config.shadow or not float(told) > 0:
-            return None
-        return float(told)
 
     # -- checking, reading, ending -------------------------------------------------------------------------------
 
@@ -284,8 +262,8 @@ class AdaptiveClipper:
             parameters = self._guards.parameters
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         check_on_a_copy(self.config, self._run.static_threshold, given)
-        if self._in_engine:
-            self._attach_engine()
+        if self._follower is not None:
+            self._follower.attach()
         elif self._port is not None:
             self._port.check_replaced()
 
@@ -321,8 +299,8 @@ class AdaptiveClipper:
             self._run.close(clean=clean)
         finally:
             self._guards.detach()
-            if self._engine is not None:
-                self._engine.detach()
+            if self._follower is not None:
+                self._follower.detach()
             for handle in self._handles:
                 handle.remove()
 
@@ -335,8 +313,9 @@ class AdaptiveClipper:
     def explain(self) -> str:
         """Which way this clipper takes, and why, in a few lines for people."""
         setup = None if self._port is None else self._port.how
-        skipping = [EnginePort.WHY] if self._in_engine else self._guards.why
-        return describe(self.config, self._run.static_threshold, skipping, setup)
+        skipping = [EnginePort.WHY] if self._follower is not None else self._guards.why
+        scaling = self._why_not_folded if self._follower is None else EnginePort.SCALING
+        return describe(self.config, self._run.static_threshold, skipping, setup, scaling)
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
 
@@ -352,7 +331,7 @@ class AdaptiveClipper:
             yield self
 
     def _take_script_threshold(self, max_norm: float) -> None:
-        if self.config.static_threshold is None and self._run.recorder is None and not self._in_engine:
+        if self.config.static_threshold is None and self._run.recorder is None and self._follower is None:
             self._run.static_threshold = max_norm
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -374,8 +353,8 @@ class AdaptiveClipper:
             StateError: The file is damaged, or belongs to another controller or config.
         """
         loaded = self._run.load(Path(folder) / self._state_file)
-        if loaded and self._in_engine:
-            self._attach_engine()  # the engine's own checkpoint brings an old threshold along
+        if loaded and self._follower is not None:
+            self._follower.attach()  # the engine's own checkpoint brings an old threshold along
         return loaded
 
     def _load_or_start_afresh(self, folder: str | Path) -> None:

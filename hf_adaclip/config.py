@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError
+from hf_adaclip.fields import HyperParameters
 from hf_adaclip.migrate import autoclip_fields, bitsandbytes_fields, zclip_fields
-from hf_adaclip.rules import GRANULARITIES, ON_SPIKE, POLICIES, parse_rules, range_problems, type_problems
+from hf_adaclip.rules import FOLDS, GRANULARITIES, ON_SPIKE, POLICIES, parse_rules, range_problems, type_problems
 
 
 @dataclass(frozen=True)
-class AdaptiveClipConfig:
+class AdaptiveClipConfig(HyperParameters):
     """What the controller does, how far it may go, and where it writes down what it did.
 
     All problems are reported at once, at construction, as one [`ConfigError`].
@@ -76,6 +77,21 @@ class AdaptiveClipConfig:
         default=True,
         metadata={"help": "Check at the start that clipping takes effect, and stop if something undoes it."},
     )
+    fold: str = field(
+        default="auto",
+        metadata={
+            "help": "On an accelerator, let the fused step scale the gradients where that is the same but for the last bit ('auto'). "
+            "Between clipping and the step `p.grad` is unclipped then; 'never' scales in a pass of its own.",
+            "choices": list(FOLDS),
+        },
+    )
+    nan_filter_on_device: bool = field(
+        default=False,
+        metadata={
+            "help": "In a Trainer, keep NaN losses out of the log on the device and switch off `logging_nan_inf_filter`, which makes the "
+            "host wait twice per micro-batch."
+        },
+    )
     one_step_late: bool = field(
         default=False,
         metadata={"help": "Apply each threshold one step later. Set by the package under DeepSpeed, not by you."},
@@ -83,71 +99,6 @@ class AdaptiveClipConfig:
     ring_capacity: int = field(
         default=256,
         metadata={"help": "Steps kept on the device between two reads by the host (1 to 65536)."},
-    )
-    warmup_observations: int = field(
-        default=50,
-        metadata={"help": "Finite norms seen before the controller decides; the static threshold rules until then."},
-    )
-    decay: float = field(
-        default=0.97,
-        metadata={"help": "Decay per step of the running level and spread, in (0, 1): memory of 1/(1-decay) steps."},
-    )
-    far_width: float = field(
-        default=5.0,
-        metadata={"help": "adaptive: first half-width of the range, in spreads. A norm beyond it is an excursion."},
-    )
-    near_width: float = field(
-        default=1.5,
-        metadata={"help": "adaptive: what an excursion is cut back to: this many spreads above the level."},
-    )
-    min_far_width: float = field(
-        default=4.5, metadata={"help": "adaptive: the range never gets narrower, in spreads."}
-    )
-    max_far_width: float = field(default=8.0, metadata={"help": "adaptive: the range never gets wider, in spreads."})
-    widen_step: float = field(
-        default=0.01, metadata={"help": "adaptive: spreads by which the range widens per step without an excursion."}
-    )
-    narrow_factor: float = field(
-        default=0.8, metadata={"help": "adaptive: factor in (0, 1] on the range's width after an upward excursion."}
-    )
-    accept_after: int = field(
-        default=6, metadata={"help": "adaptive: excursions in a row at one level that make it the new level."}
-    )
-    min_spread: float = field(
-        default=0.05,
-        metadata={"help": "adaptive: floor of the spread, so that a very calm run is not held too tight."},
-    )
-    max_edge: float = field(
-        default=0.6,
-        metadata={
-            "help": "adaptive: the edge of the range is never farther than this deviation (0.6: 1.86 x the level)."
-        },
-    )
-    max_near: float = field(
-        default=0.2,
-        metadata={
-            "help": "adaptive: an excursion is never left farther out than this deviation (0.2: 1.22 x the level)."
-        },
-    )
-    pace_growth: float = field(
-        default=1.02, metadata={"help": "Factor by which the pace grows per step that is calm and progressing."}
-    )
-    pace_backoff: float = field(
-        default=0.7,
-        metadata={"help": "Factor on the pace after an upward excursion or a skipped step; never below 1."},
-    )
-    pace_progress_fast: float = field(
-        default=0.9,
-        metadata={"help": "Decay of the fast average of the training loss; below the slow one = progress."},
-    )
-    pace_progress_slow: float = field(
-        default=0.98, metadata={"help": "Decay of the slow average of the training loss."}
-    )
-    z_threshold: float = field(
-        default=2.5, metadata={"help": "zscore: standard deviations above the mean at which clipping starts."}
-    )
-    percentile: float = field(
-        default=10.0, metadata={"help": "percentile: the percentile of past norms that becomes the threshold."}
     )
     freeze_after: int | None = field(
         default=None, metadata={"help": "Stop adapting from this step on (counted from 0) and keep range and pace."}
@@ -185,10 +136,6 @@ class AdaptiveClipConfig:
             "choices": list(POLICIES),
         },
     )
-    history: int = field(default=1000, metadata={"help": "percentile: how many past norms are kept."})
-    percentile_capped: bool = field(
-        default=False, metadata={"help": "percentile: the static threshold stays on as a cap, as in TRELLIS."}
-    )
     on_spike: str = field(
         default="auto",
         metadata={
@@ -197,39 +144,6 @@ class AdaptiveClipConfig:
             "choices": list(ON_SPIKE),
         },
     )
-    weight_ratio: float = field(
-        default=0.01, metadata={"help": "weight_ratio: largest ratio of a unit's gradient to its weights, as norms."}
-    )
-    weight_floor: float = field(
-        default=1e-3, metadata={"help": "weight_ratio: norm that smaller weights count as, so that zeros can train."}
-    )
-    moment_width: float = field(
-        default=3.0,
-        metadata={"help": "second_moment: multiples of the root of Adam's second moment; 70.7 is SPAM's theta."},
-    )
-    ema_factor: float = field(
-        default=1.05, metadata={"help": "ema_ratio: multiple of the average of what was let through."}
-    )
-    ema_decay: float = field(default=0.98, metadata={"help": "ema_ratio: decay of that average per step."})
-    median_factor: float = field(
-        default=2.0, metadata={"help": "median: multiple of the median that is the threshold."}
-    )
-    median_window: int = field(default=100, metadata={"help": "median: how many past norms it is taken over."})
-    quantile: float = field(
-        default=0.99, metadata={"help": "quantile: share of norms that stays below the threshold."}
-    )
-    quantile_rate: float = field(
-        default=0.05, metadata={"help": "quantile: relative step of the threshold when it is exceeded."}
-    )
-    log_width: float = field(
-        default=4.0, metadata={"help": "log_zscore: standard deviations of the logarithm at which a step is left out."}
-    )
-    log_decay: float = field(default=0.995, metadata={"help": "log_zscore: decay of mean and deviation per step."})
-    sd_width: float = field(
-        default=6.0, metadata={"help": "mean_sd: standard deviations above the mean at which a step is left out."}
-    )
-    sd_window: int = field(default=128, metadata={"help": "mean_sd: how many past norms these are taken over."})
-
     parameter_rules: dict[str, Any] | str | None = field(
         default=None,
         metadata={

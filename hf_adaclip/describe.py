@@ -16,13 +16,20 @@ _WHAT: Final = {
 _NO_WARMUP: Final = ("static", "weight_ratio")
 
 
-def describe(config: AdaptiveClipConfig, static_threshold: float, skipping: Sequence[str], setup: str | None) -> str:
+def describe(
+    config: AdaptiveClipConfig,
+    static_threshold: float,
+    skipping: Sequence[str],
+    setup: str | None,
+    unfolded: str | None,
+) -> str:
     """A few lines for people.
 
     Args:
         config: The settings.
         static_threshold: Threshold of the warm-up.
         skipping: Per known optimizer, how a step is left out and why so.
+        unfolded: Why gradients are scaled in a pass of their own; None when the step does it.
         setup: How the distributed setup is supported; None without an accelerator.
     """
     shadow = ", shadow: the static threshold is what is applied" if config.shadow else ""
@@ -41,6 +48,9 @@ def describe(config: AdaptiveClipConfig, static_threshold: float, skipping: Sequ
         lines.append(f"setup       {setup}")
     unknown = "no optimizer is known: on an accelerator one flag is read per step (pass `optimizer=`)"
     lines += [f"skipping    {why}" for why in skipping or [unknown]]
+    lines.append(
+        "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
+    )
     lines.append("pace        off" if config.max_pace == 1 else f"pace        up to x{config.max_pace:g}")
     lines.append(f"ledger      {'none' if config.ledger in (None, 'none', 'auto') else config.ledger}")
     return "\n".join(lines)

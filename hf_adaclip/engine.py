@@ -29,6 +29,8 @@ class EnginePort:
         "the engine leaves a step out that is not finite; in bfloat16, where it does not, a hook on its optimizer does"
     )
 
+    SCALING: Final = "the engine scales inside its own step"
+
     def __init__(self, engine: Any, threshold: Callable[[], float | None]) -> None:
         self._engine, self._threshold = engine, threshold
         self._zero = engine.optimizer

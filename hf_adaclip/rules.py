@@ -71,6 +71,7 @@ _RULE_FIELDS = {
     "max_widening_step",
     "max_widening_100",
 }
+FOLDS = ("auto", "never")
 ON_SPIKE = ("auto", "clip", "skip")
 POLICIES = ("continue", "fallback", "stop")
 
@@ -80,7 +81,7 @@ def type_problems(config: Any) -> list[str]:
     problems = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.name in ("controller", "granularity", "on_trouble", "on_spike"):
+        if f.name in ("controller", "granularity", "on_trouble", "on_spike", "fold"):
             ok, rule = isinstance(value, str), "a string"
         elif f.name == "parameter_rules":
             ok, rule = value is None or _is_rules(value), "a mapping of patterns to 'exclude', a controller, or fields"
@@ -121,6 +122,8 @@ def range_problems(config: Any) -> list[str]:
         problems += _kind_problems(config, CONTROLLERS[config.controller])
     if config.on_trouble not in POLICIES:
         problems.append(f"`on_trouble` must be one of {', '.join(POLICIES)}, but is {config.on_trouble!r} instead.")
+    if config.fold not in FOLDS:
+        problems.append(f"`fold` must be one of {', '.join(FOLDS)}, but is {config.fold!r} instead.")
     if config.on_spike not in ON_SPIKE:
         problems.append(f"`on_spike` must be one of {', '.join(ON_SPIKE)}, but is {config.on_spike!r} instead.")
     for name, low, high, low_in, high_in in (*_RANGES, *_OPTIONAL_RANGES):

@@ -112,3 +112,18 @@ def check_setup(name: str) -> str:
             "Keep the stock clipping (`max_grad_norm`) there."
         )
     return entry.how
+
+
+def check_capture(device: torch.device) -> None:
+    """Refuse to be recorded into a CUDA graph: a replay would repeat one step's row of the record, and nothing would be judged.
+
+    Graphs inside the model (`torch.compile(mode="reduce-overhead")`) are no matter: clipping stands outside of them.
+
+    Raises:
+        UnsupportedSetupError: The current stream is being captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedSetupError(
+            "`clip_` must not be captured into a CUDA graph, but the current stream is being captured instead. Capture forward and "
+            "backward pass, and clip and step outside of the graph."
+        )

@@ -17,10 +17,11 @@ PACKAGE = ROOT / "hf_adaclip"
 LAYERS = [
     ("errors", "versions", "support"),
     ("controllers",),
-    ("config", "rules", "migrate", "gradients", "accelerator", "engine"),
+    ("config", "fields", "rules", "migrate", "gradients", "accelerator", "engine"),
     ("checkpoint", "statistics", "events", "audit"),
     ("alerts", "recorder", "describe", "selftest"),
     ("run", "scope"),
+    ("following",),
     ("clipper",),
     ("convergence", "integrations", "metrics"),
     ("cli",),

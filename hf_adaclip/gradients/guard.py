@@ -57,6 +57,7 @@ class StepGuard:
         self._base_rates: list[Any] | None = None
         self._measure: Callable[[], None] | None = None
         self._left_out = False
+        self._folded = False
         self._kept: list[dict[str, Any]] = []
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
@@ -64,7 +65,12 @@ class StepGuard:
         ]
 
     def arm(
-        self, *, skip: Tensor | None, pace: Value | None = None, measure: Callable[[], None] | None = None
+        self,
+        *,
+        skip: Tensor | None,
+        pace: Value | None = None,
+        measure: Callable[[], None] | None = None,
+        fold: Tensor | None = None,
     ) -> None:
         """Prepare the next `optimizer.step()`.
 
@@ -72,11 +78,15 @@ class StepGuard:
             skip: Bool tensor, shape `[]`: leave the step out. Acted on here only on the `device` path; None when the step has been
                 dealt with otherwise.
             pace: Multiplier on the learning rate of this step, shape `[]`; None leaves the rate alone.
-            measure: Called just before the optimizer reads the gradients.
+            measure: Called just before the optimizer reads the gradients; after it has, when it scales them.
+            fold: What the step divides the gradients by, float32, shape `[]`; only on the `device` path.
         """
         if self.path == "device" and skip is not None:
             # Exactly 1.0 or 0.0: any other value neither skips nor steps right (it drives the step counter negative).
             self.optimizer.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
+        self._folded = fold is not None
+        if fold is not None:
+            self.optimizer.grad_scale = fold  # type: ignore[attr-defined]
         self._pace = pace
         self._measure = measure
 
@@ -93,7 +103,7 @@ class StepGuard:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._left_out:
             self._kept = [{k: _copy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        if self._measure is not None:
+        if self._measure is not None and not self._folded:
             self._measure()
         if self._pace is not None:
             self._base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -103,7 +113,10 @@ class StepGuard:
                 group["lr"] = group["lr"] * pace
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        measure = self._measure if self._folded else None
         self._clear()
+        if measure is not None:  # the fused step has written the scaled gradients back
+            measure()
 
     def _clear(self) -> None:
         # What is armed is armed for one step: a stale flag would skip, and a stale rate would compound.
@@ -116,6 +129,9 @@ class StepGuard:
         self._kept, self._left_out = [], False
         if self.path == "device":
             self.optimizer.found_inf = None  # type: ignore[attr-defined]
+        if self._folded:
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self._folded = False
         self._pace = self._measure = None
 
 
@@ -160,6 +176,16 @@ class Guards:
         return [guard.optimizer for guard in self._guards]
 
     @property
+    def others_look(self) -> bool:
+        """Whether hooks of others run before a step: they are to see gradients as clipping leaves them."""
+        return any(len(guard.optimizer._optimizer_step_pre_hooks) > 1 for guard in self._guards)
+
+    @property
+    def paths(self) -> list[Path]:
+        """How each leaves a step out."""
+        return [guard.path for guard in self._guards]
+
+    @property
     def parameters(self) -> list[Tensor]:
         """All parameters of all optimizers."""
         return [p for guard in self._guards for group in guard.optimizer.param_groups for p in group["params"]]
@@ -177,6 +203,7 @@ class Guards:
         pace: Value | None,
         ops: Ops,
         measure: Callable[[list[Tensor]], None] | None,
+        fold: Tensor | None = None,
     ) -> None:
         """Prepare the coming step.
 
@@ -185,7 +212,8 @@ class Guards:
             finite: Bool, shape `[]`; False leaves the step out, be it that it is not finite or that the controller wants it so.
             pace: Multiplier on the learning rate, None to leave it alone.
             ops: The kind of numbers that `finite` and `pace` are.
-            measure: Called with the gradients as the first optimizer is about to read them.
+            measure: Called with the gradients as the first optimizer is about to read them, or has scaled them.
+            fold: What the one optimizer is to divide the gradients by; None where they are scaled already.
         """
         skip = ~finite
         on_device = bool(self._guards) and all(guard.path == "device" for guard in self._guards)
@@ -208,6 +236,7 @@ class Guards:
                 skip=None if ops.on_host else skip,
                 pace=pace,
                 measure=None if measure is None or position else take_measure,
+                fold=fold,
             )
 
     def detach(self) -> None:

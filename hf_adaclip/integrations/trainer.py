@@ -78,6 +78,9 @@ class AdaptiveClipMixin(_Base):
         self.clip_config = self._complete_config(trial=None)
         self.clipper = None
         self._step_loss: Tensor | None = None
+        self._last_loss: Tensor | None = None
+        if config.nan_filter_on_device:
+            self.args.logging_nan_inf_filter = False
         self.add_callback(ConvergenceCallback(self.args.output_dir))
         self.add_callback(_StartCallback(self))
 
@@ -100,7 +103,7 @@ class AdaptiveClipMixin(_Base):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
-        self.clipper, self._step_loss = None, None
+        self.clipper = self._step_loss = self._last_loss = None
         self.clip_config = self._complete_config(kwargs.get("trial"))
         try:
             output = super()._inner_training_loop(*args, **kwargs)
@@ -115,11 +118,21 @@ class AdaptiveClipMixin(_Base):
         if self.clipper is not None:
             self.clipper.close(clean=clean)
 
+    def _config_of_run(self) -> AdaptiveClipConfig:
+        hook = "on_pre_optimizer_step"
+        lookers = [
+            c
+            for c in self.callback_handler.callbacks
+            if getattr(type(c), hook, None) is not getattr(TrainerCallback, hook)
+        ]
+        # Such a callback may look at the gradients, and is to see them clipped.
+        return self.clip_config.replace(fold="never") if lookers else self.clip_config
+
     def _ready_clipper(self) -> AdaptiveClipper:
         # The optimizer exists, and is prepared by Accelerate, only once training has begun.
         if self.clipper is None:
             self.clipper = AdaptiveClipper(
-                self.clip_config, accelerator=self.accelerator, optimizer=self.optimizer, model=self.model
+                self._config_of_run(), accelerator=self.accelerator, optimizer=self.optimizer, model=self.model
             )
             self.clipper.on_event(self._tell_callbacks)
             self.clipper.alerts.stop = self._end_on_trouble
@@ -132,6 +145,9 @@ class AdaptiveClipMixin(_Base):
         loss = super().training_step(*args, **kwargs)
         # The losses of the micro-batches of one step add up to the step's loss, as in the Trainer's own running sum.
         self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
+        if self.clip_config.nan_filter_on_device:
+            last = torch.zeros_like(loss) if self._last_loss is None else self._last_loss
+            self._last_loss = loss = torch.where(torch.isfinite(loss), loss, last)
         return loss
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:

@@ -64,7 +64,7 @@ def test_lines_are_strict_json_with_all_fields(ledger_bytes):
     assert header["kind"] == "header"
     assert header["schema"] == 1
     assert {"torch", "hf_adaclip", "python"} <= set(header["versions"])
-    assert header["config"] == {**CONFIG.to_dict(), "ledger": header["config"]["ledger"]}
+    assert header["config"] == {**CONFIG.resolved().to_dict(), "ledger": header["config"]["ledger"]}
     assert header["parent"] is None
     assert [s["step"] for s in steps] == list(range(45))
     assert steps[30]["norm"] == "nan"
