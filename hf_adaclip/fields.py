@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True, kw_only=True)
+# Methods are made for the config that inherits these fields; made here too, they would only cost time at import.
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class HyperParameters:
     """One field per hyperparameter; the help begins with the controllers that use it, all of them where it names none."""
 

@@ -4,24 +4,23 @@ A new controller is one file here, one line below, a slow reference in tests/ref
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason
 from hf_adaclip.controllers.ema_ratio import EmaRatioController
-from hf_adaclip.controllers.late import LateController
 from hf_adaclip.controllers.log_zscore import LogZScoreController
 from hf_adaclip.controllers.mean_sd import MeanSdController
 from hf_adaclip.controllers.median import MedianController
-from hf_adaclip.controllers.mixed import MixedController, Part
-from hf_adaclip.controllers.oversight import GovernedController
 from hf_adaclip.controllers.percentile import PercentileController
 from hf_adaclip.controllers.quantile import QuantileController
 from hf_adaclip.controllers.second_moment import SecondMomentController
-from hf_adaclip.controllers.skipping import SkippingController
 from hf_adaclip.controllers.static import StaticController
 from hf_adaclip.controllers.weight_ratio import WeightRatioController
 from hf_adaclip.controllers.zscore import ZScoreController
+
+if TYPE_CHECKING:
+    from hf_adaclip.controllers.mixed import Part
 
 Parts: TypeAlias = Sequence[tuple[str | None, int]]
 
@@ -57,16 +56,27 @@ def build_controller(config: Any, parts: Parts = ()) -> Controller[Any]:
         parts: Where `parameter_rules` hold, how many norms come from which pattern (None: from none), in their order. Without it the
             rules are left aside: one norm has no name.
     """
+    # What stands around a controller is imported where it is asked for: most runs need none of it, and all pay for their imports.
     if config.parameter_rules and parts:
+        from hf_adaclip.controllers.mixed import MixedController
+
         return MixedController(tuple(_part(config, *part) for part in parts), max_pace=config.max_pace)
     governed = _governed(config)
     if leaves_out(config):
+        from hf_adaclip.controllers.skipping import SkippingController
+
         return SkippingController(governed)
-    return LateController(governed) if config.one_step_late else governed
+    if config.one_step_late:
+        from hf_adaclip.controllers.late import LateController
+
+        return LateController(governed)
+    return governed
 
 
-def _part(config: Any, pattern: str | None, size: int) -> Part:
+def _part(config: Any, pattern: str | None, size: int) -> "Part":
     own = config if pattern is None else config.for_pattern(pattern)
+    from hf_adaclip.controllers.mixed import Part
+
     if own is None:
         return Part(size, None)
     return Part(size, _governed(own), None if pattern is None else own.static_threshold)
@@ -84,6 +94,8 @@ def _governed(config: Any) -> Controller[Any]:
     free = all(v is None for v in limits.values())
     if free and config.divergence_spreads == 0:
         return inner
+    from hf_adaclip.controllers.oversight import GovernedController
+
     return GovernedController(
         inner=inner,
         divergence_spreads=config.divergence_spreads,

@@ -61,8 +61,8 @@ def collect(parameters: Parameters) -> Gradients:
             "`model.parameters()` can be used only once: call it anew in every step."
         )
     unique = [p for p in dict.fromkeys(given) if p.requires_grad]
-    present = [i for i, p in enumerate(unique) if p.grad is not None]
-    tensors = [g for i in present if (g := unique[i].grad) is not None]
+    found = [(i, g) for i, p in enumerate(unique) if (g := p.grad) is not None]
+    present, tensors = [i for i, _ in found], [g for _, g in found]
     if any(g.is_sparse for g in tensors):
         raise UnsupportedSetupError(
             "`parameters` must have dense gradients, but one of them is sparse instead. "
@@ -81,7 +81,8 @@ def tensor_norms(gradients: list[Tensor]) -> Tensor:
     Returns:
         float32, shape `[len(gradients)]`, on the device of the first gradient.
     """
-    if not any(is_sharded(g) for g in gradients):
+    # By the set of types, because with thousands of tensors a call for each is felt.
+    if set(map(type, gradients)) == {Tensor} or not any(is_sharded(g) for g in gradients):
         return _norms_of(gradients)
     return norms_over_ranks(gradients, _norms_of([summed_part(g) for g in gradients]))
 
@@ -95,7 +96,7 @@ def global_norm(norms: Tensor) -> Tensor:
 def _norms_of(gradients: list[Tensor]) -> Tensor:
     groups = _group_tensors_by_device_and_dtype([gradients], with_indices=True)  # type: ignore[list-item]
     if len(groups) == 1:
-        return torch.stack([n.float() for n in _norms_alike(gradients)])
+        return torch.stack(_norms_alike(gradients)).float()
     first = gradients[0].device
     norms: list[Tensor | None] = [None] * len(gradients)
     for (_, _), ([members], positions) in groups.items():

@@ -19,6 +19,8 @@ def scale_(gradients: list[Tensor], coefficient: Value) -> None:
         coefficient: float32; shape `[]` for one factor on all, `[len(gradients)]` for one each. A tensor is never read by the host;
             a number in host memory that is exactly 1 saves the whole pass.
     """
+    if not isinstance(coefficient, Tensor | np.ndarray) and coefficient == 1:
+        return
     gradients = [local_part(g) for g in gradients]  # of a DTensor this rank scales what it holds
     if isinstance(coefficient, Tensor):
         _scale_on_device(gradients, coefficient)
@@ -26,7 +28,7 @@ def scale_(gradients: list[Tensor], coefficient: Value) -> None:
         for gradient, factor in zip(gradients, coefficient.tolist(), strict=True):
             if factor != 1.0:
                 gradient.mul_(factor)
-    elif coefficient != 1:
+    else:
         for members in _by_device_and_dtype(gradients):
             torch._foreach_mul_(members, float(coefficient))
 
