@@ -76,9 +76,9 @@ def test_controllers_do_no_io_and_know_no_clock():
 
 
 def test_import_is_light():
-    heavy = ("transformers", "accelerate", "datasets", "matplotlib", "pandas", "safetensors")
+    heavy: tuple[str, ...] = ("transformers", "accelerate", "datasets", "matplotlib", "pandas", "safetensors")
     seldom = ("audit.verify", "audit.replay", "controllers.mixed", "controllers.late", "controllers.oversight")
-    heavy += tuple(f"hf_adaclip.{name}" for name in seldom)
+    heavy = (*heavy, *(f"hf_adaclip.{name}" for name in seldom))
     code = f"import sys, hf_adaclip; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -185,6 +185,12 @@ def test_the_table_holds_what_the_gauntlet_measures(rule):
             assert found[key] == pytest.approx(float(value), rel=0.02, abs=0.01), key
 
 
+def test_the_table_of_costs_is_that_of_the_benchmark():
+    from scripts.speed_table import BEGIN, END, speed_table
+
+    assert README.split(BEGIN)[1].split(END)[0].strip() == speed_table()
+
+
 def test_rules_for_some_parameters(tmp_path):
     run(block_with("python", "parameter_rules"), tmp_path, "assert config.for_pattern('*.bias') is None")
 

@@ -17,6 +17,8 @@ from hf_adaclip.gradients.sharding import is_sharded, norms_over_ranks, summed_p
 
 Parameters = Iterable[Tensor] | Tensor
 
+_ROW = 1024
+
 
 class Gradients(NamedTuple):
     """The gradients of one step.
@@ -106,6 +108,26 @@ def _norms_of(gradients: list[Tensor]) -> Tensor:
 
 
 def _norms_alike(gradients: list[Tensor]) -> list[Tensor]:
+    if gradients[0].dtype in (torch.bfloat16, torch.float16) and gradients[0].device.type == "cpu":
+        return [_norm_of_halves(g) for g in gradients]
     # float64 gradients keep their precision until the end; asking for float32 would be an error.
     dtype = None if gradients[0].dtype == torch.float64 else torch.float32
     return list(torch._foreach_norm(gradients, 2, dtype))
+
+
+def _norm_of_halves(gradient: Tensor) -> Tensor:
+    """Norm of a half-precision tensor in host memory, in float32.
+
+    Row by row: reduced over everything at once, torch's CPU kernel takes 2.4 times as long and adds up in one long chain, whose rounding
+    shows in the fifth digit.
+    """
+    if gradient.numel() < 2 * _ROW or not gradient.is_contiguous():
+        small: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        return small
+    flat = gradient.view(-1)
+    whole = flat.numel() // _ROW * _ROW
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
+    if whole < flat.numel():
+        norms = torch.cat([norms, torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).reshape(1)])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total

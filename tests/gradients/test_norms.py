@@ -86,3 +86,22 @@ def test_a_sparse_gradient_is_refused():
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(UnsupportedSetupError, match="sparse"):
         collect(embedding.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(), (7,), (3, 5), (1024,), (2048,), (5000,), (33, 129), (64, 3, 16, 16), (1, 100_003)], ids=str
+)
+def test_half_precision_norms_are_right_to_float32(dtype, shape):
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    want = float(gradient.double().norm())
+    assert float(tensor_norms([gradient])[0]) == pytest.approx(want, rel=3e-6)
+    turned = gradient.T if gradient.dim() == 2 else gradient
+    assert float(tensor_norms([turned])[0]) == pytest.approx(want, rel=3e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_half_precision_norm_shows_what_is_not_finite(bad):
+    gradient = torch.ones(5000, dtype=torch.bfloat16)
+    gradient[4999] = bad
+    assert not tensor_norms([gradient]).isfinite()

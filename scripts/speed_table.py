@@ -1,0 +1,42 @@
+"""Put the marginal costs that `bench_step` measured into the README.
+
+    python -m scripts.bench_step --json model_cards/speed/cpu.json --plot model_cards/speed/cpu.png
+    python -m scripts.speed_table
+
+A test holds the README equal to the file.
+"""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "model_cards" / "speed" / "cpu.json"
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+KIND = "fused AdamW"
+
+
+def speed_table() -> str:
+    """Marginal costs of every way, a column for each list of shapes."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
+    chosen = [r for r in results if r["optimizer"] == KIND and r["dtype"] == "float32"]
+    head = [f"{r['shape']} ({r['parameters'] / 1e6:.0f} M, {r['tensors']} tensors)" for r in chosen]
+    lines = ["| marginal cost | " + " | ".join(head) + " |", "| --- |" + " --- |" * len(head)]
+    for name in chosen[0]["rows"]:
+        if name == "step alone":
+            continue
+        cells = [r["rows"][name] for r in chosen]
+        lines.append(
+            f"| {name} | " + " | ".join(f"{c['marginal']:.2f} ± {c['marginal_spread']:.2f}" for c in cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{speed_table()}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
