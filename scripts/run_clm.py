@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_adaclip.integrations.script import make_trainer, parse_arguments, train_and_evaluate
+from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, train_and_evaluate
 
 
 @dataclass
@@ -173,11 +173,8 @@ def into_blocks(rows: Any, tokenizer: Any, columns: list[str], size: int) -> Any
     return blocks
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train and evaluate as the arguments say; returns all results."""
-    argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
-
+def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any, seed: int) -> Ingredients:
+    """What is trained: blocks of tokens and a model. `first` is a context in which the main process goes ahead of the others."""
     train_rows, eval_rows = load_splits(data_args)
     columns = data_args.text_columns.split(",")
     missing = [c for c in columns if c not in train_rows.column_names]
@@ -185,7 +182,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise ValueError(
             f"`--text_columns` must be among {', '.join(train_rows.column_names)}, but {', '.join(missing)} is not."
         )
-    with training_args.main_process_first(desc="tokenizing"):
+    with first:
         tokenizer = make_tokenizer(model_args, train_rows, columns)
         train_blocks = into_blocks(train_rows, tokenizer, columns, data_args.block_size)
         eval_blocks = into_blocks(eval_rows, tokenizer, columns, data_args.block_size)
@@ -193,28 +190,37 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_blocks = train_blocks.select(range(min(data_args.max_train_samples, len(train_blocks))))
     if data_args.max_eval_samples is not None:
         eval_blocks = eval_blocks.select(range(min(data_args.max_eval_samples, len(eval_blocks))))
-    set_seed(training_args.seed)  # the initial weights do not depend on how the text was prepared
-    model = make_model(model_args, tokenizer)
+    set_seed(seed)  # the initial weights do not depend on how the text was prepared
+    return Ingredients(
+        make_model(model_args, tokenizer),
+        train_blocks,
+        eval_blocks,
+        default_data_collator,
+        add=lambda metrics: {"eval_perplexity": math.exp(min(metrics["eval_loss"], 700.0))},
+        processor=tokenizer,
+    )
 
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train and evaluate as the arguments say; returns all results."""
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
+    parts = prepare(model_args, data_args, training_args.main_process_first(desc="tokenizing"), training_args.seed)
     trainer = make_trainer(
         clip_args,
         clip_config,
         training_args,
-        model=model,
-        train_dataset=train_blocks if training_args.do_train else None,
-        eval_dataset=eval_blocks,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
+        model=parts.model,
+        train_dataset=parts.train_rows if training_args.do_train else None,
+        eval_dataset=parts.eval_rows,
+        processing_class=parts.processor,
+        data_collator=parts.collate,
     )
     card: dict[str, Any] = {"tasks": "text-generation"}
     if model_args.model_name_or_path:
         card["finetuned_from"] = model_args.model_name_or_path
     return train_and_evaluate(
-        trainer,
-        train_samples=len(train_blocks),
-        eval_samples=len(eval_blocks),
-        card=card,
-        add=lambda metrics: {"eval_perplexity": math.exp(min(metrics["eval_loss"], 700.0))},
+        trainer, train_samples=len(parts.train_rows), eval_samples=len(parts.eval_rows), card=card, add=parts.add
     )
 
 

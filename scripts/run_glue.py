@@ -24,7 +24,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_adaclip.integrations.script import make_trainer, parse_arguments, train_and_evaluate
+from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, train_and_evaluate
 from hf_adaclip.metrics import GLUE_METRICS, metric_path
 
 logger = logging.getLogger(__name__)
@@ -137,25 +137,22 @@ def make_model(arguments: ModelArguments, num_labels: int, regression: bool) -> 
     return AutoModelForSequenceClassification.from_config(config), tokenizer
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train and evaluate as the arguments say; returns all results."""
-    argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
-
+def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any) -> Ingredients:
+    """What is trained: rows, model, metrics. `first` is a context in which the main process goes ahead of the others."""
     train_rows, eval_rows = load_splits(data_args)
     train_rows = limit(train_rows, data_args.max_train_samples)
     eval_rows = limit(eval_rows, data_args.max_eval_samples)
     regression = str(train_rows.features["label"].dtype).startswith("float")
     num_labels = 1 if regression else len(set(train_rows["label"]))
     model, tokenizer = make_model(model_args, num_labels, regression)
-    first, second = columns_of(data_args, train_rows)
+    one, two = columns_of(data_args, train_rows)
 
     def encode(batch: dict[str, Any]) -> Any:
-        texts = (batch[first],) if second is None else (batch[first], batch[second])
+        texts = (batch[one],) if two is None else (batch[one], batch[two])
         padding = "max_length" if data_args.pad_to_max_length else False
         return tokenizer(*texts, padding=padding, max_length=data_args.max_seq_length, truncation=True)
 
-    with training_args.main_process_first(desc="tokenizing"):
+    with first:
         train_rows = train_rows.map(encode, batched=True, desc="tokenizing")
         eval_rows = eval_rows.map(encode, batched=True, desc="tokenizing")
 
@@ -171,25 +168,31 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             result.update(metric.compute(predictions=guesses, references=prediction.label_ids))
         return result
 
+    collate = default_data_collator if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer)
+    return Ingredients(model, train_rows, eval_rows, collate, compute_metrics, processor=tokenizer)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train and evaluate as the arguments say; returns all results."""
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
+    parts = prepare(model_args, data_args, training_args.main_process_first(desc="tokenizing"))
     trainer = make_trainer(
         clip_args,
         clip_config,
         training_args,
-        model=model,
-        train_dataset=train_rows if training_args.do_train else None,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        data_collator=default_data_collator if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics,
+        model=parts.model,
+        train_dataset=parts.train_rows if training_args.do_train else None,
+        eval_dataset=parts.eval_rows,
+        processing_class=parts.processor,
+        data_collator=parts.collate,
+        compute_metrics=parts.compute_metrics,
     )
     card: dict[str, Any] = {"tasks": "text-classification", "language": "en"}
     if model_args.model_name_or_path:
         card["finetuned_from"] = model_args.model_name_or_path
     return train_and_evaluate(
-        trainer,
-        train_samples=len(train_rows),
-        eval_samples=len(eval_rows),
-        card=card,
+        trainer, train_samples=len(parts.train_rows), eval_samples=len(parts.eval_rows), card=card
     )
 
 

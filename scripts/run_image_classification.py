@@ -23,7 +23,7 @@ from transformers import (
     AutoModelForImageClassification,
 )
 
-from hf_adaclip.integrations.script import make_trainer, parse_arguments, train_and_evaluate
+from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, train_and_evaluate
 from hf_adaclip.metrics import metric_path
 
 
@@ -154,12 +154,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train and evaluate as the arguments say; returns all results."""
-    argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
-    training_args.remove_unused_columns = False  # the image column is needed to make pixels from
-
+def prepare(model_args: ModelArguments, data_args: DataArguments) -> Ingredients:
+    """What is trained: images, model, accuracy."""
     train_rows, eval_rows = load_splits(data_args)
     if data_args.max_train_samples is not None:
         train_rows = train_rows.select(range(min(data_args.max_train_samples, len(train_rows))))
@@ -180,24 +176,36 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         result: dict[str, float] = accuracy.compute(predictions=guesses, references=prediction.label_ids)
         return result
 
+    return Ingredients(
+        model,
+        with_pixels(train_rows, column, label, making, data_args.random_flip),
+        with_pixels(eval_rows, column, label, making, flip=False),
+        collate,
+        compute_metrics,
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train and evaluate as the arguments say; returns all results."""
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
+    training_args.remove_unused_columns = False  # the image column is needed to make pixels from
+    parts = prepare(model_args, data_args)
     trainer = make_trainer(
         clip_args,
         clip_config,
         training_args,
-        model=model,
-        train_dataset=with_pixels(train_rows, column, label, making, data_args.random_flip),
-        eval_dataset=with_pixels(eval_rows, column, label, making, flip=False),
-        data_collator=collate,
-        compute_metrics=compute_metrics,
+        model=parts.model,
+        train_dataset=parts.train_rows,
+        eval_dataset=parts.eval_rows,
+        data_collator=parts.collate,
+        compute_metrics=parts.compute_metrics,
     )
     card: dict[str, Any] = {"tasks": "image-classification"}
     if model_args.model_name_or_path:
         card["finetuned_from"] = model_args.model_name_or_path
     return train_and_evaluate(
-        trainer,
-        train_samples=len(train_rows),
-        eval_samples=len(eval_rows),
-        card=card,
+        trainer, train_samples=len(parts.train_rows), eval_samples=len(parts.eval_rows), card=card
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ ARMS: Final[dict[str, Arm]] = {
         Arm("stock-default", "stock Trainer exactly as it comes (learning rate 5e-5)", None, "default"),
     )
 }
+
+ARMS.update(
+    (name, Arm(name, f"{kind.idea} ({kind.source}), the stock arm's learning rate", {"controller": name}))
+    for name, kind in CONTROLLERS.items()
+    if name not in ARMS
+)
 
 DEMO_ARMS: Final = (STOCK, "adaptive", "adaptive-pace")
 

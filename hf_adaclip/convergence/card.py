@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hf_adaclip.audit.tail import find_tail
-from hf_adaclip.convergence.present import heading, markdown_table, notes
+from hf_adaclip.convergence.present import baseline, heading, markdown_table, notes
 from hf_adaclip.convergence.tuning import Tuned
 from hf_adaclip.errors import LedgerError
 
@@ -41,7 +41,7 @@ def card_metadata(comparison: dict[str, Any]) -> Any:
                     continue  # a median over seeds of which some never got there must not stand alone; the table says so
                 results.append(
                     EvalResult(
-                        task_type=_TASK_TYPES[task["quality"]],
+                        task_type=_TASK_TYPES.get(task["quality"], "other"),
                         dataset_type=task["task"],
                         dataset_name=task["title"],
                         metric_type=metric,
@@ -80,11 +80,9 @@ def _body(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned]) -> 
         "![curves](curves.png)",
     ]
     for task in comparison["tasks"]:
-        settings = tuned[task["task"]]
-        rates = ", ".join(f"{rate:g}" for rate in sorted({g["learning_rate"] for g in settings.grid}))
         parts += [
             f"## {heading(task)}",
-            f"Learning rate {settings.learning_rate:g}: the stock arm's best of {rates} on other seeds. Arms:",
+            f"{baseline(task, tuned)} Arms:",
             "\n".join(f"- `{entry['arm']}`: {entry['title']}" for entry in task["arms"]),
             markdown_table(task),
             _every_seed(task),

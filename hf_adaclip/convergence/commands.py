@@ -44,7 +44,7 @@ def _add_compare(commands: Commands) -> None:
     parser.add_argument(
         "--arms",
         default="stock,adaptive,adaptive-pace",
-        help="comma-separated arms out of stock, adaptive, adaptive-pace, zscore, percentile, stock-default (default: %(default)s)",
+        help="comma-separated arms: stock, any controller, adaptive-pace, stock-default (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds", type=_positive, default=3, help="seeds per arm; a claim needs at least 5 (default: %(default)s)"
@@ -64,6 +64,45 @@ def _add_compare(commands: Commands) -> None:
         "--tune", action="store_true", help="only tune the stock arm, set the target, and write tuned.json"
     )
     parser.add_argument("--json", action="store_true", help="print comparison.json instead of tables")
+    script = parser.add_argument_group(
+        "any training script", "hf-adaclip compare --arms stock,tuned,adaptive --seeds 5 -- train.py FLAGS"
+    )
+    script.add_argument(
+        "script",
+        nargs="*",
+        metavar="-- SCRIPT FLAGS",
+        help="a script with the flags of the Transformers examples and --clip (scripts/run_glue.py, or yours with ClipArguments) in place "
+        "of the two tasks. Arms: stock, none, any controller, adaptive-pace, stable_adamw; tuned (the stock arm at its best learning rate, "
+        "max_grad_norm and warm-up) and NAME-tuned",
+    )
+    script.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=FLAGS",
+        help="an arm of your own, such as 'wide=--clip adaptive --max_near 0.5'",
+    )
+    script.add_argument(
+        "--launcher", default=None, help="what runs the script, such as 'accelerate launch' (default: this Python)"
+    )
+    script.add_argument(
+        "--target",
+        type=float,
+        default=None,
+        help="value to reach (default: what the stock arm reaches in 80 %% of its steps, other seeds)",
+    )
+    script.add_argument("--target-metric", default="eval_loss", help="metric of the target (default: %(default)s)")
+    script.add_argument("--greater-is-better", action="store_true", help="more of that metric is better")
+    script.add_argument(
+        "--quality", default=None, metavar="METRIC", help="metric shown as final quality, such as eval_accuracy"
+    )
+    script.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=(),
+        help="learning rates of the tuning (default: the script's times 0.5, 1, 2, 4, 8)",
+    )
     parser.set_defaults(run=_compare)
 
 
@@ -82,10 +121,6 @@ def _add_card(commands: Commands) -> None:
 def _compare(arguments: argparse.Namespace) -> int:
     _require_extra()
     from hf_adaclip.convergence import compare as comparing
-    from hf_adaclip.convergence.card import write_card
-    from hf_adaclip.convergence.plots import draw_png
-    from hf_adaclip.convergence.present import print_tables
-    from hf_adaclip.convergence.report import write_report
     from hf_adaclip.convergence.tuning import load_tuned
 
     output: Path = arguments.output
@@ -94,6 +129,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     jobs = arguments.jobs or _default_jobs()
     command = shlex.join(["hf-adaclip", *sys.argv[1:]])
     output.mkdir(parents=True, exist_ok=True)
+    if arguments.script:
+        from hf_adaclip.convergence.script_compare import compare_script
+
+        comparison = compare_script(_study(arguments, arms, jobs, command))
+        return _present(comparison, arguments, {})
     if arguments.tune:
         comparing.check_names(tasks, arms)
         comparing.tune_tasks(output, tasks, jobs=jobs, command=command, quiet=arguments.json)
@@ -116,7 +156,46 @@ def _compare(arguments: argparse.Namespace) -> int:
         quiet=arguments.json,
         steps=arguments.steps,
     )
-    tuned = load_tuned(output / "tuned.json") if arguments.full else load_tuned()
+    return _present(comparison, arguments, load_tuned(output / "tuned.json") if arguments.full else load_tuned())
+
+
+def _study(arguments: argparse.Namespace, arms: list[str], jobs: int, command: str) -> Any:
+    from hf_adaclip.convergence.script_compare import ScriptStudy
+    from hf_adaclip.convergence.script_runs import python_launcher
+
+    extra = {}
+    for text in arguments.arm:
+        name, equals, flags = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"`--arm` must be NAME=FLAGS, but is {text!r} instead.")
+        extra[name] = tuple(shlex.split(flags))
+    return ScriptStudy(
+        output=arguments.output,
+        script=tuple(arguments.script),
+        arms=tuple(dict.fromkeys([*arms, *extra])),
+        extra=extra,
+        seeds=arguments.seeds,
+        jobs=jobs,
+        launcher=tuple(shlex.split(arguments.launcher)) if arguments.launcher else python_launcher(),
+        metric=arguments.target_metric,
+        greater=arguments.greater_is_better,
+        target=arguments.target,
+        quality=arguments.quality,
+        rates=tuple(arguments.rates),
+        command=command,
+        quiet=arguments.json,
+    )
+
+
+def _present(comparison: dict[str, Any], arguments: argparse.Namespace, tuned: dict[str, Any]) -> int:
+    """Pictures, report, card and table of a comparison; the exit code says whether a run failed."""
+    from hf_adaclip.convergence import compare as comparing
+    from hf_adaclip.convergence.card import write_card
+    from hf_adaclip.convergence.plots import draw_png
+    from hf_adaclip.convergence.present import print_tables
+    from hf_adaclip.convergence.report import write_report
+
+    output: Path = arguments.output
     draw_png(comparison, output)
     write_report(comparison, output, tuned)
     write_card(comparison, output, tuned)

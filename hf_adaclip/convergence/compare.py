@@ -1,7 +1,6 @@
 """`hf-adaclip compare`: arms x seeds on tasks, to a table, `comparison.json`, pictures, a report and a model card."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -11,15 +10,13 @@ from typing import Any, Final
 from hf_adaclip.audit.schema import plain
 from hf_adaclip.convergence.arms import ARMS, DEFAULT_LEARNING_RATE, STOCK, Arm, RunSpec, clip_config
 from hf_adaclip.convergence.pool import run_all
-from hf_adaclip.convergence.statistics import PairedRatio, median, paired_ratio
+from hf_adaclip.convergence.summary import Judged, summarise
 from hf_adaclip.convergence.tasks import TASKS, Task
-from hf_adaclip.convergence.tracker import Target, first_reaching, point_from
 from hf_adaclip.convergence.tuning import Tuned, load_tuned, settle, tuned_to_json, tuning_specs
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.versions import environment
 
 COMPARISON_FILE: Final = "comparison.json"
-COSTS: Final = ("step", "train_seconds", "energy_wh")
 
 
 def compare(
@@ -61,7 +58,8 @@ def compare(
     ]
     _refuse_other_settings(output, specs)
     results = run_all(specs, output, jobs=jobs, quiet=quiet)
-    comparison = summarise(tasks, arms, seeds, tuned, results, command, jobs)
+    judged = [_judged(TASKS[task], tuned[task]) for task in tasks]
+    comparison = summarise(judged, [ARMS[a] for a in arms], seeds, results, command, jobs)
     (output / COMPARISON_FILE).write_text(json.dumps(plain(comparison), indent=1) + "\n", encoding="utf-8")
     return comparison
 
@@ -92,121 +90,18 @@ def run_spec(task: Task, arm: Arm, seed: int, tuned_rate: float, steps: int | No
     )
 
 
-def summarise(
-    tasks: Sequence[str],
-    arms: Sequence[str],
-    seeds: int,
-    tuned: dict[str, Tuned],
-    results: Sequence[dict[str, Any]],
-    command: str,
-    jobs: int,
-) -> dict[str, Any]:
-    """The content of `comparison.json`: settings, every seed's numbers, medians and intervals, losses as well as wins."""
-    by_run = {(r["spec"]["task"], r["spec"]["arm"], r["spec"]["seed"]): r for r in results}
-    entries = []
-    for name in tasks:
-        task, target = TASKS[name], tuned[name].target
-        rows = {arm: [_seed_row(task, by_run[name, arm, seed], target) for seed in range(seeds)] for arm in arms}
-        entries.append(
-            {
-                "task": name,
-                "title": task.title,
-                "quality": task.quality,
-                "quality_greater_is_better": task.quality_greater,
-                "target": asdict(target),
-                "same_data_as_tuning": tuned[name].fingerprint == task.fingerprint(),
-                "arms": [_arm_entry(arm, rows[arm], rows[STOCK]) for arm in arms],
-            }
-        )
-    finished = [r for r in results if "error" not in r]
-    return {
-        "schema": 1,
-        "command": command,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": environment(),
-        "device": finished[0]["device"] if finished else None,
-        "seeds": seeds,
-        "jobs": jobs,
-        "energy": _energy_kind(finished, jobs),
-        "tasks": entries,
-    }
-
-
-def _seed_row(task: Task, result: dict[str, Any], target: Target) -> dict[str, Any]:
-    """What one run contributes; costs are infinite when the target was never reached, None when they are not known."""
-    row: dict[str, Any] = {"seed": result["spec"]["seed"], "error": result.get("error")}
-    points = result.get("points", [])
-    hit = first_reaching([point_from(p) for p in points], target)
-    for cost in COSTS:
-        known = bool(points) and points[-1].get(cost) is not None
-        row[cost] = getattr(hit, cost) if hit is not None else (math.inf if known or cost != "energy_wh" else None)
-    final = {k: float(v) for k, v in points[-1]["metrics"].items()} if points else {}
-    row.update(
-        reached=hit is not None,
-        final_eval_loss=_or_inf(final.get("eval_loss", math.inf)),
-        quality=task.quality_of(final) if final else None,
-        total_steps=points[-1]["step"] if points else 0,
-        clipped=result.get("clipped"),
-        skipped=result.get("skipped"),
-        ledger=result.get("ledger"),
+def _judged(task: Task, tuned: Tuned) -> Judged:
+    rates = ", ".join(f"{rate:g}" for rate in sorted({g["learning_rate"] for g in tuned.grid}))
+    return Judged(
+        name=task.name,
+        title=task.title,
+        quality=task.quality,
+        quality_greater=task.quality_greater,
+        quality_of=task.quality_of,
+        target=tuned.target,
+        baseline=f"Learning rate {tuned.learning_rate:g}: the stock arm's best of {rates} on other seeds.",
+        same_data=tuned.fingerprint == task.fingerprint(),
     )
-    return row
-
-
-def _arm_entry(arm: str, rows: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "arm": arm,
-        "title": ARMS[arm].title,
-        "reached": sum(r["reached"] for r in rows),
-        "seeds": rows,
-    }
-    for cost in COSTS:
-        values = [r[cost] for r in rows]
-        entry[f"median_{cost}"] = None if None in values else median(values)
-        # A run that raised says nothing about speed; a run that never reached the target does.
-        pairs = [(a[cost], b[cost]) for a, b in zip(rows, stock, strict=True) if not a["error"] and not b["error"]]
-        known = bool(pairs) and all(None not in pair for pair in pairs)
-        ratio = paired_ratio([a for a, _ in pairs], [b for _, b in pairs]) if known and arm != STOCK else None
-        entry[f"ratio_{cost}"] = None if ratio is None else asdict(ratio)
-    entry["median_final_eval_loss"] = median([r["final_eval_loss"] for r in rows])
-    qualities = [r["quality"] for r in rows if r["quality"] is not None]
-    entry["median_quality"] = median(qualities) if qualities else None
-    differences = [a["final_eval_loss"] - b["final_eval_loss"] for a, b in zip(rows, stock, strict=True)]
-    entry["final_eval_loss_minus_stock"] = None if arm == STOCK else differences
-    return entry
-
-
-def ratio_from(entry: dict[str, Any], cost: str) -> PairedRatio | None:
-    """The paired ratio of an arm in `comparison.json`; numbers may have been through JSON."""
-    values = entry[f"ratio_{cost}"]
-    if values is None:
-        return None
-    return PairedRatio(
-        ratios=tuple(map(float, values["ratios"])),
-        median=float(values["median"]),
-        low=float(values["low"]),
-        high=float(values["high"]),
-        neither=values["neither"],
-    )
-
-
-def _or_inf(value: float) -> float:
-    """A loss that is no number is the worst there is; sorted as NaN it could pass for the best."""
-    return math.inf if math.isnan(value) else value
-
-
-def _energy_kind(results: Sequence[dict[str, Any]], jobs: int) -> dict[str, Any] | None:
-    for result in results:
-        for point in result.get("points", []):
-            if point["energy_wh"] is not None:
-                # A sensor counts the whole chip: with runs side by side, each is charged for the others too.
-                shared = jobs > 1 and point["energy_measured"]
-                return {
-                    "source": point["energy_source"],
-                    "measured": point["energy_measured"] and not shared,
-                    "shared": shared,
-                }
-    return None
 
 
 def check_names(tasks: Sequence[str], arms: Sequence[str]) -> None:

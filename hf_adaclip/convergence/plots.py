@@ -20,8 +20,8 @@ def load_curves(output: Path, task: str, arm: str, seeds: int) -> list[tuple[lis
         curves.append(
             (
                 [p["step"] for p in points],
-                [p["train_seconds"] for p in points],
-                [float(p["metrics"]["eval_loss"]) for p in points],
+                [math.nan if p["train_seconds"] is None else p["train_seconds"] for p in points],
+                [float(p["metrics"].get("eval_loss", math.nan)) for p in points],
             )
         )
     return curves

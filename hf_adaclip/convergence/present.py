@@ -3,7 +3,8 @@
 import math
 from typing import Any, Final
 
-from hf_adaclip.convergence.compare import ratio_from
+from hf_adaclip.convergence.summary import ratio_from
+from hf_adaclip.convergence.tuning import Tuned
 
 COLUMNS: Final = (
     "arm",
@@ -84,15 +85,31 @@ def _share(seeds: list[dict[str, Any]], key: str) -> str:
 def heading(task: dict[str, Any]) -> str:
     """What the table is about, in one line."""
     target = task["target"]
-    return f"{task['title']} · target {target['metric']} <= {target['value']:.3f}"
+    sign = ">=" if target["greater_is_better"] else "<="
+    return f"{task['title']} · target {target['metric']} {sign} {target['value']:.3f}"
+
+
+def baseline(task: dict[str, Any], tuned: dict[str, Tuned]) -> str:
+    """How the stock arm was set, in a sentence."""
+    if "baseline" in task:
+        return str(task["baseline"])
+    settings = tuned[task["task"]]  # a comparison of before the sentence was written down with it
+    rates = ", ".join(f"{rate:g}" for rate in sorted({g["learning_rate"] for g in settings.grid}))
+    return f"Learning rate {settings.learning_rate:g}: the stock arm's best of {rates} on other seeds."
 
 
 def notes(comparison: dict[str, Any]) -> list[str]:
     """What a reader has to know to read the tables, in sentences."""
     energy = comparison["energy"]
-    lines = [
-        "Target: fixed beforehand on other seeds, as the eval loss that every tuning run of the stock Trainer at its best learning "
-        "rate reached within 80 % of its steps.",
+    lines = (
+        []
+        if comparison.get("script")
+        else [
+            "Target: fixed beforehand on other seeds, as the eval loss that every tuning run of the stock Trainer at its best learning "
+            "rate reached within 80 % of its steps.",
+        ]
+    )
+    lines += [
         f"Medians over {comparison['seeds']} seeds; a run that never reaches the target counts as infinite. 'vs stock': median of the "
         "ratios seed by seed, with a 95 % bootstrap interval; below 1 is sooner.",
         "Seconds are training time without evaluation; the method's own overhead, its ledger included, is in them.",

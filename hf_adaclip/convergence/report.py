@@ -10,7 +10,7 @@ from hf_adaclip.audit.figures import norms_figure
 from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.convergence.arms import STOCK
 from hf_adaclip.convergence.plots import plotly_curves
-from hf_adaclip.convergence.present import COLUMNS, heading, notes, table_rows
+from hf_adaclip.convergence.present import COLUMNS, baseline, heading, notes, table_rows
 from hf_adaclip.convergence.tuning import Tuned
 
 
@@ -18,12 +18,10 @@ def write_report(comparison: dict[str, Any], output: Path, tuned: dict[str, Tune
     """Write the report, by default into the comparison's folder."""
     parts: list[page.Part] = []
     for task in comparison["tasks"]:
-        settings = tuned[task["task"]]
-        grid = ", ".join(f"{rate:g}" for rate in sorted({g["learning_rate"] for g in settings.grid}))
         labels = [task["quality"] if c == "quality" else c for c in COLUMNS]
         parts += [
             page.heading(heading(task)),
-            page.text(f"Learning rate {settings.learning_rate:g}, the stock arm's best of {grid}."),
+            page.text(baseline(task, tuned)),
             page.table(labels, table_rows(task)),
             page.subheading(
                 "Eval loss: thin lines are seeds, thick lines medians (drag to zoom, double-click to reset)"

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -51,6 +51,27 @@ class ClipArguments:
         return AdaptiveClipConfig.from_json(self.clip)
 
 
+class Ingredients(NamedTuple):
+    """What a script trains, with either loop.
+
+    Attributes:
+        model: The model.
+        train_rows, eval_rows: Datasets.
+        collate: Makes a batch of rows.
+        compute_metrics: From an `EvalPrediction` to metrics, None when the loss says it all.
+        add: Further metrics from those of an evaluation.
+        processor: Tokenizer or None, saved with the model.
+    """
+
+    model: Any
+    train_rows: Any
+    eval_rows: Any
+    collate: Callable[[list[Any]], Any]
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None
+    add: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: {}
+    processor: Any = None
+
+
 def make_trainer(
     clip: ClipArguments, config: AdaptiveClipConfig, args: TrainingArguments, **ingredients: Any
 ) -> Trainer:
@@ -72,17 +93,18 @@ def make_trainer(
     return trainer
 
 
-def parse_arguments(argv: Sequence[str], *kinds: type) -> tuple[Any, ...]:
+def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = TrainingArguments) -> tuple[Any, ...]:
     """Arguments from flags, or from one .json or .yaml file; logging and seed are set as they say.
 
     Args:
         argv: The command line without the program's name.
         kinds: The script's own dataclasses.
+        schedule: Of the Trainer, or of a loop.
 
     Returns:
-        One object of each kind, then `TrainingArguments`, [`ClipArguments`] and [`AdaptiveClipConfig`].
+        One object of each kind, then the schedule, [`ClipArguments`] and [`AdaptiveClipConfig`].
     """
-    parser = HfArgumentParser((*kinds, TrainingArguments, ClipArguments, AdaptiveClipConfig))  # type: ignore[arg-type]
+    parser = HfArgumentParser((*kinds, schedule, ClipArguments, AdaptiveClipConfig))  # type: ignore[arg-type]
     if len(argv) == 1 and argv[0].endswith(".json"):
         parsed: tuple[Any, ...] = parser.parse_json_file(argv[0])
     elif len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
@@ -90,7 +112,7 @@ def parse_arguments(argv: Sequence[str], *kinds: type) -> tuple[Any, ...]:
     else:
         parsed = parser.parse_args_into_dataclasses(list(argv))
     training_args = parsed[-3]
-    level = training_args.get_process_log_level()
+    level = training_args.get_process_log_level() if schedule is TrainingArguments else logging.INFO
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
     set_seed(training_args.seed)
     return parsed

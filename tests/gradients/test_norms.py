@@ -90,18 +90,19 @@ def test_a_sparse_gradient_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "shape", [(), (7,), (3, 5), (1024,), (2048,), (5000,), (33, 129), (64, 3, 16, 16), (1, 100_003)], ids=str
+    "shape", [(), (7,), (33, 129), (1 << 16,), (64, 3, 32, 32), (1, 100_003), (1100, 1001)], ids=str
 )
 def test_half_precision_norms_are_right_to_float32(dtype, shape):
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     want = float(gradient.double().norm())
-    assert float(tensor_norms([gradient])[0]) == pytest.approx(want, rel=3e-6)
+    assert float(tensor_norms([gradient])[0]) == pytest.approx(want, rel=3e-5)
     turned = gradient.T if gradient.dim() == 2 else gradient
-    assert float(tensor_norms([turned])[0]) == pytest.approx(want, rel=3e-5)
+    assert float(tensor_norms([turned])[0]) == pytest.approx(want, rel=1e-4)  # torch's own way
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_half_precision_norm_shows_what_is_not_finite(bad):
-    gradient = torch.ones(5000, dtype=torch.bfloat16)
-    gradient[4999] = bad
-    assert not tensor_norms([gradient]).isfinite()
+    gradient = torch.ones(100_000, dtype=torch.bfloat16)
+    gradient[99_999] = bad
+    found = tensor_norms([torch.ones(5, dtype=torch.bfloat16), gradient, torch.ones(7, dtype=torch.bfloat16)])
+    assert found.isfinite().tolist() == [True, False, True]

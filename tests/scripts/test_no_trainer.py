@@ -1,0 +1,111 @@
+"""The scripts without a Trainer: the arms, checkpoints, two processes, and what they share with the others."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_adaclip.audit import verify_ledger
+from hf_adaclip.convergence.tracker import read_points
+from tests.scripts.test_run_images_and_text import LLAMA, text  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def flags(folder, text, **changes):  # noqa: F811
+    settings = {
+        "output_dir": folder,
+        "train_file": text / "train.txt",
+        "train_tokenizer": 300,
+        "config_overrides": LLAMA,
+        "block_size": 32,
+        "do_train": True,
+        "do_eval": True,
+        "max_steps": 30,
+        "eval_steps": 10,
+        "learning_rate": 3e-3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+
+
+def run(script, listed, *launcher, expect=0):
+    command = [*(launcher or (sys.executable,)), str(ROOT / "scripts" / script), *listed]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+def results(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("clip", ["stock", "none", "adaptive"])
+def test_each_arm_trains_and_leaves_what_the_trainer_leaves(tmp_path, text, clip):  # noqa: F811
+    run("run_clm_no_trainer.py", flags(tmp_path / "out", text, clip=clip, warmup_steps=0.1))
+    found = results(tmp_path / "out")
+    points = read_points(tmp_path / "out/convergence.jsonl")
+
+    assert [p.step for p in points] == [10, 20, 30]
+    assert points[-1].metrics["eval_loss"] < points[0].metrics["eval_loss"] < math.log(300) + 0.2
+    assert points[-1].train_seconds > points[0].train_seconds > 0
+    assert found["eval_perplexity"] == pytest.approx(math.exp(found["eval_loss"]), rel=1e-6)
+    assert found["eval_loss"] == points[-1].metrics["eval_loss"]
+    assert (tmp_path / "out/model.safetensors").is_file()
+    ledger = tmp_path / "out/clip_ledger.jsonl"
+    assert ledger.is_file() == (clip == "adaptive")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "eval_perplexity" in card
+    if clip == "adaptive":
+        report = verify_ledger(ledger)
+        assert (report.ok, report.steps, report.closed) == (True, 30, True)
+        assert "hf-adaclip verify" in card or "Ledger" in card or "ledger" in card
+
+
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, text):  # noqa: F811
+    settings = {"save_steps": 7, "gradient_accumulation_steps": 2, "clip": "adaptive", "warmup_observations": 10}
+    run("run_clm_no_trainer.py", flags(tmp_path / "whole", text, **settings))
+    run("run_clm_no_trainer.py", flags(tmp_path / "cut", text, **settings))
+    for name in ("checkpoint-28", "checkpoint-21"):
+        for path in sorted((tmp_path / "cut" / name).rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        (tmp_path / "cut" / name).rmdir()
+    run("run_clm_no_trainer.py", flags(tmp_path / "cut", text, **settings))
+
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    assert results(tmp_path / "whole")["eval_loss"] == results(tmp_path / "cut")["eval_loss"]
+    report = verify_ledger(tmp_path / "cut/clip_ledger.jsonl")
+    assert report.ok, report.findings
+    assert report.segments == 2
+    assert [p.step for p in read_points(tmp_path / "cut/convergence.jsonl")] == [10, 20, 30]
+
+
+def test_two_processes(tmp_path, text):  # noqa: F811
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    run(
+        "run_clm_no_trainer.py",
+        flags(tmp_path / "out", text, clip="adaptive", per_device_train_batch_size=4),
+        *launcher,
+    )
+    report = verify_ledger(tmp_path / "out/clip_ledger.jsonl")
+    header = json.loads((tmp_path / "out/clip_ledger.jsonl").read_text().splitlines()[0])
+    assert report.ok, report.findings
+    assert (report.segments, report.steps, header["world_size"]) == (1, 30, 2)
+    assert results(tmp_path / "out")["eval_loss"] < math.log(300)
+    assert [p.samples for p in read_points(tmp_path / "out/convergence.jsonl")] == [80, 160, 240]
+
+
+def test_a_checkpoint_that_is_none_is_an_error(tmp_path, text):  # noqa: F811
+    (tmp_path / "weights").mkdir()
+    listed = flags(tmp_path / "out", text, resume_from_checkpoint=tmp_path / "weights")
+    assert "must be a folder checkpoint-N" in run("run_clm_no_trainer.py", listed, expect=1).stderr
