@@ -178,7 +178,8 @@ class Guards:
     @property
     def others_look(self) -> bool:
         """Whether hooks of others run before a step: they are to see gradients as clipping leaves them."""
-        return any(len(guard.optimizer._optimizer_step_pre_hooks) > 1 for guard in self._guards)
+        hooks = [h for guard in self._guards for h in guard.optimizer._optimizer_step_pre_hooks.values()]
+        return any(not isinstance(getattr(hook, "__self__", None), StepGuard) for hook in hooks)
 
     @property
     def paths(self) -> list[Path]:
