@@ -173,7 +173,9 @@ def test_the_table_of_controllers_is_generated():
         assert f'| `"{name}"` |' in table
 
 
-@pytest.mark.parametrize("rule", REPLAYABLE)
+@pytest.mark.parametrize(
+    "rule", [r for r in REPLAYABLE if r not in ("mean_sd", "log_zscore", "percentile")]
+)  # seconds each
 def test_the_table_holds_what_the_gauntlet_measures(rule):
     from hf_adaclip.audit.gauntlet import judge_config, parse_controller
     from scripts.controller_table import VERDICTS

@@ -181,15 +181,12 @@ def test_it_runs_as_a_file_from_anywhere_and_explains_itself(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["mrpc", "stsb"])
-def test_without_a_trainer(tmp_path, tokenizer, files, task):
+def test_without_a_trainer(here, tmp_path, tokenizer, files, task):
     settings = {"task_name": task, "eval_strategy": None, "save_strategy": None, "report_to": None}
-    listed = flags(tokenizer, files(task), tmp_path / "out", **settings)
-    command = [sys.executable, str(ROOT / "scripts/run_glue_no_trainer.py"), *listed]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    found = here("run_glue_no_trainer", flags(tokenizer, files(task), tmp_path / "out", **settings))
 
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "out/all_results.json").read_text())
     expected = {"mrpc": {"eval_accuracy", "eval_f1"}, "stsb": {"eval_pearson"}}[task]
     assert expected <= set(found), found
+    assert found == json.loads((tmp_path / "out/all_results.json").read_text())
     assert [p.step for p in read_points(tmp_path / "out/convergence.jsonl")] == [12, 24]
     assert verify_ledger(tmp_path / "out/clip_ledger.jsonl").ok

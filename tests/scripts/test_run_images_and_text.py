@@ -180,7 +180,7 @@ def test_they_run_as_files_from_anywhere_and_explain_themselves(tmp_path, name):
     assert "--clip" in done.stdout
 
 
-def test_images_without_a_trainer(tmp_path, parquet):
+def test_images_without_a_trainer(here, tmp_path, parquet):
     settings = {
         "config_overrides": VIT,
         "learning_rate": 5e-3,
@@ -190,9 +190,6 @@ def test_images_without_a_trainer(tmp_path, parquet):
     }
     dropped = ("--eval_strategy", "--save_strategy", "--report_to")
     listed = [f for f in flags(tmp_path / "out", **parquet, **settings) if not f.startswith(dropped)]
-    command = [sys.executable, str(ROOT / "scripts/run_image_classification_no_trainer.py"), *map(str, listed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
 
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "out/all_results.json").read_text())["eval_accuracy"] > 0.3
+    assert here("run_image_classification_no_trainer", listed)["eval_accuracy"] > 0.3
     assert verify_ledger(tmp_path / "out/clip_ledger.jsonl").ok
