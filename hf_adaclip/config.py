@@ -11,7 +11,7 @@ from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.fields import HyperParameters
 from hf_adaclip.migrate import autoclip_fields, bitsandbytes_fields, zclip_fields
-from hf_adaclip.rules import FOLDS, GRANULARITIES, ON_SPIKE, POLICIES, parse_rules, range_problems, type_problems
+from hf_adaclip.rules import FOLDS, GRANULARITIES, ON_SPIKE, POLICIES, json_or_text, range_problems, type_problems
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class AdaptiveClipConfig(HyperParameters):
 
     def __post_init__(self) -> None:
         if isinstance(self.parameter_rules, str):
-            object.__setattr__(self, "parameter_rules", parse_rules(self.parameter_rules))
+            object.__setattr__(self, "parameter_rules", json_or_text(self.parameter_rules))
         problems = type_problems(self)
         if not problems:
             problems = range_problems(self)

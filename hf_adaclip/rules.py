@@ -245,8 +245,8 @@ def _rule_problems(config: Any, pattern: str, rule: Any) -> list[str]:
     return []
 
 
-def parse_rules(text: str) -> Any:
-    """`parameter_rules` from the JSON of a flag; what is no JSON is given back, for the check of types to report."""
+def json_or_text(text: str) -> Any:
+    """The value that a flag's text stands for: JSON, or else the text itself, for the checks of types to report."""
     try:
         return json.loads(text)
     except ValueError:

@@ -272,10 +272,9 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"`--set` must be FIELD=VALUE, but is {text!r} instead.")
-    try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value
+    from hf_adaclip.rules import json_or_text
+
+    return name.strip(), json_or_text(value)
 
 
 def _positive(given: float | None, recorded: Any) -> float:

@@ -7,7 +7,6 @@ self-masking (the second spike passes), lock-in (a lasting rise is never accepte
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Controller, Observation, build_controller
 from hf_adaclip.controllers.ops import ARRAY, SCALAR
 from hf_adaclip.errors import ConfigError
+from hf_adaclip.rules import json_or_text
 
 CALM_LEVEL: Final = 0.3
 BURN_IN: Final = 2000
@@ -149,10 +149,7 @@ def parse_controller(text: str) -> AdaptiveClipConfig:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"`controller` must be NAME or NAME:FIELD=VALUE,..., but is {text!r} instead.")
-        try:
-            fields[key.strip()] = json.loads(value)
-        except ValueError:
-            fields[key.strip()] = value.strip()
+        fields[key.strip()] = json_or_text(value.strip())
     config = AdaptiveClipConfig.from_dict(fields)
     if name not in REPLAYABLE:
         raise ConfigError(

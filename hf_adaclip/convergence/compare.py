@@ -91,7 +91,6 @@ def run_spec(task: Task, arm: Arm, seed: int, tuned_rate: float, steps: int | No
 
 
 def _judged(task: Task, tuned: Tuned) -> Judged:
-    rates = ", ".join(f"{rate:g}" for rate in sorted({g["learning_rate"] for g in tuned.grid}))
     return Judged(
         name=task.name,
         title=task.title,
@@ -99,7 +98,7 @@ def _judged(task: Task, tuned: Tuned) -> Judged:
         quality_greater=task.quality_greater,
         quality_of=task.quality_of,
         target=tuned.target,
-        baseline=f"Learning rate {tuned.learning_rate:g}: the stock arm's best of {rates} on other seeds.",
+        baseline=tuned.baseline,
         same_data=tuned.fingerprint == task.fingerprint(),
     )
 

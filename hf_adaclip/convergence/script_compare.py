@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from hf_adaclip.audit.schema import plain
 from hf_adaclip.controllers import CONTROLLERS
-from hf_adaclip.convergence.arms import STOCK, Arm
+from hf_adaclip.convergence.arms import DEFAULT_LEARNING_RATE, STOCK, Arm
 from hf_adaclip.convergence.compare import COMPARISON_FILE
 from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
 from hf_adaclip.convergence.statistics import median
@@ -22,7 +22,6 @@ TUNED: Final = "tuned"
 SUFFIX: Final = f"-{TUNED}"
 TUNED_FILE: Final = "script_tuned.json"
 RATE_FACTORS: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
-DEFAULT_RATE: Final = 5e-5
 
 KNOWN: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     STOCK: ("stock Trainer, the flags as they were given", ("--clip", "stock")),
@@ -142,7 +141,7 @@ def _given(study: ScriptStudy, flag: str, default: float) -> float:
 
 def _tune(study: ScriptStudy, arm: str) -> tuple[str, ...]:
     """Flags of an arm after a search coordinate by coordinate: learning rate, then threshold, then warm-up; on other seeds."""
-    rate = _given(study, "--learning_rate", DEFAULT_RATE)
+    rate = _given(study, "--learning_rate", DEFAULT_LEARNING_RATE)
     coordinates: list[tuple[str, Sequence[float]]] = [
         ("--learning_rate", study.rates or [rate * factor for factor in RATE_FACTORS]),
         ("--max_grad_norm", (0.1, 0.3, 1.0, 3.0)),

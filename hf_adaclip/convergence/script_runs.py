@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, read_points
-from hf_adaclip.convergence.worker import RESULT_FILE
+from hf_adaclip.convergence.worker import finished_result, write_result
 from hf_adaclip.errors import LedgerError
 
 LOG_FILE: Final = "log.txt"
@@ -78,7 +78,7 @@ def run_scripts(runs: Sequence[ScriptRun], output: Path, *, jobs: int, quiet: bo
     """
     results: dict[str, dict[str, Any]] = {}
     for run in runs:
-        done = _finished(run, output)
+        done = finished_result(run, output)
         if done is not None:
             results[run.digest] = done
     waiting = [run for run in runs if run.digest not in results]
@@ -103,15 +103,6 @@ def run_scripts(runs: Sequence[ScriptRun], output: Path, *, jobs: int, quiet: bo
                 process.terminate()
             raise
     return [results[run.digest] for run in runs]
-
-
-def _finished(run: ScriptRun, output: Path) -> dict[str, Any] | None:
-    try:
-        result = json.loads((output / run.folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    usable = isinstance(result, dict) and "error" not in result and result.get("digest") == run.digest
-    return result if usable else None
 
 
 def _execute(
@@ -140,9 +131,7 @@ def _execute(
     except (RuntimeError, OSError, ValueError, LedgerError) as error:
         result["error"] = str(error)
     result["wall_seconds"] = round(time.perf_counter() - begin, 3)
-    unfinished = folder / f"{RESULT_FILE}.part"
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(folder / RESULT_FILE)
+    write_result(folder, result)
     return result
 
 

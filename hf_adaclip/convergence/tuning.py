@@ -35,6 +35,12 @@ class Tuned:
     fingerprint: str
     grid: list[dict[str, Any]]
 
+    @property
+    def baseline(self) -> str:
+        """How the stock arm was set, in a sentence."""
+        rates = ", ".join(f"{rate:g}" for rate in sorted({g["learning_rate"] for g in self.grid}))
+        return f"Learning rate {self.learning_rate:g}: the stock arm's best of {rates} on other seeds."
+
 
 def tuning_specs(task: Task) -> list[RunSpec]:
     """The stock runs over the task's grid of learning rates."""

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from hf_adaclip.convergence.arms import RunSpec
 
@@ -53,13 +53,28 @@ def execute(spec: RunSpec, output: Path, on_steps: Callable[[int], None] | None 
         result["error"] = f"{type(error).__name__}: {error}"
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
     result["wall_seconds"] = round(time.perf_counter() - started, 3)
-    unfinished = folder / f"{RESULT_FILE}.part"
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(folder / RESULT_FILE)
+    write_result(folder, result)
     return result
 
 
-def finished_result(spec: RunSpec, output: Path) -> dict[str, Any] | None:
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write `result.json` in one move: it is there whole or not at all."""
+    unfinished = folder / f"{RESULT_FILE}.part"
+    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(folder / RESULT_FILE)
+
+
+class Spec(Protocol):
+    """What a result is found by: where it lies, and what it has to have been made with."""
+
+    @property
+    def folder(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+def finished_result(spec: Spec, output: Path) -> dict[str, Any] | None:
     """The result of an earlier, successful run of exactly this spec, or None."""
     path = output / spec.folder / RESULT_FILE
     try:
