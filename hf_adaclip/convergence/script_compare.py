@@ -52,6 +52,7 @@ class ScriptStudy:
         rates: Learning rates of the tuning; empty for the script's own times 0.5 to 8.
         command: The command line, for the record.
         quiet: No progress bar.
+        warm: See `run_scripts`.
     """
 
     output: Path
@@ -68,6 +69,7 @@ class ScriptStudy:
     rates: tuple[float, ...] = ()
     command: str = ""
     quiet: bool = False
+    warm: bool = False
 
     @property
     def task(self) -> str:
@@ -86,7 +88,7 @@ def compare_script(study: ScriptStudy) -> dict[str, Any]:
     target = study.target if study.target is not None else _set_target(study, tuned.get(TUNED))
     names = [STOCK, *[a for a in study.arms if a != STOCK]]
     runs = [_run(study, arm, tuned.get(arm, _flags(study, arm)), seed) for seed in range(study.seeds) for arm in names]
-    results = run_scripts(runs, study.output, jobs=study.jobs, quiet=study.quiet)
+    results = run_scripts(runs, study.output, jobs=study.jobs, quiet=study.quiet, warm=study.warm)
 
     quality = study.quality or study.metric
     judged = Judged(
@@ -160,7 +162,9 @@ def _tune(study: ScriptStudy, arm: str) -> tuple[str, ...]:
             name = f"tuning/{arm}/" + ",".join(f"{k.lstrip('-')}={v:g}" for k, v in sorted(settings.items()))
             flags = (*_flags(study, arm), *_as_flags(settings))
             runs.append([_run(study, name, flags, seed) for seed in TUNING_SEEDS])
-        results = run_scripts([r for group in runs for r in group], study.output, jobs=study.jobs, quiet=study.quiet)
+        results = run_scripts(
+            [r for group in runs for r in group], study.output, jobs=study.jobs, quiet=study.quiet, warm=study.warm
+        )
         for position, value in enumerate(values):
             own = results[position * len(TUNING_SEEDS) : (position + 1) * len(TUNING_SEEDS)]
             finals[value] = median([_final(study, r) for r in own])
@@ -193,7 +197,7 @@ def _set_target(study: ScriptStudy, tuned: tuple[str, ...] | None) -> float:
     runs = [_run(study, f"target/{TUNED if tuned else STOCK}", flags, seed) for seed in TUNING_SEEDS]
     sign = -1.0 if study.greater else 1.0
     reached = []
-    for result in run_scripts(runs, study.output, jobs=study.jobs, quiet=study.quiet):
+    for result in run_scripts(runs, study.output, jobs=study.jobs, quiet=study.quiet, warm=study.warm):
         if "error" in result:
             raise ConfigError(
                 f"`--target` must be given, because the stock arm failed when it was to set one: {result['error']}"

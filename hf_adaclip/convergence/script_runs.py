@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, read_points
+from hf_adaclip.convergence.warm import start as start_warm
 from hf_adaclip.convergence.worker import finished_result, write_result
 from hf_adaclip.errors import LedgerError
 
@@ -58,13 +59,14 @@ class ScriptRun:
         path = Path(self.script[0])
         return hashlib.sha256(text.encode() + (path.read_bytes() if path.is_file() else b"")).hexdigest()
 
-    def command(self, output: Path) -> list[str]:
-        """The command line."""
-        own = ["--seed", str(self.seed), "--output_dir", str(output / self.folder)]
-        return [*self.launcher, *self.script, *self.flags, *own]
+    def arguments(self, output: Path) -> list[str]:
+        """The script and all its flags."""
+        return [*self.script, *self.flags, "--seed", str(self.seed), "--output_dir", str(output / self.folder)]
 
 
-def run_scripts(runs: Sequence[ScriptRun], output: Path, *, jobs: int, quiet: bool = False) -> list[dict[str, Any]]:
+def run_scripts(
+    runs: Sequence[ScriptRun], output: Path, *, jobs: int, quiet: bool = False, warm: bool = False
+) -> list[dict[str, Any]]:
     """Run what has not been run yet; results come in the order of `runs`.
 
     A run that fails is a result too: it has `error` in place of points, and is made again when the command is repeated. Interrupted
@@ -75,6 +77,7 @@ def run_scripts(runs: Sequence[ScriptRun], output: Path, *, jobs: int, quiet: bo
         output: Folder of the comparison.
         jobs: Runs at a time; each gets an equal share of the cores.
         quiet: No progress bar.
+        warm: Fork runs without a launcher of their own off a process that has imported the libraries; see `warm`.
     """
     results: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -86,8 +89,8 @@ def run_scripts(runs: Sequence[ScriptRun], output: Path, *, jobs: int, quiet: bo
         tqdm.write(f"{len(runs) - len(waiting)} of {len(runs)} runs are there already; going on with the rest.")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(waiting), disable=quiet or not waiting, unit="run") as bar:
-        processes: list[subprocess.Popen[bytes]] = []
-        futures = {pool.submit(_execute, run, output, threads, processes.append): run for run in waiting}
+        processes: list[Any] = []
+        futures = {pool.submit(_execute, run, output, threads, processes.append, warm): run for run in waiting}
         try:
             for future in as_completed(futures):
                 run, result = futures[future], future.result()
@@ -105,9 +108,7 @@ def run_scripts(runs: Sequence[ScriptRun], output: Path, *, jobs: int, quiet: bo
     return [results[run.digest] for run in runs]
 
 
-def _execute(
-    run: ScriptRun, output: Path, threads: int, started: Callable[[subprocess.Popen[bytes]], None]
-) -> dict[str, Any]:
+def _execute(run: ScriptRun, output: Path, threads: int, started: Callable[[Any], None], warm: bool) -> dict[str, Any]:
     folder = output / run.folder
     mark = folder / "run.json"
     text = json.dumps({**asdict(run), "digest": run.digest}, indent=1) + "\n"
@@ -119,10 +120,17 @@ def _execute(
     mark.write_text(text, encoding="utf-8")
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ, "OMP_NUM_THREADS": str(threads)}
     begin = time.perf_counter()
-    with open(folder / LOG_FILE, "ab") as log:
-        process = subprocess.Popen(run.command(output), stdout=log, stderr=subprocess.STDOUT, env=environment)
-        started(process)
-        code = process.wait()
+    if warm and run.launcher == python_launcher():
+        forked = start_warm(run.arguments(output), folder / LOG_FILE, environment)
+        started(forked)
+        forked.join()
+        code = forked.exitcode
+    else:
+        with open(folder / LOG_FILE, "ab") as log:
+            command = [*run.launcher, *run.arguments(output)]
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            started(process)
+            code = process.wait()
     result: dict[str, Any] = {"spec": asdict(run), "digest": run.digest}
     try:
         if code != 0:

@@ -410,6 +410,8 @@ class Reach(Rule):
     scale = 1.0  # on the estimate
     back = 1.0  # below 1, per step of the first climb with d < 0; 1 waits
     until = 0.0  # no growth above 1 once less than this part of the schedule is left
+    zone = 1.0  # the estimate counts only where it is this many times the given rate
+    part = 0.0  # the start below 1 lasts this part of the schedule, linearly
     climbing = True
     best = 0.0
 
@@ -420,6 +422,11 @@ class Reach(Rule):
         d = seen["dn98"]
         self.best = max(self.best, d)
         target = min(self.max, self.scale * max(d, self.hold * self.best) / seen["lr_peak"])
+        if 1 < target < self.zone:
+            target = 1.0
+        if self.part and 1 - seen["left"] < self.part and target < self.zone:
+            self.pace = max(self.pace if self.pace > 1 else 0, min(1.0, (1 - seen["left"]) / self.part + 0.02))
+            return self.pace
         if seen["step"] == 0 or seen["spike"]:
             pass
         elif self.pace > max(1.0, target):

@@ -1,0 +1,112 @@
+"""The study: its tasks name flags that the scripts know, its runs are recorded, and a run in a forked process is the run of a fresh one."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from sklearn.datasets import load_digits
+
+from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
+from hf_adaclip.integrations.script import parse_arguments
+from scripts import run_clm, run_glue, run_image_classification, run_study
+from scripts.study_tasks import TASKS, Place, base_command
+
+SCRIPTS = {"run_clm.py": run_clm, "run_glue.py": run_glue, "run_image_classification.py": run_image_classification}
+
+
+@pytest.mark.parametrize("data", [None, Path("data")], ids=["hub", "files"])
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_a_command_that_its_script_understands(name, data, tmp_path):
+    task = TASKS[name]
+    script, *flags = task.command(Place(data, tmp_path / "base"))
+    module = SCRIPTS[Path(script).name]
+    parsed = parse_arguments(
+        [*flags, "--clip", "stock", "--output_dir", str(tmp_path)], module.ModelArguments, module.DataArguments
+    )
+    assert Path(script).is_file()
+    assert (parsed[1].train_file is None) == (data is None)
+    assert parsed[2].max_steps == task.steps
+    assert parsed[2].max_steps % parsed[2].eval_steps == 0
+    assert task.rate <= min(task.rates) * 4, "the rate as it comes is inside or below the grid of the tuning"
+    assert parse_arguments(
+        [*base_command(Place(data, tmp_path))[1:], "--output_dir", "x"], run_clm.ModelArguments, run_clm.DataArguments
+    )
+
+
+def test_half_of_the_tasks_confirm():
+    groups = [task.group for task in TASKS.values()]
+    assert groups.count("development") == groups.count("confirmation") == 4
+
+
+def test_an_unknown_task_is_named(capsys):
+    with pytest.raises(SystemExit):
+        run_study.main(["--tasks", "sst2"])
+    assert "must be among fashion-mnist" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Scikit-learn's digits in the place of Fashion-MNIST."""
+    digits = load_digits()
+    pixels = [np.kron(image, np.ones((4, 4)))[:28, :28].astype(np.uint8) * 16 for image in digits.images[:200]]
+    from datasets import ClassLabel, Features, Image
+    from PIL import Image as Pictures
+
+    rows = {"image": [Pictures.fromarray(p) for p in pixels], "label": digits.target[:200].tolist()}
+    data = Dataset.from_dict(rows, features=Features({"image": Image(), "label": ClassLabel(10)}))
+    folder = tmp_path_factory.mktemp("data") / "fashion_mnist"
+    folder.mkdir()
+    data.select(range(160)).to_parquet(folder / "train.parquet")
+    data.select(range(160, 200)).to_parquet(folder / "test.parquet")
+    return folder.parent
+
+
+def test_a_short_study_is_recorded_and_gives_the_same_numbers_again(images, tmp_path):
+    def study(folder):
+        options = [
+            "--tasks",
+            "fashion-mnist",
+            "--arms",
+            "stock,adaptive",
+            "--seeds",
+            "1",
+            "--steps",
+            "20",
+            "--jobs",
+            "1",
+        ]
+        assert (
+            run_study.main(["--output", str(folder), "--data", str(images), "--record", str(folder / "raw"), *options])
+            == 0
+        )
+        lines = [json.loads(line) for line in (folder / "raw/fashion-mnist.jsonl").read_text().splitlines()]
+        return {(r["arm"], r["seed"]): [[p[0], *p[2:]] for p in r["points"]] for r in lines}
+
+    first = study(tmp_path / "a")
+    assert set(first) == {("stock", 0), ("adaptive", 0), ("target/stock", 100), ("target/stock", 101)}
+    assert all(len(points) == 20 for points in first.values())
+    assert study(tmp_path / "b") == first
+
+
+def test_a_forked_run_is_the_run_of_a_fresh_process(images, tmp_path):
+    place = Place(images, tmp_path)
+    command = TASKS["fashion-mnist"].command(place, steps=6)
+    runs = [ScriptRun("t", "stock", 0, (sys.executable,), command, ("--clip", "stock"))]
+    warm = run_scripts(runs, tmp_path / "warm", jobs=1, quiet=True, warm=True)[0]
+    fresh = run_scripts(runs, tmp_path / "fresh", jobs=1, quiet=True)[0]
+
+    def metrics(result):
+        return [(p["step"], p["metrics"]["eval_loss"], p["metrics"]["eval_accuracy"]) for p in result["points"]]
+
+    assert metrics(warm) == metrics(fresh)
+
+
+def test_a_forked_run_that_fails_says_why(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("print('hello')\nraise RuntimeError('the disk is on fire')\n")
+    runs = [ScriptRun("t", "stock", 0, (sys.executable,), (str(script),), ())]
+    [result] = run_scripts(runs, tmp_path / "out", jobs=1, quiet=True, warm=True)
+    assert result["error"] == "exit code 1: RuntimeError: the disk is on fire"
