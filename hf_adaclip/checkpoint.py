@@ -18,6 +18,7 @@ _FREE_FIELDS: Final = (
     "ledger",
     "ledger_required",
     "nan_filter_on_device",
+    "pace_start",  # a Trainer that goes on for longer has another one
     "ring_capacity",
     "max_consecutive_nonfinite",
     "self_test",

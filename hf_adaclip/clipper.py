@@ -22,6 +22,7 @@ from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.events import ClipEvent
 from hf_adaclip.following import EngineFollower
 from hf_adaclip.gradients import (
+    Gradients,
     Guards,
     collect,
     global_norm,
@@ -32,6 +33,7 @@ from hf_adaclip.gradients import (
 )
 from hf_adaclip.gradients.fold import scale_of, why_not_folded
 from hf_adaclip.gradients.norms import Parameters
+from hf_adaclip.gradients.reach import ReachEstimate
 from hf_adaclip.recorder import is_rank_zero
 from hf_adaclip.run import Run
 from hf_adaclip.scope import Scope
@@ -118,6 +120,7 @@ class AdaptiveClipper:
         self._check = FirstStepCheck(enabled=config.self_test)
         self._models = [] if model is None else [model]
         self._scope: Scope | None = None
+        self._reach: ReachEstimate | None = None
         self._why_not_folded: str | None = "that is decided in the first step"
         self._closed = False
         self._handles: list[Any] = []
@@ -159,7 +162,7 @@ class AdaptiveClipper:
 
         Args:
             parameters: Any iterable of parameters, or one tensor.
-            loss: Training loss of this step, a scalar. Recorded; needed for the pace to grow.
+            loss: Training loss of this step, a scalar. Recorded; needed by `divergence_spreads`.
             measure: Whether to measure and record the norm that really reaches the optimizer (one more read of the gradients, on
                 the device). By default once in 50 steps.
 
@@ -188,10 +191,7 @@ class AdaptiveClipper:
         run, norms = self._run, tensor_norms(gradients.tensors)
         total = global_norm(norms)
         if self._scope is None:
-            models = self._models or ([] if self._port is None else self._port.models)
-            self._scope = Scope(self.config, gradients.parameters, models, self._guards.optimizers)
-            ops = run.begin(len(gradients.parameters), total.device, self._scope.grouping)
-            self._why_not_folded = why_not_folded(self.config, self._guards, gradients.parameters, ops)
+            self._scope = self._begin(gradients, total.device)
         scope = self._scope
         ops = run.begin(len(gradients.parameters), total.device, scope.grouping)
         norm = to_value(total, ops)
@@ -200,7 +200,10 @@ class AdaptiveClipper:
         left = scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._observe(loss, total.device)
         scale = None if self._port is None else self._port.loss_scale
-        decision, pace = run.decide(norm, observed, seen_loss, finite, loss_scale=scale, left=left)
+        reach = None if self._reach is None else self._reach.observe(gradients, total, ops)
+        decision, pace = run.decide(norm, observed, seen_loss, finite, loss_scale=scale, left=left, reach=reach)
+        if self._reach is not None:
+            self._reach.pace = 1.0 if self.config.shadow else pace
 
         applied = decision.coefficient
         if self.config.shadow:
@@ -231,11 +234,27 @@ class AdaptiveClipper:
         run.step += 1
         return total
 
+    def _begin(self, gradients: Gradients, device: torch.device) -> Scope:
+        """What is made in the first step, of this run or after a load, when parameters and device are known."""
+        models = self._models or ([] if self._port is None else self._port.models)
+        scope = Scope(self.config, gradients.parameters, models, self._guards.optimizers)
+        ops = self._run.begin(len(gradients.parameters), device, scope.grouping)
+        self._why_not_folded = why_not_folded(self.config, self._guards, gradients.parameters, ops)
+        if self.config.max_pace > 1:
+            self._reach = ReachEstimate(gradients.parameters, self._guards.optimizers, device)
+            if self._run.beside:
+                try:
+                    self._reach.restore(self._run.beside, ops)
+                except (ValueError, LookupError) as error:
+                    raise StateError(
+                        f"The state that was loaded does not fit: {error}. Resume with the same model."
+                    ) from error
+                self._run.beside = {}
+        return scope
+
     def _observe(self, loss: Tensor | float | None, device: torch.device) -> Value:
         if loss is None and self.config.looks_at_loss:
-            self.alerts.warn_once(
-                "`max_pace` > 1 and `divergence_spreads` > 0 need the training loss: call `clip_(..., loss=loss)`."
-            )
+            self.alerts.warn_once("`divergence_spreads` > 0 needs the training loss: call `clip_(..., loss=loss)`.")
         return observe_loss(loss, device, self._run.ops, average=self.config.looks_at_loss)
 
     def _measure(self, gradients: list[Tensor]) -> None:
@@ -341,7 +360,7 @@ class AdaptiveClipper:
 
         A second clipper of the same accelerator writes `clip_state_1.safetensors`, and so on in the order they were made.
         """
-        self._run.save(Path(folder) / self._state_file)
+        self._run.save(Path(folder) / self._state_file, None if self._reach is None else self._reach.tensors())
 
     def load_state(self, folder: str | Path) -> bool:
         """Read what [`save_state`] wrote, before the first step or to go back within a run.
@@ -353,6 +372,8 @@ class AdaptiveClipper:
             StateError: The file is damaged, or belongs to another controller or config.
         """
         loaded = self._run.load(Path(folder) / self._state_file)
+        if loaded:
+            self._scope = self._reach = None  # made anew at the next step
         if loaded and self._follower is not None:
             self._follower.attach()  # the engine's own checkpoint brings an old threshold along
         return loaded

@@ -54,7 +54,10 @@ class AdaptiveClipConfig(HyperParameters):
     )
     max_pace: float = field(
         default=1.0,
-        metadata={"help": "Largest multiplier on the learning rate of a step (>= 1). 1.0 switches the pace off."},
+        metadata={
+            "help": "Largest multiplier on the learning rate of a step (>= 1). 1.0 switches the pace off; 64 leaves it room to find a "
+            "rate that is far above the given one."
+        },
     )
     max_consecutive_nonfinite: int = field(
         default=50,
@@ -165,7 +168,7 @@ class AdaptiveClipConfig(HyperParameters):
     @property
     def looks_at_loss(self) -> bool:
         """Whether decisions depend on the training loss; then all ranks have to see the same one."""
-        return self.max_pace > 1 or self.divergence_spreads > 0
+        return self.divergence_spreads > 0
 
     def resolved(self) -> "AdaptiveClipConfig":
         """The same with 'auto' granularity spelled out: what runs, ledgers and checkpoints go by."""

@@ -5,6 +5,7 @@ from typing import Final
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, leaves_out
+from hf_adaclip.controllers.adaptive import PACE_START
 
 _WHAT: Final = {
     "global": "the global norm",
@@ -51,6 +52,10 @@ def describe(
     lines.append(
         "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
     )
-    lines.append("pace        off" if config.max_pace == 1 else f"pace        up to x{config.max_pace:g}")
+    lines.append(
+        "pace        off"
+        if config.max_pace == 1
+        else f"pace        a start of {config.pace_start or PACE_START} steps, then up to x{config.max_pace:g} where that is useful"
+    )
     lines.append(f"ledger      {'none' if config.ledger in (None, 'none', 'auto') else config.ledger}")
     return "\n".join(lines)

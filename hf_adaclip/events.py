@@ -47,8 +47,8 @@ _KINDS: Final[dict[Reason, Kind]] = {
 }
 _SINGLE: Final = frozenset({"spike", "new_level", "trouble"})
 _PACE_SENTENCES: Final[dict[str, str]] = {
-    "pace_raised": "The norm is calm and the loss is falling; the learning rate of the step was raised.",
-    "pace_lowered": "The norm left its range or the step was left out; the learning rate of the step was taken back.",
+    "pace_raised": "The start, or the way travelled so far says that a larger rate is useful; the learning rate of the step was raised.",
+    "pace_lowered": "The way says less than before, the norm left its range, or the step was left out; the learning rate was taken back.",
 }
 _MAX_PACE: Final = "The pace has reached `max_pace` and goes no higher."
 _TIGHTENED: Final = "The range is narrower after an excursion; it widens again while training is stable."
@@ -102,7 +102,7 @@ class EventTracker:
     def __init__(self, max_pace: float = 1.0) -> None:
         self._max_pace = float(np.float32(max_pace))
         self._edge: float | None = None
-        self._pace = 1.0
+        self._pace: float | None = None
         self._run: _Run | None = None
         self._pace_run: _Run | None = None
         self._narrowed = False
@@ -158,16 +158,17 @@ class EventTracker:
             self._run = _Run(kind, reason, step, step, before, after)
 
     def _pace_step(self, step: int, pace: float) -> Iterator[ClipEvent]:
-        if pace == self._pace:
+        pace = float(np.float32(pace))  # a ledger holds its shortest decimal
+        before, self._pace = self._pace, pace
+        if before is None or pace == before:
             return
-        kind: Kind = "pace_raised" if pace > self._pace else "pace_lowered"
+        kind: Kind = "pace_raised" if pace > before else "pace_lowered"
         run = self._pace_run
         if run is not None and run.kind == kind:
             run.last, run.after = step, pace
         else:
             if run is not None:
                 yield run.event()
-            self._pace_run = _Run(kind, _PACE_SENTENCES[kind], step, step, self._pace, pace)
-        if float(np.float32(pace)) == self._max_pace > 1:
-            yield ClipEvent(step, step, "limit", self._pace, pace, _MAX_PACE)
-        self._pace = pace
+            self._pace_run = _Run(kind, _PACE_SENTENCES[kind], step, step, before, pace)
+        if pace == self._max_pace > 1:
+            yield ClipEvent(step, step, "limit", before, pace, _MAX_PACE)

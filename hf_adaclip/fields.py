@@ -53,19 +53,24 @@ class HyperParameters:
             "help": "adaptive: an excursion is never left farther out than this deviation (0.2: 1.22 x the level)."
         },
     )
-    pace_growth: float = field(
-        default=1.02, metadata={"help": "Factor by which the pace grows per step that is calm and progressing."}
+    pace_start: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps in which the pace rises to 1 at the start. Unset: in a Trainer a tenth of its steps less those of the "
+            "schedule's own warm-up, 50 in a hand-written loop."
+        },
     )
-    pace_backoff: float = field(
-        default=0.7,
-        metadata={"help": "Factor on the pace after an upward excursion or a skipped step; never below 1."},
+    pace_trust: float = field(
+        default=3.0,
+        metadata={"help": "The pace leaves 1 where the useful rate is estimated at this many times the given one."},
     )
-    pace_progress_fast: float = field(
-        default=0.9,
-        metadata={"help": "Decay of the fast average of the training loss; below the slow one = progress."},
+    pace_hold: float = field(
+        default=1 / 3, metadata={"help": "Part of the largest estimate that the pace keeps when the estimate falls."}
     )
-    pace_progress_slow: float = field(
-        default=0.98, metadata={"help": "Decay of the slow average of the training loss."}
+    pace_growth: float = field(default=1.1, metadata={"help": "Largest factor by which the pace grows per step."})
+    pace_shrink: float = field(
+        default=0.95,
+        metadata={"help": "Factor by which it goes back per step, also after an upward excursion or a skipped step."},
     )
     z_threshold: float = field(
         default=2.5, metadata={"help": "zscore: standard deviations above the mean at which clipping starts."}

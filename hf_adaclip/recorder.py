@@ -62,7 +62,15 @@ class Recorder:
         return self._ring.full
 
     def record(
-        self, norm: Value, summary: Summary, loss: Value, *, loss_scale: Tensor | None, scaled: bool, norms: Value
+        self,
+        norm: Value,
+        summary: Summary,
+        loss: Value,
+        *,
+        loss_scale: Tensor | None,
+        scaled: bool,
+        norms: Value,
+        reach: Value | None = None,
     ) -> None:
         """Add the row of one step.
 
@@ -73,13 +81,15 @@ class Recorder:
             loss_scale: The loss scaler's scale, on the device; None without one.
             scaled: Whether a loss scaler is active: then it is who leaves a step out that is not finite.
             norms: What the controller looked at; recorded too when the granularity is per tensor.
+            reach: What the pace went by; None when it is off.
         """
         ops, reason = self._ops, summary.reason
         if scaled:
             overflow = reason == ops(float(Reason.NONFINITE))
             reason = ops.where(overflow, ops(float(Reason.SCALER_SKIPPED)), reason)
         scale = ops(math.nan) if loss_scale is None else to_value(loss_scale.float().reshape(()), ops)
-        values = (norm, summary.threshold, summary.coefficient, summary.pace, reason, loss, scale)
+        led = ops(math.nan) if reach is None else reach
+        values = (norm, summary.threshold, summary.coefficient, summary.pace, reason, loss, scale, led)
         self._ring.append(values, norms if self._num_tensors else None)
         self._times.append(time.monotonic() - self._started)
 

@@ -28,9 +28,9 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("max_edge", 0.0, 1.9, False, True),
     ("max_near", 0.0, 1.9, True, True),
     ("pace_growth", 1.0, 2.0, False, True),
-    ("pace_backoff", 0.0, 1.0, False, False),
-    ("pace_progress_fast", 0.0, 1.0, False, False),
-    ("pace_progress_slow", 0.0, 1.0, False, False),
+    ("pace_shrink", 0.0, 1.0, False, False),
+    ("pace_trust", 1.0, math.inf, True, False),
+    ("pace_hold", 0.0, 1.0, True, True),
     ("z_threshold", 0.0, math.inf, False, False),
     ("percentile", 0.0, 100.0, False, True),
     ("history", 10, 1_000_000, True, True),
@@ -54,6 +54,7 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
 # The same for fields that may be None.
 _OPTIONAL_RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("static_threshold", 0.0, math.inf, False, False),
+    ("pace_start", 1, math.inf, True, False),
     ("freeze_after", 0, math.inf, True, False),
     ("min_threshold", 0.0, math.inf, False, False),
     ("max_threshold", 0.0, math.inf, False, False),
@@ -157,11 +158,6 @@ def range_problems(config: Any) -> list[str]:
         problems.append(
             f"`near_width` must be below `min_far_width` ({config.min_far_width}), but is {config.near_width} instead: "
             "a step that is cut back must land inside the range."
-        )
-    if config.pace_progress_fast >= config.pace_progress_slow:
-        problems.append(
-            f"`pace_progress_fast` must be below `pace_progress_slow` ({config.pace_progress_slow}), but is "
-            f"{config.pace_progress_fast} instead."
         )
     if config.one_step_late and config.parameter_rules:
         problems.append(

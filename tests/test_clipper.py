@@ -330,12 +330,12 @@ def test_the_budget_of_skipped_steps_stops_a_run_of_either_granularity(granulari
         clipper.flush()
 
 
-def test_a_pace_without_a_loss_is_warned_of_once(caplog):
+def test_watching_for_divergence_without_a_loss_is_warned_of_once(caplog):
     model, optimizer = make()
-    clipper = AdaptiveClipper(CONFIG.replace(max_pace=2.0), optimizer=optimizer)
+    clipper = AdaptiveClipper(CONFIG.replace(divergence_spreads=6.0), optimizer=optimizer)
     train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters()), 5)
 
-    assert len([r for r in caplog.records if "need the training loss" in r.message]) == 1
+    assert len([r for r in caplog.records if "needs the training loss" in r.message]) == 1
 
 
 def test_metrics_names_and_fraction():

@@ -39,7 +39,8 @@ def test_every_problem_is_reported_at_once_with_field_rule_and_value():
         ("shadow", "yes"),
         ("ledger", 3),
         ("max_edge", 2.0),
-        ("pace_progress_fast", 0.99),
+        ("pace_trust", 0.5),
+        ("pace_start", 0),
     ],
 )
 def test_each_field_has_a_rule(field, value):

@@ -182,6 +182,7 @@ def story(noise: str = "normal", seed: int = 0) -> Series:
         thresholds=None,
         coefficients=None,
         paces=None,
+        reaches=None,
         reasons=None,
         header=None,
         every=1,

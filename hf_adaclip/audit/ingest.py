@@ -34,6 +34,7 @@ class Series:
         norms: Norm before clipping, float32; NaN and inf where the run had them.
         losses: Training loss, float32, NaN where it is not known.
         thresholds, coefficients, paces: What was decided, float32; None when the log does not say.
+        reaches: What the pace went by, float32, NaN where there was none; None when the log does not say.
         reasons: Names of reasons; None when the log does not say.
         header: Header of the last segment of a ledger, else None.
         every: Steps between two known norms; 1 when all are known. With more, spikes in between are unseen.
@@ -47,6 +48,7 @@ class Series:
     thresholds: np.ndarray | None
     coefficients: np.ndarray | None
     paces: np.ndarray | None
+    reaches: np.ndarray | None
     reasons: list[str] | None
     header: dict[str, Any] | None
     every: int
@@ -103,7 +105,9 @@ def ledger_records(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def _from_ledger(path: Path) -> Series:
     header: dict[str, Any] | None = None
-    rows: dict[str, list[float]] = {key: [] for key in ("step", "norm", "loss", "threshold", "coefficient", "pace")}
+    rows: dict[str, list[float]] = {
+        key: [] for key in ("step", "norm", "loss", "threshold", "coefficient", "pace", "reach")
+    }
     reasons: list[str] = []
     for line in ledger_records(path):
         if line["kind"] == "header":
@@ -116,7 +120,7 @@ def _from_ledger(path: Path) -> Series:
             del reasons[keep:]
         elif line["kind"] == "step":
             try:
-                values_now = {key: parse_number(line[key]) for key in rows}
+                values_now = {key: parse_number(line.get(key) if key == "reach" else line[key]) for key in rows}
             except (KeyError, ValueError, TypeError, OverflowError) as error:
                 raise LedgerError(f"{path}: a step record cannot be understood: {error}.") from error
             if not 0 <= values_now["step"] < _MAX_STEP:
@@ -141,6 +145,7 @@ def _from_ledger(path: Path) -> Series:
         thresholds=_array(rows["threshold"]),
         coefficients=_array(rows["coefficient"]),
         paces=_array(rows["pace"]),
+        reaches=_array(rows["reach"]),
         reasons=reasons,
         header=header,
         every=1,
@@ -232,6 +237,7 @@ def _foreign(path: Path, source: Source, rows: list[tuple[int, float, float]]) -
         thresholds=None,
         coefficients=None,
         paces=None,
+        reaches=None,
         reasons=None,
         header=None,
         every=max(every, 1),

@@ -25,6 +25,8 @@ def step_record(step: int, row: dict[str, float], seconds: float, norms: list[fl
     record.update((key, number(row[key])) for key in ("norm", "threshold", "coefficient", "pace"))
     record["reason"] = Reason(int(row["reason"])).name
     record.update((key, number_or_null(row[key])) for key in ("loss", "loss_scale"))
+    if row["reach"] == row["reach"]:
+        record["reach"] = number(row["reach"])  # only where there is a pace
     record["time"] = round(seconds, 3)
     record["applied_norm"] = number_or_null(row["applied_norm"])
     if norms is not None:

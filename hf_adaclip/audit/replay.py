@@ -63,8 +63,9 @@ def replay(series: Series, config: AdaptiveClipConfig, *, static_threshold: floa
     thresholds, coefficients, paces = (np.empty(size, np.float32) for _ in range(3))
     reasons = np.empty(size, np.uint8)
     with np.errstate(all="ignore"):
-        for i, (norm, loss) in enumerate(zip(series.norms, series.losses, strict=True)):
-            decision, state = controller.update(state, Observation(norm, loss, static))
+        reaches = np.full(size, np.nan, np.float32) if series.reaches is None else series.reaches
+        for i, (norm, loss, reach) in enumerate(zip(series.norms, series.losses, reaches, strict=True)):
+            decision, state = controller.update(state, Observation(norm, loss, static, reach=reach))
             thresholds[i], coefficients[i], paces[i], reasons[i] = decision
     return Replay(config, thresholds, coefficients, paces, reasons)
 

@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-COLUMNS: Final = ("norm", "threshold", "coefficient", "pace", "reason", "loss", "loss_scale", "applied_norm")
+COLUMNS: Final = ("norm", "threshold", "coefficient", "pace", "reason", "loss", "loss_scale", "reach", "applied_norm")
 _APPLIED: Final = COLUMNS.index("applied_norm")
 
 

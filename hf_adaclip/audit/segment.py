@@ -87,6 +87,7 @@ class Segment:
             return problems
         try:
             recorded = {k: parse_number(record[k]) for k in ("norm", "threshold", "coefficient", "pace", "loss")}
+            recorded["reach"] = parse_number(record.get("reach"))
             applied = parse_number(record["applied_norm"])
             norms = [parse_number(n) for n in record["norms"]] if self._num_tensors else None
         except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -127,7 +128,9 @@ class Segment:
         left = None
         if isinstance(self._controller, FineController) and self._next_step > self._controller.first_step:
             left = np.float32(recorded["threshold"])  # what it did to single units is not in a ledger
-        seen = Observation(observed, np.float32(recorded["loss"]), self._static, finite, left)
+        seen = Observation(
+            observed, np.float32(recorded["loss"]), self._static, finite, left, np.float32(recorded["reach"])
+        )
         decision, self._state = self._controller.update(self._state, seen)
         return Summary(*decision) if norms is None else summarise(norm, observed, *decision)
 

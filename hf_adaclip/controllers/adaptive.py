@@ -38,6 +38,9 @@ from hf_adaclip.controllers.pace import Pace, PaceState, update_pace
 MAX_DEVIATION = 1.9
 """Largest deviation used for an edge: u(1.9, L) = 39 L. At 2 the inverse would be infinite."""
 
+PACE_START = 50
+"""Steps of the pace's start where nothing says how long the run is."""
+
 
 class AdaptiveState(NamedTuple):
     """State of the controller, each of the norm's shape.
@@ -49,7 +52,7 @@ class AdaptiveState(NamedTuple):
         candidate: Mean norm of the excursions in the current run.
         run: Length of that run; 0 when the last norm was inside the range.
         count: Usable norms seen.
-        pace, loss_fast, loss_slow: See `hf_adaclip.controllers.pace`.
+        pace, best_reach, pace_steps: See `hf_adaclip.controllers.pace`.
     """
 
     level: Value
@@ -59,8 +62,8 @@ class AdaptiveState(NamedTuple):
     run: Value
     count: Value
     pace: Value
-    loss_fast: Value
-    loss_slow: Value
+    best_reach: Value
+    pace_steps: Value
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,15 @@ class AdaptiveController(Controller[AdaptiveState]):
     max_edge: float = 0.6
     max_near: float = 0.2
     max_pace: float = 1.0
-    pace_growth: float = 1.02
-    pace_backoff: float = 0.7
-    pace_progress_fast: float = 0.9
-    pace_progress_slow: float = 0.98
+    pace_start: int | None = None
+    pace_trust: float = 3.0
+    pace_hold: float = 1 / 3
+    pace_growth: float = 1.1
+    pace_shrink: float = 0.95
+
+    @property
+    def _start(self) -> float:
+        return float(PACE_START if self.pace_start is None else self.pace_start)
 
     def init(self, ops: Ops, shape: Shape) -> AdaptiveState:
         return AdaptiveState(
@@ -112,9 +120,9 @@ class AdaptiveController(Controller[AdaptiveState]):
             candidate=ops.full(shape, 0.0),
             run=ops.full(shape, 0.0),
             count=ops.full(shape, 0.0),
-            pace=ops.full(shape, 1.0),
-            loss_fast=ops.full(shape, float("nan")),
-            loss_slow=ops.full(shape, float("nan")),
+            pace=ops.full(shape, 1.0 if self.max_pace == 1 else 1.0 / self._start),
+            best_reach=ops.full(shape, 0.0),
+            pace_steps=ops.full(shape, 0.0),
         )
 
     def update(self, state: AdaptiveState, observation: Observation) -> tuple[Decision, AdaptiveState]:
@@ -167,14 +175,19 @@ class AdaptiveController(Controller[AdaptiveState]):
         reason = ops.where(spike, ops(float(Reason.SPIKE)), reason)
         reason = ops.where(finite, reason, ops(float(Reason.NONFINITE)))
 
-        paced = PaceState(state.pace, state.loss_fast, state.loss_slow)
+        paced = PaceState(state.pace, state.best_reach, state.pace_steps)
         if self.max_pace > 1:
             parameters = Pace(
-                self.max_pace, self.pace_growth, self.pace_backoff, self.pace_progress_fast, self.pace_progress_slow
+                self.max_pace, self._start, self.pace_trust, self.pace_hold, self.pace_growth, self.pace_shrink
             )
-            loss = ops.expand(observation.loss, ops.shape(norm))
+            reach = ops(float("nan")) if observation.reach is None else observation.reach
             paced = update_pace(
-                parameters, paced, loss, calm=calm, trouble=high | observation.left_out(finite), ops=ops
+                parameters,
+                paced,
+                ops.expand(reach, ops.shape(norm)),
+                trouble=high,
+                left_out=observation.left_out(finite),
+                ops=ops,
             )
 
         return Decision(threshold, coefficient, paced.pace, reason), AdaptiveState(
@@ -185,8 +198,8 @@ class AdaptiveController(Controller[AdaptiveState]):
             run=ops.where(usable, ops.where(accepted, zero, run), state.run),
             count=ops.where(usable, state.count + one, state.count),
             pace=paced.pace,
-            loss_fast=paced.fast,
-            loss_slow=paced.slow,
+            best_reach=paced.best,
+            pace_steps=paced.steps,
         )
 
 

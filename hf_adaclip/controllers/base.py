@@ -107,6 +107,7 @@ class Observation(NamedTuple):
         step_finite: Bool, shape `[]`: whether the step as a whole is finite. Per tensor a NaN norm in a finite step only means that
             the tensor has no gradient in it. None: the norm itself tells.
         left: For rules on units and elements, the global norm that they left, shape `[]`; None for all others, and in their warm-up.
+        reach: Distance estimate over the base learning rate, shape `[]`; NaN or None when it is not known. What the pace goes by.
     """
 
     norm: Value
@@ -114,6 +115,7 @@ class Observation(NamedTuple):
     static_threshold: Value
     step_finite: Value | None = None
     left: Value | None = None
+    reach: Value | None = None
 
     def left_out(self, finite: Value) -> Value:
         """Whether the step is left out, given whether `norm` is finite; bool, shape `[]` or that of the norm."""
@@ -127,7 +129,7 @@ class Decision(NamedTuple):
         threshold: Largest norm allowed to reach the optimizer.
         coefficient: Multiplier on the gradient, in (0, 1]; exactly 1 when nothing is to be changed, exactly 0 when the step as a whole
             is to be left out.
-        pace: Multiplier on the learning rate of this step, >= 1; exactly 1 when the pace is off.
+        pace: Multiplier on the learning rate of this step, > 0 (below 1 only in its start); exactly 1 when the pace is off.
         reason: A [`Reason`] as a number.
     """
 

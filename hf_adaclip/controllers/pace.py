@@ -1,14 +1,21 @@
-"""The pace: a multiplier on the learning rate of one step, which clipping makes safe to raise.
+"""The pace: a multiplier on the learning rate of one step, led by how far the training could usefully go.
 
-    fast_t = f fast_{t-1} + (1 - f) loss_t             slow_t likewise with s > f; both start at the first loss
-    progressing_t = fast_t < slow_t
-    pace_t = max(1, pace_{t-1} * backoff)              after an excursion upward or a skipped step
-           = min(max_pace, pace_{t-1} * growth)        when the norm is calm and the loss is progressing
-           = pace_{t-1}                                otherwise
+    reach_t = d_t / lr_base               d_t: the distance estimate of Prodigy, see `hf_adaclip.gradients.reach`
+    best_t  = max(best_{t-1}, reach_t)
+    floor_t = min(1, t / start)           the start: t counts from 1 the steps that were not left out
+    aim_t   = min(max_pace, max(reach_t, hold best_t))
+    aim_t   = floor_t                     where it is below `trust`: the given rate is believed
+    pace_t  = min(aim_t, growth pace_{t-1})                  while it is below its aim
+            = max(aim_t, shrink pace_{t-1})                  while it is above; and after an excursion upward or a skipped step
+                                                             max(floor_t, shrink pace_{t-1})
+            never below floor_t; pace_0 = 1 / start
 
-Calm norms alone are not progress: a model that sits in the majority class has the calmest of gradients, and a pace that
-grows on them leaves the region where it could have learned. Hence the second signal, the trend of the training loss.
-Without a loss the pace stays at 1.
+d answers "at which rate would this be quick?" from what has been travelled so far, and it is known only to a factor of two or three. So
+it speaks up only where it is more than `trust` times the given rate; below that, the given rate stands, after a start. An estimate that
+falls (a plateau, a detour) takes the pace back with it, to a third of the best; it does not stay at its maximum, as Prodigy's does.
+
+Source: this package; model_cards/RESEARCH.md has the experiments. The distance estimate: Mishchenko and Defazio, "Prodigy", 2023,
+algorithm 4.
 """
 
 from typing import NamedTuple
@@ -20,39 +27,40 @@ class Pace(NamedTuple):
     """Parameters of the pace; see the fields of the same meaning in `AdaptiveClipConfig`."""
 
     maximum: float
+    start: float
+    trust: float
+    hold: float
     growth: float
-    backoff: float
-    fast: float
-    slow: float
+    shrink: float
 
 
 class PaceState(NamedTuple):
-    """`pace` of the last step and the two averages of the loss (NaN until one is known)."""
+    """`pace` of the last step, the largest `best` reach so far, and how many `steps` were taken."""
 
     pace: Value
-    fast: Value
-    slow: Value
+    best: Value
+    steps: Value
 
 
-def update_pace(pace: Pace, state: PaceState, loss: Value, *, calm: Value, trouble: Value, ops: Ops) -> PaceState:
+def update_pace(pace: Pace, state: PaceState, reach: Value, *, trouble: Value, left_out: Value, ops: Ops) -> PaceState:
     """One step of the pace.
 
     Args:
         pace: Parameters.
         state: State before the step.
-        loss: Training loss of the step, shape `[]`; NaN or inf when unknown, and then nothing is learned from it.
-        calm: Bool, whether the norm is inside the range and the controller is past its warm-up.
-        trouble: Bool, whether the norm left the range upward or is not finite.
+        reach: Distance estimate over the base learning rate; NaN when it is not known, which teaches nothing.
+        trouble: Bool, whether the norm left the range upward.
+        left_out: Bool, whether the step is left out: then it does not count.
         ops: Ops on the state's device.
     """
-    # A NaN compares as False everywhere: an unknown loss is neither below infinity nor progress.
-    known = abs(loss) < ops(float("inf"))
-    started = abs(state.slow) < ops(float("inf"))
-    fast = ops.where(started, state.fast * ops(pace.fast) + loss * ops(1.0 - pace.fast), loss)
-    slow = ops.where(started, state.slow * ops(pace.slow) + loss * ops(1.0 - pace.slow), loss)
-    fast = ops.where(known, fast, state.fast)
-    slow = ops.where(known, slow, state.slow)
-    grown = ops.minimum(state.pace * ops(pace.growth), ops(pace.maximum))
-    shrunk = ops.maximum(state.pace * ops(pace.backoff), ops(1.0))
-    value = ops.where(calm & known & (fast < slow), grown, state.pace)
-    return PaceState(ops.where(trouble, shrunk, value), fast, slow)
+    one = ops(1.0)
+    known = abs(reach) < ops(float("inf"))  # a NaN compares as False
+    steps = ops.where(left_out, state.steps, state.steps + one)
+    floor = ops.minimum(one, ops.maximum(steps, one) / ops(pace.start))
+    best = ops.where(known, ops.maximum(state.best, reach), state.best)
+    aim = ops.where(known, ops.maximum(reach, ops(pace.hold) * best), ops(pace.hold) * best)
+    aim = ops.where(aim < ops(pace.trust), floor, ops.minimum(aim, ops(pace.maximum)))
+    less = state.pace * ops(pace.shrink)
+    moved = ops.where(state.pace < aim, ops.minimum(aim, state.pace * ops(pace.growth)), ops.maximum(aim, less))
+    moved = ops.where(trouble | left_out, less, moved)
+    return PaceState(ops.maximum(floor, moved), best, steps)

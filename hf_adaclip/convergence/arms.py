@@ -28,13 +28,19 @@ class Arm:
 
 STOCK: Final = "stock"
 DEFAULT_LEARNING_RATE: Final = 5e-5
+PACE: Final = 64.0
+"""`max_pace` of the arm `adaptive-pace`: room for the pace to find a rate far above the given one."""
 
 ARMS: Final[dict[str, Arm]] = {
     arm.name: arm
     for arm in (
         Arm(STOCK, "stock Trainer, max_grad_norm 1.0, its best learning rate", None),
         Arm("adaptive", "adaptive clipping, defaults, the stock arm's learning rate", {}),
-        Arm("adaptive-pace", "adaptive clipping with max_pace 2, the stock arm's learning rate", {"max_pace": 2.0}),
+        Arm(
+            "adaptive-pace",
+            f"adaptive clipping with max_pace {PACE:g}, the stock arm's learning rate",
+            {"max_pace": PACE},
+        ),
         Arm("zscore", "ZClip, defaults, the stock arm's learning rate", {"controller": "zscore"}),
         Arm("percentile", "AutoClip p=10, the stock arm's learning rate", {"controller": "percentile"}),
         Arm("stock-default", "stock Trainer exactly as it comes (learning rate 5e-5)", None, "default"),

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from hf_adaclip.audit.schema import plain
 from hf_adaclip.controllers import CONTROLLERS
-from hf_adaclip.convergence.arms import DEFAULT_LEARNING_RATE, STOCK, Arm
+from hf_adaclip.convergence.arms import DEFAULT_LEARNING_RATE, PACE, STOCK, Arm
 from hf_adaclip.convergence.compare import COMPARISON_FILE
 from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
 from hf_adaclip.convergence.statistics import median
@@ -27,7 +27,7 @@ KNOWN: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     STOCK: ("stock Trainer, the flags as they were given", ("--clip", "stock")),
     "none": ("stock Trainer without clipping", ("--clip", "none")),
     "stable_adamw": ("stock Trainer with optim=stable_adamw", ("--clip", "stock", "--optim", "stable_adamw")),
-    "adaptive-pace": ("adaptive clipping with max_pace 2", ("--clip", "adaptive", "--max_pace", "2")),
+    "adaptive-pace": (f"adaptive clipping with max_pace {PACE:g}", ("--clip", "adaptive", "--max_pace", f"{PACE:g}")),
     **{name: (f"{kind.idea} ({kind.source})", ("--clip", name)) for name, kind in CONTROLLERS.items()},
 }
 

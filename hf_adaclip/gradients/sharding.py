@@ -4,13 +4,17 @@ Every rank takes the norm of the part it holds; the squares are then added over 
 small collective. (`DTensor.full_tensor` on each norm, the obvious way, is one collective per tensor and step.)
 """
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+Layout: TypeAlias = tuple[object, tuple[int, ...]]
+"""A device mesh, and the dimensions of it over which a tensor is split."""
 
 
 def is_sharded(gradient: Tensor) -> "TypeGuard[DTensor]":
@@ -37,6 +41,22 @@ def summed_part(gradient: Tensor) -> Tensor:
     return local_part(gradient)
 
 
+def layout_of(tensor: Tensor) -> Layout | None:
+    """How a tensor is spread; None when every rank holds all of it (a pending sum counts as carried out)."""
+    if not is_sharded(tensor):
+        return None
+    split = tuple(d for d, p in enumerate(tensor.placements) if not (p.is_replicate() or p.is_partial()))
+    return (tensor.device_mesh, split) if split else None
+
+
+def sum_over_ranks_(values: Tensor, layout: Layout) -> Tensor:
+    """Add up, in place, what the ranks have of tensors of one layout."""
+    mesh, split = layout
+    for dimension in split:
+        torch.distributed.all_reduce(values, group=mesh.get_group(dimension))  # type: ignore[attr-defined]
+    return values
+
+
 def norms_over_ranks(gradients: list[Tensor], norms: Tensor) -> Tensor:
     """From the norm of every rank's part to the norm of the whole.
 
@@ -47,21 +67,18 @@ def norms_over_ranks(gradients: list[Tensor], norms: Tensor) -> Tensor:
     Returns:
         float32, shape `[len(gradients)]`, the same bits on every rank.
     """
-    layouts: dict[tuple[object, tuple[int, ...]], list[int]] = {}
+    layouts: dict[Layout, list[int]] = {}
     for position, gradient in enumerate(gradients):
-        if is_sharded(gradient):
-            split = tuple(d for d, p in enumerate(gradient.placements) if not (p.is_replicate() or p.is_partial()))
-            if split:
-                layouts.setdefault((gradient.device_mesh, split), []).append(position)
+        layout = layout_of(gradient)
+        if layout is not None:
+            layouts.setdefault(layout, []).append(position)
     if not layouts:
         return norms
     # In float64: squares of a float32 norm overflow above 1e19 and vanish below 1e-23.
     squares = norms.double().square()
-    for (mesh, split), positions in layouts.items():
+    for layout, positions in layouts.items():
         everything = len(positions) == len(gradients)
-        part = squares if everything else squares[positions]
-        for dimension in split:
-            torch.distributed.all_reduce(part, group=mesh.get_group(dimension))  # type: ignore[attr-defined]
+        part = sum_over_ranks_(squares if everything else squares[positions], layout)
         if not everything:
             squares[positions] = part
     return squares.sqrt().float()

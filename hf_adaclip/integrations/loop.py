@@ -25,7 +25,7 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.convergence.energy import open_meter
 from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, Point, Stopwatch, append_point, read_points, write_points
 from hf_adaclip.integrations.script import ClipArguments, Ingredients
-from hf_adaclip.integrations.trainer import LEDGER_FILE
+from hf_adaclip.integrations.trainer import LEDGER_FILE, pace_start
 
 CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
 
@@ -169,6 +169,11 @@ class _Loop:
             config = config.replace(ledger=str(self._output / LEDGER_FILE))
         if config.static_threshold is None:
             config = config.replace(static_threshold=self._arguments.max_grad_norm)
+        if config.pace_start is None:
+            warmup = self._arguments.warmup_steps
+            config = config.replace(
+                pace_start=pace_start(self._steps, warmup if warmup >= 1 else warmup * self._steps)
+            )
         return AdaptiveClipper(
             config, accelerator=self._accelerator, optimizer=self._optimizer, model=self.model, ledger=config.ledger
         )

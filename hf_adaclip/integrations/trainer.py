@@ -39,6 +39,7 @@ else:
 logger = logging.getLogger(__name__)
 
 LEDGER_FILE = "clip_ledger.jsonl"
+PACE_START_SHARE = 0.1
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
@@ -79,6 +80,7 @@ class AdaptiveClipMixin(_Base):
         self.clipper = None
         self._step_loss: Tensor | None = None
         self._last_loss: Tensor | None = None
+        self._planned_steps = 0
         if config.nan_filter_on_device:
             self.args.logging_nan_inf_filter = False
         self.add_callback(ConvergenceCallback(self.args.output_dir))
@@ -126,7 +128,16 @@ class AdaptiveClipMixin(_Base):
             if getattr(type(c), hook, None) is not getattr(TrainerCallback, hook)
         ]
         # Such a callback may look at the gradients, and is to see them clipped.
-        return self.clip_config.replace(fold="never") if lookers else self.clip_config
+        config = self.clip_config
+        if config.pace_start is None and self._planned_steps:
+            config = config.replace(
+                pace_start=pace_start(self._planned_steps, self.args.get_warmup_steps(self._planned_steps))
+            )
+        return config.replace(fold="never") if lookers else config
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self._planned_steps = num_training_steps
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _ready_clipper(self) -> AdaptiveClipper:
         # The optimizer exists, and is prepared by Accelerate, only once training has begun.
@@ -279,6 +290,11 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
         trainer.__dict__.update(before)
         raise
     return trainer
+
+
+def pace_start(steps: int, warmup_steps: float) -> int:
+    """Steps of the pace's start in a run of so many: a schedule that warms up has a start of its own, and two of them are too slow."""
+    return max(1, round(PACE_START_SHARE * steps - warmup_steps))
 
 
 def _check_seam() -> None:

@@ -11,7 +11,7 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation, Reason
 from hf_adaclip.controllers.ops import SCALAR
 from tests.cases import CASES
-from tests.streams import eventful, losses
+from tests.streams import eventful, losses, reaches
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -24,18 +24,18 @@ def test_decisions_equal_the_reference(case, seed):
     reference = case.reference(**settings)
 
     state = controller.init(SCALAR, ())
-    for step, (norm, loss) in enumerate(zip(eventful(rng), losses(rng), strict=True)):
+    for step, (norm, loss, reach) in enumerate(zip(eventful(rng), losses(rng), reaches(rng), strict=True)):
         with np.errstate(all="ignore"):
-            decision, state = controller.update(state, Observation(norm, loss, np.float32(0.25)))
+            decision, state = controller.update(state, Observation(norm, loss, np.float32(0.25), reach=reach))
         if step % 37 == 0:  # the state survives a round trip through JSON bit for bit
             state = state_from_json(controller, json.loads(json.dumps(state_to_json(state))), SCALAR, ())
-        threshold, coefficient, pace, reason = reference.step(float(norm), float(loss))
+        threshold, coefficient, pace, reason = reference.step(float(norm), float(reach))
         where = f"step {step}, norm {norm}"
         assert Reason(int(decision.reason)).name == reason, where
         assert math.isclose(decision.coefficient, coefficient, rel_tol=case.rtol), where
         if reason != "NONFINITE":  # such a step is left out; its threshold means nothing
             assert math.isclose(decision.threshold, threshold, rel_tol=case.rtol), where
-        assert math.isclose(decision.pace, pace, rel_tol=1e-5), where
+        assert math.isclose(decision.pace, pace, rel_tol=1e-4), where
 
 
 def test_every_controller_has_a_case():

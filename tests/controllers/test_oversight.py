@@ -32,15 +32,17 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def drive(config, norms, loss=None):
+def drive(config, norms, loss=None, reach=None):
     """Decisions as arrays by name, reasons by name, and the states."""
     controller = build_controller(config)
     state, rows, states = controller.init(SCALAR, ()), [], []
     loss = np.full(len(norms), np.nan) if loss is None else loss
+    reach = np.full(len(norms), np.nan) if reach is None else reach
     static = np.float32(config.static_threshold)
     with np.errstate(all="ignore"):
-        for norm, value in zip(norms, loss, strict=True):
-            decision, state = controller.update(state, Observation(np.float32(norm), np.float32(value), static))
+        for norm, value, way in zip(norms, loss, reach, strict=True):
+            seen = Observation(np.float32(norm), np.float32(value), static, reach=np.float32(way))
+            decision, state = controller.update(state, seen)
             rows.append([float(v) for v in decision])
             states.append(state)
     threshold, coefficient, pace, reason = np.array(rows).T
@@ -101,7 +103,7 @@ def test_frozen_the_range_stays_and_spikes_are_still_cut():
     norms = np.concatenate([calm(200), calm(200, 1, 1.3)])
     norms[300] = 50.0
     threshold, coefficient, pace, reasons, states = drive(
-        AdaptiveClipConfig(freeze_after=150, max_pace=4.0, **BASE), norms, np.linspace(3, 1, 400)
+        AdaptiveClipConfig(freeze_after=150, max_pace=4.0, **BASE), norms, reach=np.linspace(2, 8, 400)
     )
 
     assert len(set(threshold[150:300])) == 1

@@ -1,4 +1,6 @@
-"""The pace grows only when the norm is calm and the loss is falling, and never otherwise."""
+"""The pace: a start, the given rate where the estimate is near it, the estimate where it is far above."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -8,52 +10,61 @@ from hf_adaclip.controllers import CONTROLLERS, Observation
 from hf_adaclip.controllers.ops import SCALAR
 
 
-def paces(norms, losses, **settings):
-    config = AdaptiveClipConfig(**{"max_pace": 4.0, "warmup_observations": 10, **settings})
+def paces(reaches, norms=None, **settings):
+    config = AdaptiveClipConfig(**{"max_pace": 16.0, "warmup_observations": 10, "pace_start": 20, **settings})
     controller = CONTROLLERS["adaptive"].from_config(config)
     state, seen = controller.init(SCALAR, ()), []
+    norms = np.full(len(reaches), 0.5) if norms is None else norms
     with np.errstate(all="ignore"):
-        for norm, loss in zip(norms, losses, strict=True):
-            observation = Observation(np.float32(norm), np.float32(loss), np.float32(1.0))
+        for norm, reach in zip(norms, reaches, strict=True):
+            observation = Observation(np.float32(norm), np.float32(2.0), np.float32(1.0), reach=np.float32(reach))
             decision, state = controller.update(state, observation)
             seen.append(float(decision.pace))
     return seen
 
 
-CALM = np.full(200, 0.5)
-FALLING = np.linspace(3, 1, 200)
+@pytest.mark.parametrize("reach", [np.nan, np.inf, -5.0, 0.0, 0.3, 2.9], ids=str)
+def test_below_the_zone_of_trust_there_is_a_linear_start_and_then_exactly_one(reach):
+    seen = paces(np.full(100, reach))
+    assert seen[:20] == pytest.approx(np.arange(1, 21) / 20)
+    assert set(seen[20:]) == {1.0}
 
 
-def test_grows_by_its_factor_when_calm_and_progressing():
-    seen = paces(CALM, FALLING)
-
-    assert seen[9] == 1.0  # warm-up
-    assert seen[20] == pytest.approx(seen[19] * 1.02, rel=1e-5)
-    assert max(seen) == 4.0
-
-
-@pytest.mark.parametrize(
-    ("losses", "why"),
-    [
-        (np.full(200, 2.0), "constant"),
-        (np.linspace(1, 3, 200), "rising"),
-        (np.full(200, np.nan), "unknown"),
-        (np.full(200, np.inf), "infinite"),
-    ],
-)
-def test_calm_norms_alone_are_not_progress(losses, why):
-    assert set(paces(CALM, losses)) == {1.0}
+def test_above_it_the_pace_climbs_by_its_factor_to_the_estimate_and_no_further_than_allowed():
+    seen = paces(np.full(200, 6.0))
+    assert seen[40] == pytest.approx(min(6.0, seen[39] * 1.1), rel=1e-5)
+    assert seen[-1] == pytest.approx(6.0)
+    assert all(
+        b <= a * 1.1 * (1 + 1e-6) or b <= (i + 2) / 20 + 1e-6 for i, (a, b) in enumerate(itertools.pairwise(seen))
+    )
+    assert max(paces(np.full(200, 1000.0))) == 16.0
 
 
-def test_backs_off_on_a_spike_and_on_a_step_that_is_not_finite_and_never_below_one():
-    norms = CALM.copy()
-    norms[100], norms[150], norms[151:160] = 50.0, np.nan, np.nan
-    seen = paces(norms, FALLING)
+def test_an_estimate_that_falls_takes_the_pace_back_to_a_third_of_the_best():
+    seen = paces([*np.full(100, 9.0), *np.full(100, -1.0)])
+    assert seen[99] == pytest.approx(9.0)
+    assert seen[100] == pytest.approx(9.0 * 0.95, rel=1e-5)
+    assert seen[-1] == pytest.approx(3.0)
+    assert paces([*np.full(100, 9.0), *np.full(100, -1.0)], pace_hold=0.0)[-1] == 1.0
 
-    assert seen[100] == pytest.approx(seen[99] * 0.7, rel=1e-5)
-    assert seen[150] == pytest.approx(seen[149] * 0.7, rel=1e-5)
-    assert seen[159] == 1.0
+
+def test_backs_off_on_a_spike_and_on_a_step_that_is_not_finite_and_never_below_its_floor():
+    norms = np.full(300, 0.5)
+    norms[100], norms[150], norms[151:250] = 50.0, np.nan, np.nan
+    seen = paces(np.full(300, 6.0), norms)
+
+    assert seen[100] == pytest.approx(seen[99] * 0.95, rel=1e-5)
+    assert seen[150] == pytest.approx(seen[149] * 0.95, rel=1e-5)
+    assert seen[249] == 1.0
+
+
+def test_steps_that_are_left_out_do_not_count_for_the_start():
+    norms = np.full(40, 0.5)
+    norms[5:15] = np.nan
+    seen = paces(np.full(40, np.nan), norms)
+    assert seen[4] == seen[14] == pytest.approx(0.25)
+    assert seen[15] == pytest.approx(0.3)
 
 
 def test_off_means_exactly_one():
-    assert set(paces(CALM, FALLING, max_pace=1.0)) == {1.0}
+    assert set(paces(np.full(200, 50.0), max_pace=1.0)) == {1.0}

@@ -185,7 +185,7 @@ def test_settle_ignores_diverged_rates_and_gives_up_when_all_diverge():
 def test_every_arm_has_a_complete_config():
     spec = run_spec(TASKS["digits-vit"], ARMS["adaptive-pace"], 0, 1e-3)
     assert spec.clip is not None
-    assert spec.clip["max_pace"] == 2.0
+    assert spec.clip["max_pace"] == 64.0
     assert spec.clip["decay"] == 0.97
     assert run_spec(TASKS["digits-vit"], ARMS["stock"], 0, 1e-3).clip is None
     assert run_spec(TASKS["digits-vit"], ARMS["stock-default"], 0, 1e-3).learning_rate == 5e-5

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, run
 from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.gradients import reach
 from hf_adaclip.gradients.norms import global_norm, tensor_norms
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
@@ -62,6 +63,29 @@ def step(model, optimizer, clipper, x, factor):
     return before, norm
 
 
+def paced(layout, folder, rank, world):
+    """Pace of every step of an unsharded and of a sharded run, the distance estimate taken on all coordinates of both."""
+    setattr(reach, "EVERY", 1)  # noqa: B010
+    setattr(reach, "_BLOCK", 10**9)  # noqa: B010
+    config = CONFIG.replace(max_pace=8.0, pace_start=5)
+    found = []
+    for sharded in (False, True):
+        model = shard(layout, make()) if sharded else make()
+        # torch 2.13: a fused step with its rate in a tensor takes no mix of sharded and plain weights.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=layout != "tp", foreach=False)
+        clipper, paces = AdaptiveClipper(config, optimizer=optimizer), []
+        for s in range(STEPS):
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(s))
+            shards = world if layout in ("fsdp", "hsdp") else 1 if layout == "tp" else world // 2
+            part = rank if layout in ("fsdp", "hsdp") else 0 if layout == "tp" else rank // 2
+            step(model, optimizer, clipper, x.chunk(shards)[part] if sharded else x, FAULTS.get(s, 1.0))
+            paces.append(float(clipper.state["pace"]))
+        clipper.save_state(folder)
+        clipper.close()
+        found.append(paces)
+    return found
+
+
 def main(layout, kind, granularity, lane, folder):
     torch.set_num_threads(1)
     if lane == "device":
@@ -106,6 +130,8 @@ def main(layout, kind, granularity, lane, folder):
     for _, _, done in runs:
         done.close()
 
+    paces = paced(layout, folder, rank, world)
+
     # A pending sum: every rank holds a summand, and the norm is that of the sum.
     mesh = init_device_mesh("cpu", (world,))
     summand = torch.full((3,), float(rank + 1))
@@ -122,6 +148,7 @@ def main(layout, kind, granularity, lane, folder):
                 "reduced": reduced,
                 "other collectives": calls - len(reduced),
                 "partial": partial / expected,
+                "paces": paces,
                 "finite": all(bool(whole(p).isfinite().all()) for p in sharded.parameters()),
             }
         )

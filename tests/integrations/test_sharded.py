@@ -28,7 +28,11 @@ def test_a_sharded_run_is_the_unsharded_run(tmp_path, layout, ranks, optimizer, 
     assert first["finite"]
     assert first["counts"]["NONFINITE"] == first["plain counts"]["NONFINITE"] == 1
     assert first["counts"]["SPIKE"] >= 1
+    plain, sharded = first["paces"]
+    assert max(plain) > 2, "the pace has left 1"
+    assert sharded == pytest.approx(plain, rel=1e-3)
     for other in results[1:]:
+        assert other["paces"][1] == sharded
         assert str(other["state"]) == str(first["state"])  # bit for bit, NaN included
         assert other["counts"] == first["counts"]
 

@@ -342,3 +342,16 @@ def test_too_many_bad_steps_name_the_checkpoint_to_go_back_to(tmp_path):
 
     assert caught.value.checkpoint.endswith("checkpoint-20")
     assert weights(trainer).isfinite().all()
+
+
+@pytest.mark.parametrize(("warmup", "start"), [(0, 3), (0.05, 1), (0.5, 1)])
+def test_the_pace_starts_over_a_tenth_of_the_steps_less_the_schedules_own_warm_up(tmp_path, warmup, start):
+    args = arguments(tmp_path, max_steps=30, warmup_steps=warmup)
+    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, clip=CONFIG.replace(max_pace=4.0))
+    run(trainer)
+    assert trainer.clipper.config.pace_start == start
+    ledger = [json.loads(line) for line in (tmp_path / "clip_ledger.jsonl").read_text().splitlines()]
+    steps = [line for line in ledger if line["kind"] == "step"]
+    assert [s["pace"] for s in steps[:3]] == pytest.approx([min(1.0, (i + 1) / start) for i in range(3)])
+    assert all("reach" in s for s in steps[warmup > 0 :])
+    assert verify_ledger(tmp_path / "clip_ledger.jsonl").ok

@@ -28,10 +28,11 @@ class AdaptiveReference:
         max_edge=0.6,
         max_near=0.2,
         max_pace=1.0,
-        pace_growth=1.02,
-        pace_backoff=0.7,
-        pace_progress_fast=0.9,
-        pace_progress_slow=0.98,
+        pace_start=None,
+        pace_trust=3.0,
+        pace_hold=1 / 3,
+        pace_growth=1.1,
+        pace_shrink=0.95,
         **_,
     ):
         self.static_threshold = static_threshold
@@ -48,25 +49,26 @@ class AdaptiveReference:
         self.max_edge = max_edge
         self.max_near = max_near
         self.max_pace = max_pace
+        self.pace_start = pace_start or 50
+        self.pace_trust = pace_trust
+        self.pace_hold = pace_hold
         self.pace_growth = pace_growth
-        self.pace_backoff = pace_backoff
-        self.pace_progress_fast = pace_progress_fast
-        self.pace_progress_slow = pace_progress_slow
+        self.pace_shrink = pace_shrink
         self.level, self.spread, self.width, self.count = None, min_spread, far_width, 0
         self.excursions = []
-        self.pace, self.fast, self.slow = 1.0, math.nan, math.nan
+        self.pace, self.best, self.taken = 1.0 if max_pace == 1 else 1 / self.pace_start, 0.0, 0
 
-    def step(self, norm, loss=math.nan):
+    def step(self, norm, reach=math.nan):
         warm = self.count < self.warmup_observations
         level = self.level if self.level is not None else norm
         far = min(self.width * self.spread, self.max_edge)
         near = min(self.near_width * self.spread, self.max_near)
         if not math.isfinite(norm):
             threshold = self.static_threshold if warm else (above(level, far) if math.isfinite(level) else math.nan)
-            self._pace(loss, calm=False, trouble=True)
+            self._pace(reach, left_out=True)
             return threshold, 1.0, self.pace, "NONFINITE"
         if norm == 0:
-            self._pace(loss, calm=False, trouble=False)
+            self._pace(reach)
             return (self.static_threshold if warm else above(level, far)), 1.0, self.pace, "VANISHING"
         x = deviation(norm, level)
         self.count += 1
@@ -75,7 +77,7 @@ class AdaptiveReference:
             learned = max(-1.9, min(1.9, x))
             self.level = above(level, gain * learned)
             self.spread = max(self.min_spread, self.spread + gain * (abs(learned) - self.spread))
-            self._pace(loss, calm=False, trouble=False)
+            self._pace(reach)
             return self.static_threshold, min(1.0, self.static_threshold / (norm + 1e-6)), self.pace, "WARMUP"
         gain = max(1 / self.count, 1 - self.decay)
         learned = max(-far, min(far, x))
@@ -106,19 +108,24 @@ class AdaptiveReference:
                 self.width = wider
         self.level = new_level
         self.spread = max(self.min_spread, self.spread + gain * (abs(learned) - self.spread))
-        self._pace(loss, calm=not (high or low), trouble=high)
+        self._pace(reach, spike=high)
         return threshold, coefficient, self.pace, reason
 
-    def _pace(self, loss, *, calm, trouble):
+    def _pace(self, reach, *, spike=False, left_out=False):
         if self.max_pace == 1:
             return
-        known = math.isfinite(loss)
-        if known and math.isnan(self.slow):
-            self.fast = self.slow = loss
-        elif known:
-            self.fast = self.pace_progress_fast * self.fast + (1 - self.pace_progress_fast) * loss
-            self.slow = self.pace_progress_slow * self.slow + (1 - self.pace_progress_slow) * loss
-        if trouble:
-            self.pace = max(1.0, self.pace * self.pace_backoff)
-        elif calm and known and self.fast < self.slow:
-            self.pace = min(self.max_pace, self.pace * self.pace_growth)
+        if not left_out:
+            self.taken += 1
+        floor = min(1.0, max(self.taken, 1) / self.pace_start)
+        useful = self.pace_hold * self.best
+        if math.isfinite(reach):
+            self.best = max(self.best, reach)
+            useful = max(reach, self.pace_hold * self.best)
+        aim = floor if useful < self.pace_trust else min(useful, self.max_pace)
+        if spike or left_out:
+            pace = self.pace_shrink * self.pace
+        elif self.pace < aim:
+            pace = min(aim, self.pace_growth * self.pace)
+        else:
+            pace = max(aim, self.pace_shrink * self.pace)
+        self.pace = max(floor, pace)

@@ -1,0 +1,154 @@
+"""How far the training could usefully go: the distance estimate that the pace goes by.
+
+    w_t = pace_{t-1}^2 lr_{t-1} / |g_t|                    lr over lr_base; g_t before clipping, so every gradient counts with length 1
+    r_t = decay r_{t-1} + w_t <g_t, x_0 - x_t>
+    s_t = decay s_{t-1} + w_t g_t
+    d_t = r_t / |s_t|_1                                    reach_t = d_t / lr_base
+
+<g, x_0 - x> asks whether the present gradient still wants to go the way that was travelled so far. It does while the rate is too small;
+where it no longer does, the rate is large enough, or the way was a detour. For Adam, whose step moves every coordinate by about the
+learning rate, d is that rate.
+
+x, g and s are looked at on a sample of the coordinates: one in 31, and not more than about 262144. The estimate is a quotient of two sums
+over them, so the sample changes its noise and not its size.
+
+Source: Prodigy, Mishchenko and Defazio 2023, algorithm 4, with three differences: gradients of length 1, a memory of 50 steps instead of
+about 2000, and no running maximum (the pace keeps a part of it). Why: model_cards/RESEARCH.md.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.gradients.norms import Gradients
+from hf_adaclip.gradients.observe import to_value
+from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
+
+DECAY: Final = 0.98
+EVERY: Final = 31
+MOST: Final = 1 << 18
+_BLOCK: Final = 16  # coordinates in a row: a cache line of float32
+_TINY: Final = 1e-30
+
+
+class ReachEstimate:
+    """Made for the parameters of a run, at its first step.
+
+    Args:
+        parameters: The trainable parameters, each once.
+        optimizers: Those that step on them; the largest learning rate of all their groups counts.
+        device: Where the norms are.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], optimizers: Sequence[torch.optim.Optimizer], device: torch.device
+    ) -> None:
+        # Tensors that are spread over ranks alike stand together, so that their sums are one collective.
+        layouts: dict[Layout | None, list[int]] = {}
+        for position, parameter in enumerate(parameters):
+            layouts.setdefault(layout_of(parameter), []).append(position)
+        self._order = [position for positions in layouts.values() for position in positions]
+        self._parameters = [parameters[i] for i in self._order]
+        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._device = device
+        total = sum(local_part(p).numel() for p in parameters)
+        self._every = max(EVERY, -(-total // MOST))
+        sizes = [_sample(local_part(p), self._every).numel() for p in self._parameters]
+        self._empty = [torch.zeros(size, device=device) for size in sizes]
+        self._sections: list[tuple[Layout | None, int]] = []
+        for layout, positions in layouts.items():
+            begin = sum(len(v) for v in list(layouts.values())[: len(self._sections)])
+            self._sections.append((layout, sum(sizes[begin : begin + len(positions)])))
+        self._base = self._rate = 0.0
+        self.pace: Value | float = 1.0
+        self._start = self._look(self._parameters)
+        self._weighted = torch.zeros_like(self._start)
+        self._gain = torch.zeros((), device=device)
+
+    def observe(self, gradients: Gradients, norm: Tensor, ops: Ops) -> Value:
+        """Learn from this step's gradients, unclipped and unscaled, before the step.
+
+        Args:
+            gradients: Of the parameters that the estimate was made for.
+            norm: Their global norm, float32, shape `[]`; where it is not finite nothing is learned.
+            ops: The kind of number wanted.
+
+        Returns:
+            d / lr_base, shape `[]`; NaN as long as the learning rate has been 0.
+        """
+        there = dict(zip(gradients.present, gradients.tensors, strict=True))
+        g = self._look([there.get(position) for position in self._order])
+        way = self._start - self._look(self._parameters)
+        pace = self.pace if isinstance(self.pace, Tensor) else float(self.pace)
+        weight = pace * pace * self._rate / (norm + _TINY)
+        usable = norm < math.inf
+        # A NaN times 0 is a NaN: what is not usable has to be left out by choice.
+        self._weighted = torch.where(usable, self._weighted * DECAY + weight * g, self._weighted)
+        dot, length = self._sums(g * way, self._weighted.abs())
+        self._gain = torch.where(usable, self._gain * DECAY + weight * dot, self._gain)
+        present = max(float(group["lr"]) for group in self._groups)
+        planned = max(float(group.get("initial_lr", 0.0)) for group in self._groups)
+        self._base = max(self._base, present, planned)
+        self._rate = present / self._base if self._base > 0 else 0.0
+        reach = self._gain / (length + _TINY) / (self._base if self._base > 0 else math.nan)
+        return to_value(reach, ops)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; nothing where every rank holds a part of its own: there the estimate begins anew."""
+        if any(layout is not None for layout, _ in self._sections):
+            return {}
+        rates = torch.tensor([self._base, self._rate], dtype=torch.float64)
+        pace = self.pace if isinstance(self.pace, Tensor) else torch.tensor(float(self.pace))
+        return {"start": self._start, "weighted": self._weighted, "gain": self._gain, "rates": rates, "pace": pace}
+
+    def restore(self, tensors: dict[str, Tensor], ops: Ops) -> None:
+        """Go on from what `tensors` gave.
+
+        Raises:
+            ValueError: It was made for other parameters.
+        """
+        if tensors["start"].shape != self._start.shape:
+            raise ValueError(
+                f"the distance estimate looks at {tensors['start'].numel()} coordinates, these parameters have {self._start.numel()}"
+            )
+        self._start, self._weighted, self._gain, pace = (
+            tensors[name].to(self._device, torch.float32) for name in ("start", "weighted", "gain", "pace")
+        )
+        self._base, self._rate = tensors["rates"].tolist()
+        self.pace = to_value(pace, ops)
+
+    def _look(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        parts = []
+        for tensor, empty in zip(tensors, self._empty, strict=True):
+            if tensor is None:
+                parts.append(empty)
+            else:
+                sample = _sample(summed_part(tensor.detach()), self._every)
+                parts.append(sample.to(self._device, torch.float32, non_blocking=True))
+        return torch.cat(parts)
+
+    def _sums(self, *values: Tensor) -> Tensor:
+        """Sums over the sample, over all ranks' parts of it; shape `[len(values)]`."""
+        if self._sections[0][0] is None and len(self._sections) == 1:
+            return torch.stack([v.sum() for v in values])
+        totals = torch.zeros(len(values), device=self._device)
+        begin = 0
+        for layout, size in self._sections:
+            part = torch.stack([v[begin : begin + size].sum() for v in values])
+            totals = totals + (part if layout is None else sum_over_ranks_(part, layout))
+            begin += size
+        return totals
+
+
+def _sample(tensor: Tensor, every: int) -> Tensor:
+    """One coordinate in `every`: in blocks, which cost less to read, where there is room for some; a view, unless the memory has gaps."""
+    flat = tensor.reshape(-1)
+    size = _BLOCK * every
+    if flat.numel() < size:
+        return flat[::every]
+    whole = flat.numel() // size * size
+    return flat[:whole].view(-1, size)[:, :_BLOCK].reshape(-1)
