@@ -57,12 +57,9 @@ class ReachEstimate:
         self._device = device
         total = sum(local_part(p).numel() for p in parameters)
         self._every = max(EVERY, -(-total // MOST))
-        sizes = [_sample(local_part(p), self._every).numel() for p in self._parameters]
-        self._empty = [torch.zeros(size, device=device) for size in sizes]
-        self._sections: list[tuple[Layout | None, int]] = []
-        for layout, positions in layouts.items():
-            begin = sum(len(v) for v in list(layouts.values())[: len(self._sections)])
-            self._sections.append((layout, sum(sizes[begin : begin + len(positions)])))
+        sizes = [_sample(local_part(p), self._every).numel() for p in parameters]
+        self._empty = [torch.zeros(sizes[i], device=device) for i in self._order]
+        self._sections = [(layout, sum(sizes[i] for i in positions)) for layout, positions in layouts.items()]
         self._base = self._rate = 0.0
         self.pace: Value | float = 1.0
         self._start = self._look(self._parameters)
