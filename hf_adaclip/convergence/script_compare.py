@@ -155,20 +155,9 @@ def _tune(study: ScriptStudy, arm: str) -> tuple[str, ...]:
     }
     tried: list[dict[str, Any]] = []
     for flag, values in coordinates:
-        finals = {}
-        runs = []
-        for value in values:
-            settings = {**chosen, flag: value}
-            name = f"tuning/{arm}/" + ",".join(f"{k.lstrip('-')}={v:g}" for k, v in sorted(settings.items()))
-            flags = (*_flags(study, arm), *_as_flags(settings))
-            runs.append([_run(study, name, flags, seed) for seed in TUNING_SEEDS])
-        results = run_scripts(
-            [r for group in runs for r in group], study.output, jobs=study.jobs, quiet=study.quiet, warm=study.warm
-        )
-        for position, value in enumerate(values):
-            own = results[position * len(TUNING_SEEDS) : (position + 1) * len(TUNING_SEEDS)]
-            finals[value] = median([_final(study, r) for r in own])
-            tried.append({**chosen, flag: value, "final": finals[value]})
+        settings = [{**chosen, flag: value} for value in values]
+        finals = dict(zip(values, sweep(study, arm, settings), strict=True))
+        tried += [{**s, "final": finals[s[flag]]} for s in settings]
         chosen[flag] = min(values, key=lambda v: finals[v])
     if not math.isfinite(min(t["final"] for t in tried)):
         raise ConfigError(f"`{arm}` must train at one of the settings tried, but failed at all of them.")
@@ -177,6 +166,28 @@ def _tune(study: ScriptStudy, arm: str) -> tuple[str, ...]:
     known[arm] = {"seeds": list(TUNING_SEEDS), "chosen": chosen, "tried": tried}
     path.write_text(json.dumps(plain(known), indent=1) + "\n", encoding="utf-8")
     return (*_flags(study, arm), *_as_flags(chosen))
+
+
+def sweep(study: ScriptStudy, arm: str, settings: Sequence[dict[str, float]]) -> list[float]:
+    """Train an arm at each of some settings, on the seeds of the tuning.
+
+    Args:
+        study: The script and how it is run.
+        arm: Name of the arm, or `tuned` for the stock arm.
+        settings: Values by flag. `_tune` makes its runs by this too, so a setting it has tried is not run again.
+
+    Returns:
+        Per setting, the median over seeds of the final value of the metric (its negative if more is better); infinite where a run failed.
+    """
+    runs = []
+    for chosen in settings:
+        name = f"tuning/{arm}/" + ",".join(f"{k.lstrip('-')}={v:g}" for k, v in sorted(chosen.items()))
+        flags = (*_flags(study, arm), *_as_flags(chosen))
+        runs += [_run(study, name, flags, seed) for seed in TUNING_SEEDS]
+    results = run_scripts(runs, study.output, jobs=study.jobs, quiet=study.quiet, warm=study.warm)
+    finals = [_final(study, result) for result in results]
+    size = len(TUNING_SEEDS)
+    return [median(finals[i * size : (i + 1) * size]) for i in range(len(settings))]
 
 
 def _as_flags(settings: dict[str, float]) -> tuple[str, ...]:

@@ -77,6 +77,8 @@ def test_a_short_study_is_recorded_and_gives_the_same_numbers_again(images, tmp_
             "20",
             "--jobs",
             "1",
+            "--range-arms",
+            "",
         ]
         assert (
             run_study.main(["--output", str(folder), "--data", str(images), "--record", str(folder / "raw"), *options])
