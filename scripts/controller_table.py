@@ -7,12 +7,11 @@ A test holds the README equal to this, and the verdicts equal to a fresh run of 
 """
 
 import json
-from pathlib import Path
 
 from hf_adaclip.audit.gauntlet import percent, spike, steps
 from hf_adaclip.controllers import CONTROLLERS
+from scripts.readme_section import ROOT, write_section
 
-ROOT = Path(__file__).parent.parent
 VERDICTS = ROOT / "model_cards" / "gauntlet" / "verdicts.json"
 COLUMNS = (
     "`clip=`",
@@ -25,7 +24,6 @@ COLUMNS = (
     "numbers kept",
     "choose it",
 )
-BEGIN, END = "<!-- controllers:begin -->", "<!-- controllers:end -->"
 
 
 def controller_table() -> str:
@@ -51,12 +49,5 @@ def controller_table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{controller_table()}\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_section("controllers", controller_table())

@@ -1,6 +1,6 @@
 """Record a comparison as the demo's card under model_cards/demo, and put its tables into the README.
 
-    python scripts/record_demo.py adaclip-demo
+    python -m scripts.record_demo adaclip-demo
 
 The numbers in the README are never typed: a test holds them equal to model_cards/demo/comparison.json.
 """
@@ -11,10 +11,9 @@ import shutil
 from pathlib import Path
 
 from hf_adaclip.convergence.present import heading, markdown_table
+from scripts.readme_section import ROOT, write_section
 
-ROOT = Path(__file__).parent.parent
 CARD = ROOT / "model_cards" / "demo"
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
 def demo_section() -> str:
@@ -33,10 +32,7 @@ def main() -> None:
     CARD.mkdir(parents=True, exist_ok=True)
     for name in ("comparison.json", "README.md", "curves.png"):
         shutil.copy(folder / name, CARD / name)
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{demo_section()}\n{END}{after}", encoding="utf-8")
+    write_section("demo", demo_section())
 
 
 if __name__ == "__main__":

