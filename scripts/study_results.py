@@ -121,10 +121,9 @@ def load_study(folder: Path = STUDY) -> list[TaskResults]:
     for name, task in TASKS.items():
         path = folder / f"{name}.jsonl"
         if path.is_file():
-            found.append(
-                TaskResults(task, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-            )
-    return found
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            found.append(TaskResults(task, lines))
+    return [results for results in found if "stock" in results.arms]
 
 
 def interval(values: Sequence[float], seed: int = 0) -> Interval:
