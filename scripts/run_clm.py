@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, train_and_evaluate
+from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, run_script, train_and_evaluate
 
 
 @dataclass
@@ -225,4 +225,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,7 @@ import sys
 from run_clm import DataArguments, ModelArguments, prepare
 
 from hf_adaclip.integrations.loop import LoopArguments, make_accelerator, run_loop
-from hf_adaclip.integrations.script import parse_arguments
+from hf_adaclip.integrations.script import parse_arguments, run_script
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -28,4 +28,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,7 +24,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, train_and_evaluate
+from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, run_script, train_and_evaluate
 from hf_adaclip.metrics import GLUE_METRICS, metric_path
 
 logger = logging.getLogger(__name__)
@@ -197,4 +197,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,7 +23,7 @@ from transformers import (
     AutoModelForImageClassification,
 )
 
-from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, train_and_evaluate
+from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, run_script, train_and_evaluate
 from hf_adaclip.metrics import metric_path
 
 
@@ -210,4 +210,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from accelerate import PartialState
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -116,6 +117,16 @@ def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = Training
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
     set_seed(training_args.seed)
     return parsed
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a script's `main`, then end what its processes share, so that no rank is torn down while another still talks to it.
+
+    Args:
+        main: The script, with its arguments from the command line.
+    """
+    main()
+    PartialState().destroy_process_group()
 
 
 def train_and_evaluate(
