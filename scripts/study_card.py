@@ -5,6 +5,7 @@
 Tests hold the card and the README equal to what this makes of the raw results.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,10 +98,13 @@ def _false_alarms(results: Sequence[TaskResults]) -> tuple[str, str, bool]:
 
 
 def _sooner(results: Sequence[TaskResults], arm: str) -> tuple[str, str, bool]:
-    found = []
-    holds = True
+    which = "the defaults" if arm == "adaptive" else "`max_pace=64`"
+    title = f"2. At most 0.72 of the steps and seconds of the stock Trainer as it comes, {which}"
+    found, holds = [], True
     for name, column in (("steps", STEP), ("seconds", SECONDS)):
         ratios = _ratios(results, arm, "stock", column)
+        if not ratios:
+            return title, "not run", False
         middle = median([ratio.median for _, ratio in ratios])
         late = [f"{r.task.name} {_number(ratio.median)}" for r, ratio in ratios if ratio.median > 1]
         judged = [ratio.median for r, ratio in ratios if r.task.group == "confirmation"]
@@ -109,12 +113,7 @@ def _sooner(results: Sequence[TaskResults], arm: str) -> tuple[str, str, bool]:
             + (f", later on {', '.join(late)}" if late else ", on no task later")
         )
         holds = holds and middle <= GOAL_RATIO and not late
-    title = "the defaults" if arm == "adaptive" else "`max_pace=64`"
-    return (
-        f"2. At most 0.72 of the steps and seconds of the stock Trainer as it comes, {title}",
-        "; ".join(found),
-        holds,
-    )
+    return title, "; ".join(found), holds
 
 
 def _wider(results: Sequence[TaskResults]) -> tuple[str, str, bool]:
@@ -255,14 +254,23 @@ def _number(value: float, digits: int = 2) -> str:
     return "inf" if math.isinf(value) else f"{value:.{digits}f}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Write card and pictures; for the study proper the README's table too."""
     from scripts.study_plots import draw_curves, draw_ranges
 
-    results = load_study()
-    (STUDY / "README.md").write_text(card(results), encoding="utf-8")
-    draw_curves(results, STUDY / "curves.png")
-    draw_ranges(results, STUDY / "ranges.png")
-    write_section("study", section(results))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=STUDY, help="raw results (default: model_cards/study)")
+    folder = parser.parse_args(argv).folder
+    results = load_study(folder)
+    if not results:
+        parser.error(
+            f"`folder` must hold raw results that `run_study --record` wrote, but {folder} has none of a stock arm."
+        )
+    (folder / "README.md").write_text(card(results), encoding="utf-8")
+    draw_curves(results, folder / "curves.png")
+    draw_ranges(results, folder / "ranges.png")
+    if folder.resolve() == STUDY.resolve():
+        write_section("study", section(results))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 from hf_adaclip.convergence.statistics import BOOTSTRAP_SAMPLES, PairedRatio, paired_ratio
 from hf_adaclip.convergence.tuning import TARGET_SHARE, TUNING_SEEDS
 from scripts.study_tasks import TASKS, StudyTask
+from scripts.study_tasks_cuda import CUDA_TASKS
 
 STUDY = Path(__file__).parent.parent / "model_cards" / "study"
 STEP, SECONDS, LOSS, QUALITY = range(4)
@@ -118,7 +119,7 @@ class TaskResults:
 def load_study(folder: Path = STUDY) -> list[TaskResults]:
     """All tasks whose stock arm has been run, in the order of `TASKS`."""
     found = []
-    for name, task in TASKS.items():
+    for name, task in {**TASKS, **CUDA_TASKS}.items():
         path = folder / f"{name}.jsonl"
         if path.is_file():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -13,18 +13,20 @@ from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
 from hf_adaclip.integrations.script import parse_arguments
 from scripts import run_clm, run_glue, run_image_classification, run_study
 from scripts.study_tasks import TASKS, Place, base_command
+from scripts.study_tasks_cuda import CUDA_TASKS
 
 SCRIPTS = {"run_clm.py": run_clm, "run_glue.py": run_glue, "run_image_classification.py": run_image_classification}
 
 
 @pytest.mark.parametrize("data", [None, Path("data")], ids=["hub", "files"])
-@pytest.mark.parametrize("name", TASKS)
-def test_every_task_is_a_command_that_its_script_understands(name, data, tmp_path):
-    task = TASKS[name]
+@pytest.mark.parametrize("task", [*TASKS.values(), *CUDA_TASKS.values()], ids=lambda task: task.name)
+def test_every_task_is_a_command_that_its_script_understands(task, data, tmp_path):
     script, *flags = task.command(Place(data, tmp_path / "base"))
     module = SCRIPTS[Path(script).name]
     parsed = parse_arguments(
-        [*flags, "--clip", "stock", "--output_dir", str(tmp_path)], module.ModelArguments, module.DataArguments
+        [*flags, "--use_cpu", "--clip", "stock", "--output_dir", str(tmp_path)],
+        module.ModelArguments,
+        module.DataArguments,
     )
     assert Path(script).is_file()
     assert (parsed[1].train_file is None) == (data is None)
@@ -45,6 +47,44 @@ def test_an_unknown_task_is_named(capsys):
     with pytest.raises(SystemExit):
         run_study.main(["--tasks", "sst2"])
     assert "must be among fashion-mnist" in capsys.readouterr().err
+
+
+def test_without_a_gpu_there_is_no_study_on_one(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        run_study.main(["--device", "cuda"])
+    assert "`--device cuda` must find a GPU" in capsys.readouterr().err
+
+
+def test_with_a_gpu_its_tasks_are_the_larger_ones(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    arguments, tasks = run_study.parse(["--device", "cuda", "--budget", "25m"])
+    assert list(tasks) == list(CUDA_TASKS)
+    assert (arguments.budget, arguments.jobs, arguments.range_arms) == (1500.0, 1, "")
+    _, tasks = run_study.parse(["--device", "cuda", "--kind", "clm"])
+    assert list(tasks) == ["llama-110m-bf16", "llama-110m-fp16"]
+
+
+@pytest.mark.parametrize("text", ["25", "m", "-3m", "soon"])
+def test_a_budget_is_a_duration(text, capsys):
+    with pytest.raises(SystemExit):
+        run_study.parse([f"--budget={text}"])
+    assert "must be a duration such as 90s, 25m or 2h" in capsys.readouterr().err
+
+
+def test_a_budget_goes_seed_by_seed_and_begins_nothing_that_would_end_after_it(monkeypatch, tmp_path, capsys):
+    clock, begun = [0.0], []
+
+    def study_task(task, place, arguments):
+        begun.append((task.name, arguments.seeds))
+        clock[0] += 50.0
+
+    monkeypatch.setattr(run_study, "study_task", study_task)
+    monkeypatch.setattr(run_study, "prepare_base", lambda place: None)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    run_study.main(["--output", str(tmp_path), "--tasks", "sst-2,rte", "--budget", "190s"])
+    assert begun == [("sst-2", 1), ("rte", 1), ("sst-2", 2)]
+    assert "before rte with 2 seeds" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
