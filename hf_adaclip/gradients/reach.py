@@ -18,7 +18,7 @@ about 2000, and no running maximum (the pace keeps a part of it). Why: model_car
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ EVERY: Final = 31
 MOST: Final = 1 << 18
 _BLOCK: Final = 16  # coordinates in a row: a cache line of float32
 _TINY: Final = 1e-30
+
+Grid: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides of a view."""
 
 
 class ReachEstimate:
@@ -57,12 +60,16 @@ class ReachEstimate:
         self._device = device
         total = sum(local_part(p).numel() for p in parameters)
         self._every = max(EVERY, -(-total // MOST))
-        sizes = [_sample(local_part(p), self._every).numel() for p in parameters]
-        self._empty = [torch.zeros(sizes[i], device=device) for i in self._order]
-        self._sections = [(layout, sum(sizes[i] for i in positions)) for layout, positions in layouts.items()]
+        grids = [_grid(local_part(p).numel(), self._every) for p in parameters]
+        self._grids = [grids[i] for i in self._order]
+        self._sections = [
+            (layout, sum(math.prod(grids[i][0]) for i in positions)) for layout, positions in layouts.items()
+        ]
         self._base = self._rate = 0.0
         self.pace: Value | float = 1.0
-        self._start = self._look(self._parameters)
+        self._gradient, self._into_gradient = self._room()
+        self._weights, self._into_weights = self._room()
+        self._start = self._look(self._parameters, self._weights, self._into_weights).clone()
         self._weighted = torch.zeros_like(self._start)
         self._gain = torch.zeros((), device=device)
 
@@ -78,8 +85,8 @@ class ReachEstimate:
             d / lr_base, shape `[]`; NaN as long as the learning rate has been 0.
         """
         there = dict(zip(gradients.present, gradients.tensors, strict=True))
-        g = self._look([there.get(position) for position in self._order])
-        way = self._start - self._look(self._parameters)
+        g = self._look([there.get(position) for position in self._order], self._gradient, self._into_gradient)
+        way = self._start - self._look(self._parameters, self._weights, self._into_weights)
         pace = self.pace if isinstance(self.pace, Tensor) else float(self.pace)
         weight = pace * pace * self._rate / (norm + _TINY)
         usable = norm < math.inf
@@ -118,15 +125,25 @@ class ReachEstimate:
         self._base, self._rate = tensors["rates"].tolist()
         self.pace = to_value(pace, ops)
 
-    def _look(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        parts = []
-        for tensor, empty in zip(tensors, self._empty, strict=True):
-            if tensor is None:
-                parts.append(empty)
-            else:
-                sample = _sample(summed_part(tensor.detach()), self._every)
-                parts.append(sample.to(self._device, torch.float32, non_blocking=True))
-        return torch.cat(parts)
+    def _room(self) -> tuple[Tensor, list[Tensor]]:
+        """A vector for the sample, and the parts of it that the tensors' own samples go to."""
+        room = torch.zeros(sum(size for _, size in self._sections), device=self._device)
+        parts = torch.split(room, [math.prod(shape) for shape, _ in self._grids])
+        return room, [part.view(shape) for part, (shape, _) in zip(parts, self._grids, strict=True)]
+
+    @torch.no_grad()
+    def _look(self, tensors: Sequence[Tensor | None], room: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """Copy the samples of all tensors to where they belong: one call, and a view per tensor."""
+        found = [
+            (part, _sample(summed_part(tensor), grid))
+            for tensor, grid, part in zip(tensors, self._grids, parts, strict=True)
+            if tensor is not None
+        ]
+        if len(found) < len(parts):
+            room.zero_()
+        if found:
+            torch._foreach_copy_([part for part, _ in found], [sample for _, sample in found], non_blocking=True)
+        return room
 
     def _sums(self, *values: Tensor) -> Tensor:
         """Sums over the sample, over all ranks' parts of it; shape `[len(values)]`."""
@@ -141,11 +158,15 @@ class ReachEstimate:
         return totals
 
 
-def _sample(tensor: Tensor, every: int) -> Tensor:
-    """One coordinate in `every`: in blocks, which cost less to read, where there is room for some; a view, unless the memory has gaps."""
-    flat = tensor.reshape(-1)
+def _grid(count: int, every: int) -> Grid:
+    """Which coordinates of a tensor are looked at, one in `every`: in blocks, which cost less to read, where there is room for some."""
     size = _BLOCK * every
-    if flat.numel() < size:
-        return flat[::every]
-    whole = flat.numel() // size * size
-    return flat[:whole].view(-1, size)[:, :_BLOCK].reshape(-1)
+    if count < size:
+        return (-(-count // every),), (every,)
+    return (count // size, _BLOCK), (size, 1)
+
+
+def _sample(tensor: Tensor, grid: Grid) -> Tensor:
+    """These coordinates, numbered along the tensor's rows; a view, unless the memory has gaps or another order."""
+    flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
+    return flat.as_strided(*grid)

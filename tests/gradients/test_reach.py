@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from hf_adaclip.controllers.ops import SCALAR, tensor_ops
-from hf_adaclip.gradients import collect, global_norm, tensor_norms
-from hf_adaclip.gradients.reach import EVERY, MOST, ReachEstimate, _sample
+from hf_adaclip.gradients import Gradients, collect, global_norm, tensor_norms
+from hf_adaclip.gradients.reach import EVERY, MOST, ReachEstimate, _grid, _sample
 
 
 def problem(seed=0, sizes=((40, 30), (700,), (3,))):
@@ -60,7 +60,7 @@ def picks_of(parameters, every=EVERY):
     numbered, begin = [], 0
     for p in parameters:
         index = torch.arange(begin, begin + p.numel()).reshape(p.shape)
-        numbered.append(_sample(index, every))
+        numbered.append(_sample(index, _grid(index.numel(), every)).reshape(-1))
         begin += p.numel()
     return torch.cat(numbered)
 
@@ -127,11 +127,31 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_one_of_other_parameters_is_refused
 
 def test_the_sample_is_small_spread_out_and_the_same_for_a_weight_and_its_gradient():
     tensor = torch.arange(10_000.0).reshape(100, 100)
-    sample = _sample(tensor, EVERY)
-    assert len(sample) == 10_000 // (16 * EVERY) * 16
+    grid = _grid(10_000, EVERY)
+    sample = _sample(tensor, grid)
+    assert sample.numel() == 10_000 // (16 * EVERY) * 16
     assert sample.max() > 9_000
-    assert torch.equal(_sample(tensor.t().contiguous().t(), EVERY), sample)
-    assert len(_sample(torch.zeros(5), EVERY)) == 1
+    assert torch.equal(_sample(tensor.t().contiguous().t(), grid), sample)
+    assert torch.equal(_sample(torch.cat([torch.zeros(100, 100), tensor])[100:], grid), sample)
+    assert [len(_sample(torch.zeros(n), _grid(n, EVERY))) for n in (0, 5, 31, 32)] == [0, 1, 1, 2]
+
+
+def test_a_gradient_that_is_missing_counts_as_zero():
+    parameters, _ = problem()
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    with_none, with_zero = (ReachEstimate(parameters, [optimizer], torch.device("cpu")) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(8):
+        gradients = [torch.randn(p.shape, generator=generator) for p in parameters]
+        if step == 4:  # after others, whose samples must not be taken for it
+            gradients[0].zero_()
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        everything = Gradients(parameters, list(range(len(parameters))), gradients)
+        present = Gradients(parameters, list(range(1, len(parameters))), gradients[1:]) if step == 4 else everything
+        assert with_none.observe(present, norm, SCALAR) == with_zero.observe(everything, norm, SCALAR)
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients, strict=True):
+                p -= 1e-3 * g
 
 
 def test_large_models_are_sampled_more_thinly():
