@@ -18,21 +18,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from hf_adaclip.audit.ingest import load_series
-from hf_adaclip.controllers import Reason
 from hf_adaclip.convergence.arms import PACE, STOCK
 from hf_adaclip.convergence.compare import COMPARISON_FILE
 from hf_adaclip.convergence.script_compare import KNOWN, TUNED, TUNED_FILE, ScriptStudy, compare_script, sweep
-from hf_adaclip.convergence.script_runs import LEDGER_FILE, python_launcher
-from hf_adaclip.convergence.worker import RESULT_FILE
+from hf_adaclip.convergence.script_runs import python_launcher
+from scripts.study_records import record, restore
 from scripts.study_tasks import TASKS, Place, StudyTask, base_command
 from scripts.study_tasks_cuda import CUDA_ARMS, CUDA_TASKS
 
@@ -80,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         longest = max(longest, time.monotonic() - began)
         print(f"{name}, {arguments.seeds} seeds: {time.monotonic() - began:.0f} s", flush=True)
         if arguments.record is not None:
-            record(arguments.output, arguments.record, tasks)
+            record(arguments.output, arguments.record, {name: tasks[name]}, arguments.steps)
     return 0
 
 
@@ -126,7 +121,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTa
     parser.add_argument(
         "--record", type=Path, default=None, help="folder for the raw results, rewritten after every task"
     )
+    parser.add_argument(
+        "--restore",
+        action="store_true",
+        help="count the runs in --record as finished, if their settings are those of today: goes on where another checkout stopped",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.restore and arguments.record is None:
+        parser.error("`--restore` must be given with `--record`, the folder of the raw results, but is given alone.")
     gpu = arguments.device == "cuda"
     if gpu and not torch.cuda.is_available():
         parser.error("`--device cuda` must find a GPU, but there is none here. `--device cpu` runs the smaller tasks.")
@@ -182,6 +184,8 @@ def study_task(task: StudyTask, place: Place, arguments: argparse.Namespace) -> 
         command=f"python -m scripts.run_study --tasks {task.name}",
         warm=True,
     )
+    if arguments.restore:
+        print(f"{task.name}: {restore(study, task, arguments.record, arguments.steps)} runs restored.", flush=True)
     compare_script(study)
     (study.output / COMPARISON_FILE).replace(study.output / AS_IT_COMES_FILE)
     if TUNED in arms:
@@ -210,58 +214,6 @@ def rates_of_range(task: StudyTask) -> list[float]:
     """Learning rates an octave apart, around those of the tuning."""
     below = [task.rates[0] / 2**n for n in range(RANGE_BELOW, 0, -1)]
     return [*below, *task.rates, *(task.rates[-1] * 2**n for n in range(1, RANGE_ABOVE + 1))]
-
-
-def record(output: Path, folder: Path, tasks: Mapping[str, StudyTask] = TASKS) -> None:
-    """The raw results of all finished runs, a JSON line each, and what the tuning chose: small enough to be committed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, task in tasks.items():
-        found = sorted((output / name).glob(f"runs/**/{RESULT_FILE}"))
-        if not found:
-            continue
-        lines = [
-            json.dumps(_raw(task, path.parent, json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
-            for path in found
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        tuned = output / name / TUNED_FILE
-        if tuned.is_file():
-            shutil.copy(tuned, folder / f"{name}.tuned.json")
-
-
-def _raw(task: StudyTask, folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    spec = result["spec"]
-    quality = task.quality
-    points = result.get("points", [])
-    return {
-        "task": task.name,
-        "arm": spec["arm"],
-        "seed": spec["seed"],
-        "flags": " ".join(spec["flags"]),
-        "error": result.get("error"),
-        "points": [
-            [p["step"], round(p["train_seconds"], 2), *(_short(p["metrics"].get(m)) for m in ("eval_loss", quality))]
-            for p in (points[-1:] if spec["arm"].startswith("tuning/") else points)
-        ],
-        "clipped": result.get("clipped"),
-        "alarms": _alarms(folder / LEDGER_FILE),
-        "skipped": result.get("skipped"),
-        "verified": None if result.get("ledger") is None else result["ledger"]["verified"],
-    }
-
-
-def _alarms(ledger: Path) -> list[int] | None:
-    """Steps that the controller altered once its warm-up was over, and how many there were in all after it."""
-    if not ledger.is_file():
-        return None
-    series = load_series(ledger)
-    _, coefficients = series.decisions()
-    judged = np.array([reason != Reason.WARMUP.name for reason in series.reasons or ()], dtype=bool)
-    return [int(((coefficients < 1) & judged).sum()), int(judged.sum())]
-
-
-def _short(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

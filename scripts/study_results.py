@@ -3,7 +3,6 @@
 Everything is computed from model_cards/study/*.jsonl, which `run_study` writes, so whoever has these files gets the same numbers.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from hf_adaclip.convergence.statistics import BOOTSTRAP_SAMPLES, PairedRatio, paired_ratio
 from hf_adaclip.convergence.tuning import TARGET_SHARE, TUNING_SEEDS
+from scripts.study_records import read_lines
 from scripts.study_tasks import TASKS, StudyTask
 from scripts.study_tasks_cuda import CUDA_TASKS
 
@@ -92,7 +92,10 @@ class TaskResults:
 
     def finals(self, arm: str, column: int = LOSS) -> list[float]:
         """Final loss (or quality) of an arm, seed by seed; infinite where a run failed."""
-        return [_final(self.runs[arm, seed], column) for seed in self.seeds(arm)]
+        perplexity = column == QUALITY and self.task.quality == "eval_perplexity"
+        column = LOSS if perplexity else column
+        values = [_final(self.runs[arm, seed], column) for seed in self.seeds(arm)]
+        return [math.exp(min(v, 700.0)) for v in values] if perplexity else values
 
     def difference(self, arm: str, baseline: str) -> Interval:
         """Final loss of an arm less that of a baseline, paired by seed; below 0 is better."""
@@ -120,10 +123,7 @@ def load_study(folder: Path = STUDY) -> list[TaskResults]:
     """All tasks whose stock arm has been run, in the order of `TASKS`."""
     found = []
     for name, task in {**TASKS, **CUDA_TASKS}.items():
-        path = folder / f"{name}.jsonl"
-        if path.is_file():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            found.append(TaskResults(task, lines))
+        found.append(TaskResults(task, read_lines(folder / f"{name}.jsonl")))
     return [results for results in found if "stock" in results.arms]
 
 

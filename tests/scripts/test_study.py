@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
 from hf_adaclip.integrations.script import parse_arguments
 from scripts import run_clm, run_glue, run_image_classification, run_study
+from scripts.study_records import read_lines
 from scripts.study_tasks import TASKS, Place, base_command
 from scripts.study_tasks_cuda import CUDA_TASKS
 
@@ -104,33 +105,38 @@ def images(tmp_path_factory):
     return folder.parent
 
 
-def test_a_short_study_is_recorded_and_gives_the_same_numbers_again(images, tmp_path):
-    def study(folder):
-        options = [
-            "--tasks",
-            "fashion-mnist",
-            "--arms",
-            "stock,adaptive",
-            "--seeds",
-            "1",
-            "--steps",
-            "20",
-            "--jobs",
-            "1",
-            "--range-arms",
-            "",
-        ]
-        assert (
-            run_study.main(["--output", str(folder), "--data", str(images), "--record", str(folder / "raw"), *options])
-            == 0
-        )
-        lines = [json.loads(line) for line in (folder / "raw/fashion-mnist.jsonl").read_text().splitlines()]
+def short_study(images, folder, record, *more):
+    options = ["--tasks", "fashion-mnist", "--arms", "stock,adaptive", "--seeds", "1", "--steps", "20", "--jobs", "1"]
+    places = ["--output", str(folder), "--data", str(images), "--record", str(record)]
+    assert run_study.main([*places, *options, "--range-arms", "", *more]) == 0
+    return read_lines(record / "fashion-mnist.jsonl")
+
+
+def test_a_short_study_is_recorded_gives_the_same_numbers_again_and_goes_on_from_its_record(images, tmp_path, capsys):
+    def numbers(lines):
         return {(r["arm"], r["seed"]): [[p[0], *p[2:]] for p in r["points"]] for r in lines}
 
-    first = study(tmp_path / "a")
+    lines = short_study(images, tmp_path / "a", tmp_path / "raw")
+    first = numbers(lines)
     assert set(first) == {("stock", 0), ("adaptive", 0), ("target/stock", 100), ("target/stock", 101)}
     assert all(len(points) == 20 for points in first.values())
-    assert study(tmp_path / "b") == first
+    assert numbers(short_study(images, tmp_path / "b", tmp_path / "again")) == first
+
+    kept = [line for line in lines if line["arm"] != "adaptive"]
+    stale = {**kept[0], "arm": "zscore", "key": "of other settings"}
+    (tmp_path / "raw/fashion-mnist.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*kept, stale]))
+    capsys.readouterr()
+    again = short_study(images, tmp_path / "c", tmp_path / "raw", "--restore")
+    assert "3 runs restored" in capsys.readouterr().out
+    assert numbers(again) == first
+    assert not list((tmp_path / "c").rglob("stock/seed-0/convergence.jsonl")), "a restored run is not run"
+    assert list((tmp_path / "c").rglob("adaptive/seed-0/convergence.jsonl"))
+
+
+def test_restore_needs_a_record(capsys):
+    with pytest.raises(SystemExit):
+        run_study.parse(["--restore"])
+    assert "`--restore` must be given with `--record`" in capsys.readouterr().err
 
 
 def test_a_forked_run_is_the_run_of_a_fresh_process(images, tmp_path):

@@ -1,0 +1,139 @@
+"""The raw results of the study: written as JSON lines small enough to be committed, and read again where the runs' own files are not."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_adaclip.audit.ingest import load_series
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import Reason
+from hf_adaclip.convergence.script_compare import TUNED_FILE, ScriptStudy
+from hf_adaclip.convergence.script_runs import LEDGER_FILE, ScriptRun
+from hf_adaclip.convergence.worker import RESULT_FILE, finished_result, write_result
+from scripts.study_tasks import Place, StudyTask
+
+FROM_RECORD = "restored from the raw results"
+
+
+def record(output: Path, folder: Path, tasks: Mapping[str, StudyTask], steps: int | None = None) -> None:
+    """Write a line for every finished run, and what the tuning chose.
+
+    Lines of runs that are not in `output` stay, unless they were made by other settings than a run would have today.
+
+    Args:
+        output: The study's folder.
+        folder: Where the lines go, a file per task.
+        tasks: Tasks by name.
+        steps: Steps of each run, if not the task's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, task in tasks.items():
+        path = folder / f"{name}.jsonl"
+        known = {_place_of(line): line for line in read_lines(path) if line.get("key") == key(task, line, steps)}
+        found = sorted((output / name).glob(f"runs/**/{RESULT_FILE}"))
+        lines = [_line(task, p.parent, json.loads(p.read_text(encoding="utf-8")), steps) for p in found]
+        known.update((_place_of(line), line) for line in lines)
+        if lines:
+            text = [json.dumps(known[place], sort_keys=True) for place in sorted(known)]
+            path.write_text("\n".join(text) + "\n", encoding="utf-8")
+        tuned = output / name / TUNED_FILE
+        if tuned.is_file():
+            shutil.copy(tuned, folder / f"{name}.tuned.json")
+
+
+def restore(study: ScriptStudy, task: StudyTask, folder: Path, steps: int | None = None) -> int:
+    """Take recorded runs for finished ones, where the study has none of its own and their settings are those of today.
+
+    Returns:
+        How many were taken.
+    """
+    count = 0
+    for line in read_lines(folder / f"{task.name}.jsonl"):
+        flags = tuple(line["flags"].split())
+        run = ScriptRun(study.task, line["arm"], line["seed"], study.launcher, study.script, flags)
+        if line["error"] or line.get("key") != key(task, line, steps) or finished_result(run, study.output):
+            continue
+        (study.output / run.folder).mkdir(parents=True, exist_ok=True)
+        write_result(study.output / run.folder, _result(task, run, line))
+        count += 1
+    return count
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def key(task: StudyTask, line: Mapping[str, Any], steps: int | None = None) -> str:
+    """Hash of what decides a run, wherever it is made: the task, arm, seed, and the defaults of the package."""
+    command = task.command(Place(None, Path("base")), steps=steps)[1:]
+    decides = [command, line["arm"], line["seed"], line["flags"], AdaptiveClipConfig().to_dict()]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _place_of(line: Mapping[str, Any]) -> tuple[str, int]:
+    return line["arm"], line["seed"]
+
+
+def _line(task: StudyTask, folder: Path, result: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    spec, points = result["spec"], result.get("points", [])
+    ledger = result.get("ledger")
+    line = {
+        "task": task.name,
+        "arm": spec["arm"],
+        "seed": spec["seed"],
+        "flags": " ".join(spec["flags"]),
+        "error": result.get("error"),
+        "points": [
+            [p["step"], round(p["train_seconds"], 2), *(_short(p["metrics"].get(m)) for m in _metrics(task))]
+            for p in (points[-1:] if spec["arm"].startswith("tuning/") else points)
+        ],
+        "clipped": result.get("clipped"),
+        "alarms": result["alarms"] if "alarms" in result else _alarms(folder / LEDGER_FILE),
+        "skipped": result.get("skipped"),
+        "verified": None if ledger is None else ledger["verified"],
+    }
+    return {**line, "key": key(task, line, steps)}
+
+
+def _result(task: StudyTask, run: ScriptRun, line: dict[str, Any]) -> dict[str, Any]:
+    """`result.json` as far as the line tells."""
+    unknown = dict.fromkeys(("samples", "tokens", "energy_wh", "energy_source", "energy_measured"))
+    points = [
+        {"step": step, "train_seconds": seconds, **unknown, "metrics": dict(zip(_metrics(task), values, strict=True))}
+        for step, seconds, *values in line["points"]
+    ]
+    verified = line["verified"]
+    return {
+        "spec": {"task": run.task, "arm": run.arm, "seed": run.seed, "flags": list(run.flags)},
+        "digest": run.digest,
+        "points": points,
+        "clipped": line["clipped"],
+        "alarms": line["alarms"],
+        "skipped": line["skipped"],
+        "ledger": None if verified is None else {"file": LEDGER_FILE, "verified": verified, "summary": FROM_RECORD},
+        "device": None,
+    }
+
+
+def _metrics(task: StudyTask) -> tuple[str, str]:
+    return "eval_loss", task.quality
+
+
+def _alarms(ledger: Path) -> list[int] | None:
+    """Steps that the controller altered once its warm-up was over, and how many there were in all after it."""
+    if not ledger.is_file():
+        return None
+    series = load_series(ledger)
+    _, coefficients = series.decisions()
+    judged = np.array([reason != Reason.WARMUP.name for reason in series.reasons or ()], dtype=bool)
+    return [int(((coefficients < 1) & judged).sum()), int(judged.sum())]
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
