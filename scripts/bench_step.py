@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.gradients import scale_
+from hf_adaclip.gradients.reach import EVERY
 from hf_adaclip.versions import environment
 
 Way = Callable[[], None]
@@ -76,12 +77,14 @@ def ways(model: Holder, optimizer: torch.optim.Optimizer, *, on_device: bool) ->
         "ours, inside the range": (AdaptiveClipConfig(controller="static", static_threshold=1e6), 1.0),
         "ours, adaptive": (AdaptiveClipConfig(static_threshold=1e6), 1.0),
         "ours, adaptive per tensor": (AdaptiveClipConfig(static_threshold=1e6, granularity="tensor"), 1.0),
+        "ours, adaptive with a pace": (AdaptiveClipConfig(static_threshold=1e6, max_pace=64.0), 1.0 + 2 / EVERY),
     }
     if on_device:
         ours = {
             "ours, unfolded": (AdaptiveClipConfig(static_threshold=1e6, fold="never"), 3.0),
             "ours, folded": (AdaptiveClipConfig(static_threshold=1e6), 2.0),
             "ours, adaptive per tensor": (AdaptiveClipConfig(static_threshold=1e6, granularity="tensor"), 3.0),
+            "ours, adaptive with a pace": (AdaptiveClipConfig(static_threshold=1e6, max_pace=64.0), 2.0 + 2 / EVERY),
         }
 
     def stepping(clip: Callable[[], object]) -> Way:

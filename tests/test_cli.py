@@ -67,3 +67,31 @@ def test_runs_as_a_module():
         [sys.executable, "-m", "hf_adaclip.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert "compare" in done.stdout
+
+
+def test_the_gauntlet_with_settings_noise_and_a_picture(tmp_path, capsys):
+    picture = tmp_path / "g.png"
+    options = ["--controllers", "static", "median:median_factor=3", "--seeds", "1", "--noise", "student"]
+    assert main(["gauntlet", *options, "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "median:median_factor=3" in out
+    assert picture.stat().st_size > 5000
+    assert main(["gauntlet", *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["noise"], found["seeds"], set(found["verdicts"])) == ("student", 1, {"static", options[2]})
+    # The second of two spikes becomes what it is bounded by: the factor times the running median.
+    assert 2.5 < found["verdicts"]["median:median_factor=3"]["second_spike"] < 3.5
+
+
+def test_the_gauntlet_on_norms_of_ones_own(tmp_path, capsys):
+    write_run(tmp_path / "clip_ledger.jsonl")
+    stream = ["--stream", str(tmp_path / "clip_ledger.jsonl")]
+    assert main(["gauntlet", "--controllers", "static", "adaptive", *stream, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stream"].endswith("clip_ledger.jsonl")
+    assert set(found["verdicts"]) == {"static", "adaptive"}
+    assert main(["gauntlet", "--controllers", "static", *stream, "--max-grad-norm", "0"]) == 2
+    assert "`--max-grad-norm` must be finite and above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["gauntlet", "--seeds", "none"])
+    assert main(["gauntlet", "--controllers", "static", "--seeds", "0"]) == 2

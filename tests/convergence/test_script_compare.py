@@ -118,6 +118,18 @@ def test_the_baseline_is_tuned_coordinate_by_coordinate_on_other_seeds(script):
     assert starts() == before
 
 
+def test_the_rates_of_the_tuning_and_the_launcher_can_be_given(script, tmp_path):
+    launcher = tmp_path / "launch.sh"
+    launcher.write_text(f'#!/bin/sh\necho launched >> launches.txt\nexec {sys.executable} "$@"\n')
+    launcher.chmod(0o755)
+    options = ["--arms", "stock,tuned", "--seeds", "1", "--rates", "3e-3", "4e-3", "--launcher", f"{launcher} -B"]
+
+    assert main(["compare", "--output", "study", *options, "--", script]) == 0
+    tried = json.loads(Path("study/script_tuned.json").read_text())["tuned"]["tried"]
+    assert {t["--learning_rate"] for t in tried} == {3e-3, 4e-3}
+    assert len(Path("launches.txt").read_text().splitlines()) == starts()
+
+
 def test_arms_of_ones_own_and_a_metric_that_grows(script):
     options = ["--arms", "stock", "--arm", "fast=--clip adaptive --learning_rate 4e-3"]
     options += ["--target", "0.9", "--target-metric", "eval_accuracy", "--greater-is-better"]

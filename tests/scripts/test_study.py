@@ -106,7 +106,7 @@ def images(tmp_path_factory):
 
 
 def short_study(images, folder, record, *more):
-    options = ["--tasks", "fashion-mnist", "--arms", "stock,adaptive", "--seeds", "1", "--steps", "20", "--jobs", "1"]
+    options = ["--tasks", "fashion-mnist", "--arms", "stock,adaptive", "--seeds", "1", "--steps", "4", "--jobs", "1"]
     places = ["--output", str(folder), "--data", str(images), "--record", str(record)]
     assert run_study.main([*places, *options, "--range-arms", "", *more]) == 0
     return read_lines(record / "fashion-mnist.jsonl")
@@ -119,7 +119,7 @@ def test_a_short_study_is_recorded_gives_the_same_numbers_again_and_goes_on_from
     lines = short_study(images, tmp_path / "a", tmp_path / "raw")
     first = numbers(lines)
     assert set(first) == {("stock", 0), ("adaptive", 0), ("target/stock", 100), ("target/stock", 101)}
-    assert all(len(points) == 20 for points in first.values())
+    assert all(len(points) == 4 for points in first.values())
     assert numbers(short_study(images, tmp_path / "b", tmp_path / "again")) == first
 
     kept = [line for line in lines if line["arm"] != "adaptive"]
