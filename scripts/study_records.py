@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from hf_adaclip.controllers import Reason
 from hf_adaclip.convergence.script_compare import TUNED_FILE, ScriptStudy
 from hf_adaclip.convergence.script_runs import LEDGER_FILE, ScriptRun
 from hf_adaclip.convergence.worker import RESULT_FILE, finished_result, write_result
-from scripts.study_tasks import Place, StudyTask
+from hf_adaclip.errors import LedgerError
+from scripts.study_tasks import BASE, Place, StudyTask
 
 FROM_RECORD = "restored from the raw results"
 
@@ -23,7 +25,7 @@ FROM_RECORD = "restored from the raw results"
 def record(output: Path, folder: Path, tasks: Mapping[str, StudyTask], steps: int | None = None) -> None:
     """Write a line for every finished run, and what the tuning chose.
 
-    Lines of runs that are not in `output` stay, unless they were made by other settings than a run would have today.
+    Lines of runs that are not in `output` stay. Left out are runs and lines that were made by other settings than a run would have today.
 
     Args:
         output: The study's folder.
@@ -34,11 +36,15 @@ def record(output: Path, folder: Path, tasks: Mapping[str, StudyTask], steps: in
     folder.mkdir(parents=True, exist_ok=True)
     for name, task in tasks.items():
         path = folder / f"{name}.jsonl"
-        known = {_place_of(line): line for line in read_lines(path) if line.get("key") == key(task, line, steps)}
-        found = sorted((output / name).glob(f"runs/**/{RESULT_FILE}"))
-        lines = [_line(task, p.parent, json.loads(p.read_text(encoding="utf-8")), steps) for p in found]
-        known.update((_place_of(line), line) for line in lines)
-        if lines:
+        known = {_place_of(line): line for line in current_lines(folder, task, steps)}
+        base = base_hash(output) if task.needs_base else None
+        found = []
+        for result_path in sorted((output / name).glob(f"runs/**/{RESULT_FILE}")):
+            result = json.loads(result_path.read_text(encoding="utf-8"))
+            if is_current(result, task, steps):
+                found.append(_line(task, result_path.parent, result, steps, base))
+        known.update((_place_of(line), line) for line in found)
+        if found:
             text = [json.dumps(known[place], sort_keys=True) for place in sorted(known)]
             path.write_text("\n".join(text) + "\n", encoding="utf-8")
         tuned = output / name / TUNED_FILE
@@ -47,16 +53,18 @@ def record(output: Path, folder: Path, tasks: Mapping[str, StudyTask], steps: in
 
 
 def restore(study: ScriptStudy, task: StudyTask, folder: Path, steps: int | None = None) -> int:
-    """Take recorded runs for finished ones, where the study has none of its own and their settings are those of today.
+    """Take recorded runs for finished ones, where the study has none of its own, their settings are those of today, and the Llama
+    that they began with, if any, has the very weights of the one that is here.
 
     Returns:
         How many were taken.
     """
     count = 0
-    for line in read_lines(folder / f"{task.name}.jsonl"):
+    base = base_hash(study.output.parent) if task.needs_base else None
+    for line in current_lines(folder, task, steps):
         flags = tuple(line["flags"].split())
         run = ScriptRun(study.task, line["arm"], line["seed"], study.launcher, study.script, flags)
-        if line["error"] or line.get("key") != key(task, line, steps) or finished_result(run, study.output):
+        if line["error"] or line["base"] != base or finished_result(run, study.output):
             continue
         (study.output / run.folder).mkdir(parents=True, exist_ok=True)
         write_result(study.output / run.folder, _result(task, run, line))
@@ -64,23 +72,51 @@ def restore(study: ScriptStudy, task: StudyTask, folder: Path, steps: int | None
     return count
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+def current_lines(folder: Path, task: StudyTask, steps: int | None = None) -> list[dict[str, Any]]:
+    """The recorded lines of a task that were made by the settings that a run would have today; none where there is no file."""
+    path = folder / f"{task.name}.jsonl"
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line.get("key") == key(task, line, steps)]
 
 
 def key(task: StudyTask, line: Mapping[str, Any], steps: int | None = None) -> str:
-    """Hash of what decides a run, wherever it is made: the task, arm, seed, and the defaults of the package."""
+    """Hash of what a run is asked to do, wherever it is made: the task, arm, seed, and the defaults of the package.
+
+    The script's text is not in it: who changes what a script trains has to begin a new record.
+    """
     command = task.command(Place(None, Path("base")), steps=steps)[1:]
     decides = [command, line["arm"], line["seed"], line["flags"], AdaptiveClipConfig().to_dict()]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_current(result: Mapping[str, Any], task: StudyTask, steps: int | None = None) -> bool:
+    """Whether a run was made by the script, the defaults and the number of steps that it would be made with today."""
+    spec = result["spec"]
+    as_tuples = {name: tuple(spec[name]) for name in ("launcher", "script", "flags")}
+    run = ScriptRun(spec["task"], spec["arm"], spec["seed"], **as_tuples)
+    wanted = task.command(Place(None, Path("base")), steps=steps)
+    return run.digest == result["digest"] and _steps(run.script) == _steps(wanted)
+
+
+def base_hash(output: Path) -> str | None:
+    """Hash of the Llama that the study has trained; None where it has not."""
+    weights = output / BASE / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights.is_file() else None
+
+
+def _steps(script: Sequence[str]) -> str:
+    return script[script.index("--max_steps") + 1]
 
 
 def _place_of(line: Mapping[str, Any]) -> tuple[str, int]:
     return line["arm"], line["seed"]
 
 
-def _line(task: StudyTask, folder: Path, result: dict[str, Any], steps: int | None) -> dict[str, Any]:
+def _line(
+    task: StudyTask, folder: Path, result: dict[str, Any], steps: int | None, base: str | None
+) -> dict[str, Any]:
     spec, points = result["spec"], result.get("points", [])
     ledger = result.get("ledger")
     line = {
@@ -95,6 +131,7 @@ def _line(task: StudyTask, folder: Path, result: dict[str, Any], steps: int | No
         ],
         "clipped": result.get("clipped"),
         "alarms": result["alarms"] if "alarms" in result else _alarms(folder / LEDGER_FILE),
+        "base": base,
         "skipped": result.get("skipped"),
         "verified": None if ledger is None else ledger["verified"],
     }
@@ -110,7 +147,7 @@ def _result(task: StudyTask, run: ScriptRun, line: dict[str, Any]) -> dict[str, 
     ]
     verified = line["verified"]
     return {
-        "spec": {"task": run.task, "arm": run.arm, "seed": run.seed, "flags": list(run.flags)},
+        "spec": asdict(run),
         "digest": run.digest,
         "points": points,
         "clipped": line["clipped"],
@@ -127,9 +164,10 @@ def _metrics(task: StudyTask) -> tuple[str, str]:
 
 def _alarms(ledger: Path) -> list[int] | None:
     """Steps that the controller altered once its warm-up was over, and how many there were in all after it."""
-    if not ledger.is_file():
+    try:
+        series = load_series(ledger)
+    except (OSError, LedgerError):  # no ledger, or a run that failed before its first block
         return None
-    series = load_series(ledger)
     _, coefficients = series.decisions()
     judged = np.array([reason != Reason.WARMUP.name for reason in series.reasons or ()], dtype=bool)
     return [int(((coefficients < 1) & judged).sum()), int(judged.sum())]

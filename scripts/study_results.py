@@ -13,13 +13,15 @@ import numpy as np
 
 from hf_adaclip.convergence.statistics import BOOTSTRAP_SAMPLES, PairedRatio, paired_ratio
 from hf_adaclip.convergence.tuning import TARGET_SHARE, TUNING_SEEDS
-from scripts.study_records import read_lines
+from scripts.study_records import current_lines
 from scripts.study_tasks import TASKS, StudyTask
 from scripts.study_tasks_cuda import CUDA_TASKS
 
 STUDY = Path(__file__).parent.parent / "model_cards" / "study"
 STEP, SECONDS, LOSS, QUALITY = range(4)
 """Where in a point of the raw results things are."""
+RANGE_BELOW, RANGE_ABOVE = 3, 1
+"""Octaves by which the range of learning rates goes beyond the rates of the tuning."""
 NEAR_BEST = 1.05
 """Learning rates count to the stable range of an arm where it ends within this factor of its own best loss."""
 
@@ -47,6 +49,11 @@ class Range:
     octaves: float
     open_below: bool
     open_above: bool
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may be longer than the grid shows."""
+        return self.open_below or self.open_above
 
 
 class TaskResults:
@@ -91,57 +98,69 @@ class TaskResults:
         )
 
     def finals(self, arm: str, column: int = LOSS) -> list[float]:
-        """Final loss (or quality) of an arm, seed by seed; infinite where a run failed."""
+        """Final loss (or quality) of an arm, seed by seed; the worst there is where a run failed."""
         perplexity = column == QUALITY and self.task.quality == "eval_perplexity"
         column = LOSS if perplexity else column
         values = [_final(self.runs[arm, seed], column) for seed in self.seeds(arm)]
-        return [math.exp(min(v, 700.0)) for v in values] if perplexity else values
+        return [math.exp(v) if v < 700 else math.inf for v in values] if perplexity else values
 
     def difference(self, arm: str, baseline: str) -> Interval:
         """Final loss of an arm less that of a baseline, paired by seed; below 0 is better."""
         shared = [s for s in self.seeds(arm) if (baseline, s) in self.runs]
-        return interval([_final(self.runs[arm, s], LOSS) - _final(self.runs[baseline, s], LOSS) for s in shared])
+        pairs = [(_final(self.runs[arm, s], LOSS), _final(self.runs[baseline, s], LOSS)) for s in shared]
+        return interval([0.0 if math.isinf(a) and math.isinf(b) else a - b for a, b in pairs])
 
     def alarms(self, arm: str) -> float | None:
-        """Share of the steps after the controller's warm-up that it altered; None where there is no ledger."""
+        """Share of the steps after the controller's warm-up that it altered; None where no ledger has any."""
         counts = [self.runs[arm, seed].get("alarms") for seed in self.seeds(arm)]
         known = [c for c in counts if c is not None]
-        return sum(c[0] for c in known) / sum(c[1] for c in known) if known else None
+        steps = sum(c[1] for c in known)
+        return sum(c[0] for c in known) / steps if steps else None
 
     def range_of(self, arm: str) -> Range | None:
-        """Stable range of an arm at max_grad_norm 1 without warm-up of the schedule; None: not run."""
+        """Stable range of an arm at max_grad_norm 1 without warm-up of the schedule; None: not run at all of its rates."""
         name = "tuned" if arm == "stock" else f"{arm}-tuned"
         finals: dict[float, list[float]] = {}
         for (label, _), run in self.runs.items():
             settings = _settings(label, name)
             if settings is not None and (settings["max_grad_norm"], settings["warmup_steps"]) == (1.0, 0.0):
                 finals.setdefault(settings["learning_rate"], []).append(_final(run, LOSS))
-        return stable_range({rate: float(np.median(values)) for rate, values in finals.items()}) if finals else None
+        if any(len(finals.get(rate, ())) < len(TUNING_SEEDS) for rate in rates_of_range(self.task)):
+            return None
+        return stable_range({rate: float(np.median(values)) for rate, values in finals.items()})
 
 
 def load_study(folder: Path = STUDY) -> list[TaskResults]:
     """All tasks whose stock arm has been run, in the order of `TASKS`."""
     found = []
-    for name, task in {**TASKS, **CUDA_TASKS}.items():
-        found.append(TaskResults(task, read_lines(folder / f"{name}.jsonl")))
+    for task in [*TASKS.values(), *CUDA_TASKS.values()]:
+        found.append(TaskResults(task, current_lines(folder, task)))
     return [results for results in found if "stock" in results.arms]
 
 
 def interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Mean and 95 % percentile bootstrap interval over seeds; all infinite if one value is."""
+    """Mean and 95 % percentile bootstrap interval over seeds; all infinite if one value is, and above all if one is infinitely worse."""
     numbers = np.array(values)
     if not np.isfinite(numbers).all():
-        worst = float(numbers.max())
+        worst = math.inf if (numbers == math.inf).any() else -math.inf
         return Interval(worst, worst, worst)
     picks = np.random.default_rng(seed).integers(0, len(numbers), size=(BOOTSTRAP_SAMPLES, len(numbers)))
     low, high = np.quantile(numbers[picks].mean(axis=1), [0.025, 0.975])
     return Interval(float(numbers.mean()), float(low), float(high))
 
 
+def rates_of_range(task: StudyTask) -> list[float]:
+    """Learning rates an octave apart, around those of the tuning."""
+    below = [task.rates[0] / 2**n for n in range(RANGE_BELOW, 0, -1)]
+    return [*below, *task.rates, *(task.rates[-1] * 2**n for n in range(1, RANGE_ABOVE + 1))]
+
+
 def stable_range(finals: dict[float, float]) -> Range:
     """The unbroken stretch of learning rates around the best one whose final loss is within 5 % of the best."""
     rates = sorted(finals)
     best = min(rates, key=lambda rate: finals[rate])
+    if math.isinf(finals[best]):
+        return Range(finals, 0.0, False, False)
     good = [finals[rate] <= finals[best] * NEAR_BEST for rate in rates]
     low = high = rates.index(best)
     while low > 0 and good[low - 1]:
@@ -176,7 +195,7 @@ def _cost(run: dict[str, Any], target: float, column: int) -> float:
 
 def _final(run: dict[str, Any], column: int) -> float:
     if run["error"] or not run["points"]:
-        return math.inf
+        return math.inf if column == LOSS else -math.inf
     if column == LOSS:
         return losses(run)[-1]
     return float(run["points"][-1][column])

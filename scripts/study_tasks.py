@@ -18,7 +18,9 @@ VIT_SOURCE = "1e-3: ViT, Dosovitskiy et al. 2021, table 3, ImageNet-21k"
 LLAMA_SOURCE = "3e-4: LLaMA, Touvron et al. 2023, table 2, 7B"
 SCRIPT_OF = {"glue": "run_glue.py", "vit": "run_image_classification.py", "clm": "run_clm.py"}
 FROM_SCRATCH = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-Group: TypeAlias = Literal["development", "confirmation"]
+Group: TypeAlias = Literal["development", "confirmation", "gpu"]
+BASE = "base-llama"
+"""Folder, in the study's, of the Llama that two tasks fine-tune."""
 CLM_SOURCE = "5e-5: run_clm.py of the Transformers examples, the default of TrainingArguments"
 
 
@@ -69,7 +71,7 @@ class StudyTask:
     Attributes:
         name, title: For files, and for people.
         kind: Which `make reproduce-*` it belongs to.
-        group: Whether rules were chosen on it.
+        group: Whether rules may be chosen on it; `gpu`: not of the study proper.
         source: Of the learning rate as it comes.
         flags: Flags of the script, given where things are.
         rate: Learning rate as it comes.

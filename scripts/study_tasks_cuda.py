@@ -23,7 +23,7 @@ def _vit(precision: Precision) -> StudyTask:
         name=f"vit-s16-{precision}",
         title=f"ViT-S/16 (22 M parameters, from scratch, {precision}) on CIFAR-10 at 224 x 224, 300 steps of 64",
         kind="vit",
-        group="confirmation",
+        group="gpu",
         source=VIT_SOURCE,
         flags=lambda place: [
             *(*place.images(*CIFAR), "--config_overrides", VIT_S16, "--max_eval_samples", "1000"),
@@ -41,7 +41,7 @@ def _llama(precision: Precision) -> StudyTask:
         name=f"llama-110m-{precision}",
         title=f"Llama (110 M parameters, from scratch, {precision}) on WikiText-2, 300 steps of 16 x 256 tokens",
         kind="clm",
-        group="confirmation",
+        group="gpu",
         source=LLAMA_SOURCE,
         flags=lambda place: [
             *(*place.text(*WIKITEXT), "--model_type", "llama", "--train_tokenizer", "16000"),

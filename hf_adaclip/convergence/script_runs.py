@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
+from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, read_points
 from hf_adaclip.convergence.warm import start as start_warm
 from hf_adaclip.convergence.worker import finished_result, write_result
@@ -54,8 +55,8 @@ class ScriptRun:
 
     @property
     def digest(self) -> str:
-        """Hash of all that decides the run, the script's text included."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        """Hash of all that decides the run, the script's text and the defaults of this package included."""
+        text = json.dumps([asdict(self), AdaptiveClipConfig().to_dict()], sort_keys=True)
         path = Path(self.script[0])
         return hashlib.sha256(text.encode() + (path.read_bytes() if path.is_file() else b"")).hexdigest()
 

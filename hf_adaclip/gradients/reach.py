@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.observe import to_value
 from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
@@ -62,6 +63,7 @@ class ReachEstimate:
         self._every = max(EVERY, -(-total // MOST))
         grids = [_grid(local_part(p).numel(), self._every) for p in parameters]
         self._grids = [grids[i] for i in self._order]
+        self._sizes = [local_part(p).numel() for p in self._parameters]
         self._sections = [
             (layout, sum(math.prod(grids[i][0]) for i in positions)) for layout, positions in layouts.items()
         ]
@@ -134,11 +136,17 @@ class ReachEstimate:
     @torch.no_grad()
     def _look(self, tensors: Sequence[Tensor | None], room: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """Copy the samples of all tensors to where they belong: one call, and a view per tensor."""
-        found = [
-            (part, _sample(summed_part(tensor), grid))
-            for tensor, grid, part in zip(tensors, self._grids, parts, strict=True)
-            if tensor is not None
-        ]
+        found = []
+        for tensor, grid, size, part in zip(tensors, self._grids, self._sizes, parts, strict=True):
+            if tensor is None:
+                continue
+            local = summed_part(tensor)
+            if local.numel() != size:
+                raise UnsupportedSetupError(
+                    f"A gradient must be spread over ranks like its weight, but has {local.numel()} of its numbers here, and the weight "
+                    f"{size}. Set `max_pace=1`: the distance estimate compares the two number by number."
+                )
+            found.append((part, _sample(local, grid)))
         if len(found) < len(parts):
             room.zero_()
         if found:

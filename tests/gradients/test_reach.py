@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_adaclip.controllers.ops import SCALAR, tensor_ops
+from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients import Gradients, collect, global_norm, tensor_norms
 from hf_adaclip.gradients.reach import EVERY, MOST, ReachEstimate, _grid, _sample
 
@@ -134,6 +135,39 @@ def test_the_sample_is_small_spread_out_and_the_same_for_a_weight_and_its_gradie
     assert torch.equal(_sample(tensor.t().contiguous().t(), grid), sample)
     assert torch.equal(_sample(torch.cat([torch.zeros(100, 100), tensor])[100:], grid), sample)
     assert [len(_sample(torch.zeros(n), _grid(n, EVERY))) for n in (0, 5, 31, 32)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 30, 31, 495, 496, 497, 5000])
+def test_the_sample_is_blocks_of_16_or_every_31st(count, dtype):
+    flat = torch.randn(count + 7).to(dtype)[7:]  # a view with an offset
+    found = _sample(flat, _grid(count, EVERY))
+    blocks = [flat[begin : begin + 16] for begin in range(0, count - count % 496, 496)]
+    assert torch.equal(found, torch.stack(blocks) if blocks else flat[::31])
+
+
+def test_weights_that_move_in_memory_are_followed():
+    parameters, _ = problem()
+    moved = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    estimates = [ReachEstimate(ps, [torch.optim.SGD(ps, lr=1e-3)], torch.device("cpu")) for ps in (parameters, moved)]
+    for step in range(6):
+        gradients = [torch.full_like(p, 0.1 + step) for p in parameters]
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        there = Gradients(parameters, list(range(len(parameters))), gradients)
+        a, b = (estimate.observe(there, norm, SCALAR) for estimate in estimates)
+        assert a == b or step == 0
+        for p, q in zip(parameters, moved, strict=True):
+            p.data.sub_(0.01)
+            q.data = q.data - 0.01  # another memory
+    assert a > 0
+
+
+def test_a_gradient_of_another_size_is_refused():
+    parameters, _ = problem()
+    estimate = ReachEstimate(parameters, [torch.optim.SGD(parameters, lr=1e-3)], torch.device("cpu"))
+    gradients = [torch.ones(p.numel() + 1) for p in parameters]
+    with pytest.raises(UnsupportedSetupError, match="must be spread over ranks like its weight"):
+        estimate.observe(Gradients(parameters, [0, 1, 2], gradients), torch.tensor(1.0), SCALAR)
 
 
 def test_a_gradient_that_is_missing_counts_as_zero():

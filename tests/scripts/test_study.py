@@ -1,7 +1,9 @@
 """The study: its tasks name flags that the scripts know, its runs are recorded, and a run in a forked process is the run of a fresh one."""
 
 import json
+import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ from datasets import Dataset
 from sklearn.datasets import load_digits
 
 from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
+from hf_adaclip.convergence.worker import write_result
 from hf_adaclip.integrations.script import parse_arguments
 from scripts import run_clm, run_glue, run_image_classification, run_study
-from scripts.study_records import read_lines
+from scripts.study_records import record
 from scripts.study_tasks import TASKS, Place, base_command
 from scripts.study_tasks_cuda import CUDA_TASKS
 
@@ -109,7 +112,7 @@ def short_study(images, folder, record, *more):
     options = ["--tasks", "fashion-mnist", "--arms", "stock,adaptive", "--seeds", "1", "--steps", "4", "--jobs", "1"]
     places = ["--output", str(folder), "--data", str(images), "--record", str(record)]
     assert run_study.main([*places, *options, "--range-arms", "", *more]) == 0
-    return read_lines(record / "fashion-mnist.jsonl")
+    return [json.loads(line) for line in (record / "fashion-mnist.jsonl").read_text().splitlines()]
 
 
 def test_a_short_study_is_recorded_gives_the_same_numbers_again_and_goes_on_from_its_record(images, tmp_path, capsys):
@@ -124,13 +127,56 @@ def test_a_short_study_is_recorded_gives_the_same_numbers_again_and_goes_on_from
 
     kept = [line for line in lines if line["arm"] != "adaptive"]
     stale = {**kept[0], "arm": "zscore", "key": "of other settings"}
+    assert [line["alarms"] for line in lines if line["arm"] == "adaptive"] == [[0, 0]]
     (tmp_path / "raw/fashion-mnist.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*kept, stale]))
     capsys.readouterr()
+    longer = tmp_path / "c/fashion-mnist/runs/run_image_classification/median/seed-0"
+    shutil.copytree(next((tmp_path / "a").rglob("stock/seed-0")), longer)
+    spoiled = json.loads((longer / "result.json").read_text())
+    spoiled["spec"]["script"][spoiled["spec"]["script"].index("--max_steps") + 1] = "8"
+    (longer / "result.json").write_text(json.dumps(spoiled))
     again = short_study(images, tmp_path / "c", tmp_path / "raw", "--restore")
     assert "3 runs restored" in capsys.readouterr().out
     assert numbers(again) == first
     assert not list((tmp_path / "c").rglob("stock/seed-0/convergence.jsonl")), "a restored run is not run"
     assert list((tmp_path / "c").rglob("adaptive/seed-0/convergence.jsonl"))
+
+
+def test_what_was_run_is_recorded_though_the_study_ends_early(monkeypatch, tmp_path):
+    recorded = []
+    monkeypatch.setattr(run_study, "study_task", lambda *_: 1 / 0)
+    monkeypatch.setattr(run_study, "record", lambda output, folder, tasks, steps: recorded.extend(tasks))
+    with pytest.raises(ZeroDivisionError):
+        run_study.main(["--output", str(tmp_path), "--record", str(tmp_path), "--tasks", "rte"])
+    assert recorded == ["rte"]
+
+
+def test_a_run_that_failed_before_its_first_block_is_recorded(tmp_path):
+    task = TASKS["fashion-mnist"]
+    flags = {"task": "t", "arm": "adaptive", "seed": 0, "launcher": (), "flags": ("--clip", "adaptive")}
+    run = ScriptRun(**flags, script=task.command(Place(None, Path("base"))))
+    folder = tmp_path / "out/fashion-mnist" / run.folder
+    folder.mkdir(parents=True)
+    (folder / "clip_ledger.jsonl").write_text("")
+    write_result(folder, {"spec": asdict(run), "digest": run.digest, "error": "exit code 1: out of memory"})
+    record(tmp_path / "out", tmp_path / "raw", {"fashion-mnist": task})
+    [line] = [json.loads(text) for text in (tmp_path / "raw/fashion-mnist.jsonl").read_text().splitlines()]
+    assert (line["error"], line["alarms"], line["points"]) == ("exit code 1: out of memory", None, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arms", "stock,nonsense"], "`--arms` must be among stock, tuned"),
+        (["--arms", "stock,tuned,pace-only@tuned"], "pace-only@tuned is not"),
+        (["--arms", "stock,adaptive@tuned"], "must have `tuned` among them"),
+        (["--range-arms", "stok"], "`--range-arms` must be among"),
+    ],
+)
+def test_a_wrong_arm_is_named_before_anything_runs(options, message, capsys):
+    with pytest.raises(SystemExit):
+        run_study.parse(options)
+    assert message in capsys.readouterr().err
 
 
 def test_restore_needs_a_record(capsys):

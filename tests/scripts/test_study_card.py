@@ -8,8 +8,19 @@ import pytest
 from scripts.readme_section import read_section
 from scripts.study_card import card, goals, section
 from scripts.study_plots import draw_curves, draw_ranges
-from scripts.study_results import SECONDS, STUDY, TaskResults, interval, load_study, stable_range
+from scripts.study_results import (
+    LOSS,
+    QUALITY,
+    SECONDS,
+    STUDY,
+    TaskResults,
+    interval,
+    load_study,
+    rates_of_range,
+    stable_range,
+)
 from scripts.study_tasks import TASKS
+from scripts.study_tasks_cuda import CUDA_TASKS
 
 
 def line(arm, seed, losses, *, seconds_per_step=0.1, error=None, alarms=None):
@@ -32,7 +43,8 @@ def made_up():
     lines += [line("adaptive-pace", seed, FASTER, seconds_per_step=0.2) for seed in range(4)]
     lines += [line("adaptive-pace", 4, [2.0, 2.0, math.nan, math.nan, math.nan])]
     lines += [line("pace-only", seed, [], error="exit code 1") for seed in range(5)]
-    for rate, final in ((1e-3, 0.6), (2e-3, 0.5), (4e-3, 0.51), (8e-3, 0.9)):
+    for rate in rates_of_range(TASKS["cifar-10"]):
+        final = {2e-3: 0.5, 4e-3: 0.51}.get(rate, 0.9)
         for seed in (100, 101):
             name = f"learning_rate={rate:g},max_grad_norm=1,warmup_steps=0"
             lines.append(line(f"tuning/tuned/{name}", seed, [final]))
@@ -63,6 +75,16 @@ def test_a_run_that_failed_or_ended_in_nan_is_worst(made_up):
     assert made_up.difference("adaptive", "stock").mean == 0.0
 
 
+def test_where_the_baseline_fails_the_arm_is_not_worse():
+    lines = [line("stock", 0, [0.5]), line("stock", 1, [], error="x"), line("adaptive", 0, [0.6])]
+    r = TaskResults(TASKS["cifar-10"], [*lines, line("adaptive", 1, [0.5])])
+    assert r.difference("adaptive", "stock").low == -math.inf
+    r = TaskResults(TASKS["cifar-10"], [*lines, line("adaptive", 1, [], error="x")])
+    assert r.difference("adaptive", "stock").mean == pytest.approx(0.05)
+    assert r.finals("adaptive", QUALITY) == [0.5, -math.inf]
+    assert r.finals("adaptive", LOSS) == [0.6, math.inf]
+
+
 def test_the_share_of_altered_steps(made_up):
     assert made_up.alarms("adaptive") == 0.01
     assert made_up.alarms("stock") is None
@@ -73,15 +95,20 @@ def test_the_stable_range_is_the_stretch_around_the_best_rate():
     assert (found.octaves, found.open_below, found.open_above) == (1.0, False, False)
     found = stable_range({1.0: 0.5, 2.0: 0.5, 4.0: math.inf})
     assert (found.octaves, found.open_below, found.open_above) == (1.0, True, False)
+    found = stable_range({1.0: math.inf, 2.0: math.inf})
+    assert (found.octaves, found.is_open) == (0.0, False), "where nothing trains there is no range"
 
 
 def test_only_runs_without_warm_up_at_threshold_1_make_the_range(made_up):
     found = made_up.range_of("stock")
     assert found is not None
-    assert found.finals == {1e-3: 0.6, 2e-3: 0.5, 4e-3: 0.51, 8e-3: 0.9}
-    assert found.octaves == pytest.approx(1.0)
-    assert made_up.range_of("adaptive-pace").octaves == pytest.approx(3.0)
+    assert (len(found.finals), min(found.finals.values())) == (9, 0.5)
+    assert (found.octaves, found.is_open) == (pytest.approx(1.0), False)
+    whole = made_up.range_of("adaptive-pace")
+    assert (whole.octaves, whole.is_open) == (pytest.approx(8.0), True)
     assert made_up.range_of("adaptive") is None
+    del made_up.runs["tuning/tuned/learning_rate=0.016,max_grad_norm=1,warmup_steps=0", 101]
+    assert made_up.range_of("stock") is None, "a grid with gaps says nothing"
 
 
 def test_the_interval_is_that_of_the_mean():
@@ -95,14 +122,31 @@ def test_the_interval_is_that_of_the_mean():
 
 def test_the_card_says_what_was_lost(made_up, tmp_path):
     text = card([made_up])
-    assert "0.50 [0.50, inf] (4/5)" in text
+    assert "| 0.50 [0.50, inf] (4/5) |" in text
     assert "**+inf [+inf, +inf]**" in text
     assert "never" in text
     assert "worse on 1 of 1 (cifar-10)" in goals([made_up])
-    assert "| 3. A stable range at least 2 octaves wider (`max_pace=64`) | cifar-10 +2 | yes |" in goals([made_up])
+    assert "(`max_pace=64`) | cifar-10 +7 (ours may go on) | yes |" in goals([made_up])
+    assert "altered in a healthy run | 1.0% to 1.0%" in goals([made_up])
     for draw in (draw_curves, draw_ranges):
         draw([made_up], tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_with_nothing_run_nothing_holds():
+    lines = [line("stock", 0, STOCK), line("adaptive", 0, STOCK, alarms=[0, 0])]
+    results = [TaskResults(TASKS["cifar-10"], lines)]
+    verdicts = [row.split("|")[-2].strip() for row in goals(results).splitlines()[2:]]
+    assert verdicts == ["no"] * 6
+    assert goals(results).count("| not run |") == 5
+    assert "1 tasks, 1 seeds" in section(results)
+    assert goals([TaskResults(CUDA_TASKS["vit-s16-bf16"], lines)]).count("not run") == 5, "not of the study proper"
+    assert "vit-s16-bf16" in card([TaskResults(CUDA_TASKS["vit-s16-bf16"], lines)])
+
+
+def test_pairs_of_which_neither_arrived_are_shown(made_up):
+    made_up.runs["stock", 4] = line("stock", 4, [2.0])
+    assert "(4/5, 1 neither)" in card([made_up])
 
 
 def test_the_card_and_the_readme_are_those_of_the_raw_results():
