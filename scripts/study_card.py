@@ -66,7 +66,18 @@ def section(results: Sequence[TaskResults]) -> str:
             steps, loss = _against(r, arm, baseline, STEP), _difference(r, arm, baseline)
             cells.append("not run" if (steps, loss) == ("-", "-") else f"{steps}; {loss}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    medians = []
+    for name, arm, baseline in (
+        ("`adaptive` takes", "adaptive", "stock"),
+        ("`max_pace=64`", "adaptive-pace", "stock"),
+        ("`max_pace=64`, untuned, against the tuned Trainer", "adaptive-pace", "tuned"),
+        ("`max_pace=64` at the tuned Trainer's settings", "adaptive-pace@tuned", "tuned"),
+    ):
+        if ratios := _ratios(results, arm, baseline, STEP):
+            middle = median([ratio.median for _, ratio in ratios])
+            share = "most runs never arrive" if math.isinf(middle) else f"{middle:.2f} of the steps"
+            medians.append(f"{name} {share} (of {len(ratios)})")
+    return "\n".join([*lines, "", f"Medians over the tasks: {'; '.join(medians)}."] if medians else lines)
 
 
 def goals(results: Sequence[TaskResults]) -> str:
