@@ -38,6 +38,7 @@ ARMS = {
     "tuned": None,
     "adaptive": None,
     "adaptive-pace": None,
+    "capped-pace": f"--clip adaptive --max_pace {PACE:g} --max_threshold 1",
     "pace-only": f"--clip adaptive --max_pace {PACE:g} {NO_RANGE}",
     "zscore": None,
     "percentile": None,
@@ -45,6 +46,7 @@ ARMS = {
     "adaptive-pace-tuned": None,
     "adaptive@tuned": None,
     "adaptive-pace@tuned": None,
+    "capped-pace@tuned": None,
 }
 RANGE_ARMS = ("stock", "adaptive", "adaptive-pace")
 AT = "@tuned"
@@ -156,7 +158,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTa
 
 def _is_arm(arm: str) -> bool:
     name = arm.removesuffix(AT).removesuffix(f"-{TUNED}")
-    return arm == TUNED or name in KNOWN or (name in ARMS and AT not in arm)
+    return arm == TUNED or name in KNOWN or name in ARMS
 
 
 def seconds(text: str) -> float:
@@ -219,7 +221,12 @@ def with_flags_of_tuned(study: ScriptStudy, arms: list[str]) -> ScriptStudy:
     """The study with arms `NAME@tuned` added: the flags of NAME, and those that the tuning found best for the stock arm."""
     chosen = json.loads((study.output / TUNED_FILE).read_text(encoding="utf-8"))[TUNED]["chosen"]
     best = [text for flag, value in chosen.items() for text in (flag, f"{value:g}")]
-    extra = {arm: (*KNOWN[arm.removesuffix(AT)][1], *best) for arm in arms}
+    cap = ("--max_threshold", f"{chosen['--max_grad_norm']:g}")
+    extra = {}
+    for arm in arms:
+        name = arm.removesuffix(AT)
+        flags = study.extra[name] if name in study.extra else KNOWN[name][1]
+        extra[arm] = (*flags, *best, *(cap if name == "capped-pace" else ()))
     return replace(study, arms=(*study.arms, *arms), extra={**study.extra, **extra})
 
 

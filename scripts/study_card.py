@@ -18,8 +18,16 @@ from scripts.study_results import LOSS, QUALITY, SECONDS, STEP, STUDY, Range, Ta
 
 OURS = ("adaptive", "adaptive-pace")
 PEERS = ("zscore", "percentile", "stable_adamw")
-AS_IT_COMES = ("adaptive", "pace-only", "adaptive-pace", *PEERS, "tuned")
-AGAINST_TUNED = ("stock", "adaptive@tuned", "adaptive-pace@tuned", "adaptive-pace", "adaptive-pace-tuned")
+AS_IT_COMES = ("adaptive", "pace-only", "adaptive-pace", "capped-pace", *PEERS, "tuned")
+AGAINST_TUNED = (
+    "stock",
+    "adaptive@tuned",
+    "adaptive-pace@tuned",
+    "capped-pace@tuned",
+    "adaptive-pace",
+    "capped-pace",
+    "adaptive-pace-tuned",
+)
 RANGES = ("stock", "adaptive", "adaptive-pace")
 TEMPLATE = Path(__file__).with_suffix(".template.md")
 NOT_RUN = "not run"
@@ -97,12 +105,13 @@ def goals(results: Sequence[TaskResults]) -> str:
 
 def _no_harm(results: Sequence[TaskResults]) -> Verdict:
     found, holds = [], True
-    for arm, baseline in [(arm, "stock") for arm in OURS] + [(f"{arm}@tuned", "tuned") for arm in OURS]:
+    arms = (*OURS, "capped-pace")
+    for arm, baseline in [(arm, "stock") for arm in arms] + [(f"{arm}@tuned", "tuned") for arm in arms]:
         judged = [r for r in results if arm in r.arms and baseline in r.arms]
         worse = [r.task.name for r in judged if r.difference(arm, baseline).low > 0]
         text = f"`{arm}` against {baseline}: worse on {len(worse)} of {len(judged)}"
         found.append(text + (f" ({', '.join(worse)})" if worse else ""))
-        if arm.startswith("adaptive") and "pace" not in arm:
+        if "pace" not in arm:
             holds = holds and bool(judged) and not worse
     return (
         "1. No harm: with the defaults (`adaptive`), on no task a final loss worse than the stock Trainer's at the same learning rate",
@@ -162,7 +171,7 @@ def _wider(results: Sequence[TaskResults]) -> Verdict:
 
 def _moonshot(results: Sequence[TaskResults]) -> Verdict:
     found, best = [], math.inf
-    for arm in AGAINST_TUNED[2:]:
+    for arm in AGAINST_TUNED[1:]:
         ratios = [ratio.median for _, ratio in _ratios(results, arm, "tuned", STEP)]
         if ratios:
             best = min(best, median(ratios))

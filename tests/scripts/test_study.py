@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset
 from sklearn.datasets import load_digits
 
+from hf_adaclip.convergence.script_compare import TUNED_FILE, ScriptStudy
 from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
 from hf_adaclip.convergence.worker import write_result
 from hf_adaclip.integrations.script import parse_arguments
@@ -168,7 +169,7 @@ def test_a_run_that_failed_before_its_first_block_is_recorded(tmp_path):
     ("options", "message"),
     [
         (["--arms", "stock,nonsense"], "`--arms` must be among stock, tuned"),
-        (["--arms", "stock,tuned,pace-only@tuned"], "pace-only@tuned is not"),
+        (["--arms", "stock,tuned,nonsense@tuned"], "nonsense@tuned is not"),
         (["--arms", "stock,adaptive@tuned"], "must have `tuned` among them"),
         (["--range-arms", "stok"], "`--range-arms` must be among"),
     ],
@@ -177,6 +178,18 @@ def test_a_wrong_arm_is_named_before_anything_runs(options, message, capsys):
     with pytest.raises(SystemExit):
         run_study.parse(options)
     assert message in capsys.readouterr().err
+
+
+def test_arms_with_the_tuned_flags_take_what_was_best_for_the_stock_arm(tmp_path):
+    chosen = {"--max_grad_norm": 0.3, "--warmup_steps": 0.1, "--learning_rate": 2e-3}
+    (tmp_path / TUNED_FILE).write_text(json.dumps({"tuned": {"chosen": chosen}}))
+    extra = {"capped-pace": ("--clip", "adaptive", "--max_threshold", "1")}
+    study = ScriptStudy(tmp_path, ("train.py",), ("stock",), extra, 1, 1, ())
+    found = run_study.with_flags_of_tuned(study, ["adaptive@tuned", "capped-pace@tuned"])
+    best = ("--max_grad_norm", "0.3", "--warmup_steps", "0.1", "--learning_rate", "0.002")
+    assert found.arms == ("stock", "adaptive@tuned", "capped-pace@tuned")
+    assert found.extra["adaptive@tuned"] == ("--clip", "adaptive", *best)
+    assert found.extra["capped-pace@tuned"] == (*extra["capped-pace"], *best, "--max_threshold", "0.3")
 
 
 def test_restore_needs_a_record(capsys):
