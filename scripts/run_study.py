@@ -25,7 +25,16 @@ import torch
 
 from hf_adaclip.convergence.arms import PACE, STOCK
 from hf_adaclip.convergence.compare import COMPARISON_FILE
-from hf_adaclip.convergence.script_compare import KNOWN, TUNED, TUNED_FILE, ScriptStudy, compare_script, sweep
+from hf_adaclip.convergence.script_compare import (
+    KNOWN,
+    TUNED,
+    TUNED_FILE,
+    ScriptStudy,
+    as_flags,
+    compare_script,
+    flags_of,
+    sweep,
+)
 from hf_adaclip.convergence.script_runs import python_launcher
 from scripts.study_records import record, restore
 from scripts.study_results import rates_of_range
@@ -220,13 +229,11 @@ def _device_flags(device: str) -> tuple[str, ...]:
 def with_flags_of_tuned(study: ScriptStudy, arms: list[str]) -> ScriptStudy:
     """The study with arms `NAME@tuned` added: the flags of NAME, and those that the tuning found best for the stock arm."""
     chosen = json.loads((study.output / TUNED_FILE).read_text(encoding="utf-8"))[TUNED]["chosen"]
-    best = [text for flag, value in chosen.items() for text in (flag, f"{value:g}")]
-    cap = ("--max_threshold", f"{chosen['--max_grad_norm']:g}")
+    cap = as_flags({"--max_threshold": chosen["--max_grad_norm"]})
     extra = {}
     for arm in arms:
         name = arm.removesuffix(AT)
-        flags = study.extra[name] if name in study.extra else KNOWN[name][1]
-        extra[arm] = (*flags, *best, *(cap if name == "capped-pace" else ()))
+        extra[arm] = (*flags_of(study, name), *as_flags(chosen), *(cap if name == "capped-pace" else ()))
     return replace(study, arms=(*study.arms, *arms), extra={**study.extra, **extra})
 
 

@@ -76,7 +76,7 @@ def section(results: Sequence[TaskResults]) -> str:
         cells = [f"{r.task.name} ({r.task.group})"]
         for arm, baseline in [*((arm, "stock") for arm in WHICH), ("capped-pace@tuned", "tuned")]:
             steps, loss = _against(r, arm, baseline, STEP), _difference(r, arm, baseline)
-            cells.append("not run" if (steps, loss) == ("-", "-") else f"{steps}; {loss}")
+            cells.append(NOT_RUN if (steps, loss) == ("-", "-") else f"{steps}; {loss}")
         lines.append("| " + " | ".join(cells) + " |")
     medians = []
     for name, arm, baseline in (

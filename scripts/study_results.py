@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hf_adaclip.convergence.statistics import BOOTSTRAP_SAMPLES, PairedRatio, paired_ratio
-from hf_adaclip.convergence.tuning import TARGET_SHARE, TUNING_SEEDS
+from hf_adaclip.convergence.tuning import TUNING_SEEDS, early
 from scripts.study_records import current_lines
 from scripts.study_tasks import TASKS, StudyTask
 from scripts.study_tasks_cuda import CUDA_TASKS
@@ -61,7 +61,7 @@ class TaskResults:
 
     Args:
         task: The task.
-        lines: Raw results, see `run_study.record`.
+        lines: Raw results, see `study_records.record`.
     """
 
     def __init__(self, task: StudyTask, lines: Sequence[dict[str, Any]]) -> None:
@@ -79,11 +79,7 @@ class TaskResults:
         runs = [self.runs[key] for key in keys if key in self.runs and not self.runs[key]["error"]]
         if len(runs) < len(keys):
             return None
-        reached = []
-        for run in runs:
-            values = losses(run)
-            reached.append(min(values[: max(1, math.floor(len(values) * TARGET_SHARE))]))
-        return round(max(reached), 6)
+        return round(max(min(early(losses(run))) for run in runs), 6)
 
     def costs(self, arm: str, target: float, column: int = STEP) -> list[float]:
         """Steps or seconds to the target, seed by seed; infinite where it was never reached."""
@@ -91,11 +87,8 @@ class TaskResults:
 
     def ratio(self, arm: str, baseline: str, target: float, column: int = STEP) -> PairedRatio:
         """Costs of an arm over those of a baseline, paired by seed."""
-        shared = [s for s in self.seeds(arm) if (baseline, s) in self.runs]
-        return paired_ratio(
-            [_cost(self.runs[arm, s], target, column) for s in shared],
-            [_cost(self.runs[baseline, s], target, column) for s in shared],
-        )
+        pairs = self._pairs(arm, baseline)
+        return paired_ratio([_cost(a, target, column) for a, _ in pairs], [_cost(b, target, column) for _, b in pairs])
 
     def finals(self, arm: str, column: int = LOSS) -> list[float]:
         """Final loss (or quality) of an arm, seed by seed; the worst there is where a run failed."""
@@ -106,9 +99,8 @@ class TaskResults:
 
     def difference(self, arm: str, baseline: str) -> Interval:
         """Final loss of an arm less that of a baseline, paired by seed; below 0 is better."""
-        shared = [s for s in self.seeds(arm) if (baseline, s) in self.runs]
-        pairs = [(_final(self.runs[arm, s], LOSS), _final(self.runs[baseline, s], LOSS)) for s in shared]
-        return interval([0.0 if math.isinf(a) and math.isinf(b) else a - b for a, b in pairs])
+        finals = [(_final(a, LOSS), _final(b, LOSS)) for a, b in self._pairs(arm, baseline)]
+        return interval([0.0 if math.isinf(a) and math.isinf(b) else a - b for a, b in finals])
 
     def alarms(self, arm: str) -> float | None:
         """Share of the steps after the controller's warm-up that it altered; None where no ledger has any."""
@@ -129,12 +121,14 @@ class TaskResults:
             return None
         return stable_range({rate: float(np.median(values)) for rate, values in finals.items()})
 
+    def _pairs(self, arm: str, baseline: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Runs of an arm and of a baseline on the same seed."""
+        return [(self.runs[arm, s], self.runs[baseline, s]) for s in self.seeds(arm) if (baseline, s) in self.runs]
+
 
 def load_study(folder: Path = STUDY) -> list[TaskResults]:
     """All tasks whose stock arm has been run, in the order of `TASKS`."""
-    found = []
-    for task in [*TASKS.values(), *CUDA_TASKS.values()]:
-        found.append(TaskResults(task, current_lines(folder, task)))
+    found = [TaskResults(task, current_lines(folder, task)) for task in (*TASKS.values(), *CUDA_TASKS.values())]
     return [results for results in found if "stock" in results.arms]
 
 

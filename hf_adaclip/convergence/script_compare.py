@@ -15,7 +15,7 @@ from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
 from hf_adaclip.convergence.statistics import median
 from hf_adaclip.convergence.summary import Judged, summarise
 from hf_adaclip.convergence.tracker import Target
-from hf_adaclip.convergence.tuning import TARGET_SHARE, TUNING_SEEDS
+from hf_adaclip.convergence.tuning import TUNING_SEEDS, early
 from hf_adaclip.errors import ConfigError
 
 TUNED: Final = "tuned"
@@ -87,7 +87,9 @@ def compare_script(study: ScriptStudy) -> dict[str, Any]:
     tuned = {arm: _tune(study, arm) for arm in study.arms if arm == TUNED or arm.endswith(SUFFIX)}
     target = study.target if study.target is not None else _set_target(study, tuned.get(TUNED))
     names = [STOCK, *[a for a in study.arms if a != STOCK]]
-    runs = [_run(study, arm, tuned.get(arm, _flags(study, arm)), seed) for seed in range(study.seeds) for arm in names]
+    runs = [
+        _run(study, arm, tuned.get(arm, flags_of(study, arm)), seed) for seed in range(study.seeds) for arm in names
+    ]
     results = run_scripts(runs, study.output, jobs=study.jobs, quiet=study.quiet, warm=study.warm)
 
     quality = study.quality or study.metric
@@ -122,7 +124,8 @@ def _check(study: ScriptStudy) -> None:
         raise ConfigError(problems)
 
 
-def _flags(study: ScriptStudy, arm: str) -> tuple[str, ...]:
+def flags_of(study: ScriptStudy, arm: str) -> tuple[str, ...]:
+    """Flags of an arm, before any tuning."""
     name = STOCK if arm == TUNED else arm.removesuffix(SUFFIX)
     return study.extra[name] if name in study.extra else KNOWN[name][1]
 
@@ -165,7 +168,7 @@ def _tune(study: ScriptStudy, arm: str) -> tuple[str, ...]:
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known[arm] = {"seeds": list(TUNING_SEEDS), "chosen": chosen, "tried": tried}
     path.write_text(json.dumps(plain(known), indent=1) + "\n", encoding="utf-8")
-    return (*_flags(study, arm), *_as_flags(chosen))
+    return (*flags_of(study, arm), *as_flags(chosen))
 
 
 def sweep(study: ScriptStudy, arm: str, settings: Sequence[dict[str, float]]) -> list[float]:
@@ -182,7 +185,7 @@ def sweep(study: ScriptStudy, arm: str, settings: Sequence[dict[str, float]]) ->
     runs = []
     for chosen in settings:
         name = f"tuning/{arm}/" + ",".join(f"{k.lstrip('-')}={v:g}" for k, v in sorted(chosen.items()))
-        flags = (*_flags(study, arm), *_as_flags(chosen))
+        flags = (*flags_of(study, arm), *as_flags(chosen))
         runs += [_run(study, name, flags, seed) for seed in TUNING_SEEDS]
     results = run_scripts(runs, study.output, jobs=study.jobs, quiet=study.quiet, warm=study.warm)
     finals = [_final(study, result) for result in results]
@@ -190,7 +193,8 @@ def sweep(study: ScriptStudy, arm: str, settings: Sequence[dict[str, float]]) ->
     return [median(finals[i * size : (i + 1) * size]) for i in range(len(settings))]
 
 
-def _as_flags(settings: dict[str, float]) -> tuple[str, ...]:
+def as_flags(settings: dict[str, float]) -> tuple[str, ...]:
+    """Values by flag, as they stand on a command line."""
     return tuple(text for flag, value in settings.items() for text in (flag, f"{value:g}"))
 
 
@@ -204,7 +208,7 @@ def _final(study: ScriptStudy, result: dict[str, Any]) -> float:
 
 def _set_target(study: ScriptStudy, tuned: tuple[str, ...] | None) -> float:
     """What the stock arm (the tuned one, if there is one) reaches within 80 % of its evaluations, in every run on other seeds."""
-    flags = tuned or _flags(study, STOCK)
+    flags = tuned or flags_of(study, STOCK)
     runs = [_run(study, f"target/{TUNED if tuned else STOCK}", flags, seed) for seed in TUNING_SEEDS]
     sign = -1.0 if study.greater else 1.0
     reached = []
@@ -214,7 +218,7 @@ def _set_target(study: ScriptStudy, tuned: tuple[str, ...] | None) -> float:
                 f"`--target` must be given, because the stock arm failed when it was to set one: {result['error']}"
             )
         values = [sign * float(p["metrics"].get(study.metric, math.nan)) for p in result["points"]]
-        within = [v for v in values[: max(1, math.floor(len(values) * TARGET_SHARE))] if not math.isnan(v)]
+        within = [v for v in early(values) if not math.isnan(v)]
         if not within:
             names = ", ".join(sorted(result["points"][-1]["metrics"]))
             raise ConfigError(f"`--target-metric` must be one of {names}, but is {study.metric!r} instead.")

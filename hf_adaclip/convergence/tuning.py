@@ -26,6 +26,11 @@ TARGET_SHARE: Final = 0.8
 TUNED_FILE: Final = "tuned.json"
 
 
+def early(values: Sequence[float]) -> Sequence[float]:
+    """The evaluations of a run within `TARGET_SHARE` of its steps; at least one, if there is any."""
+    return values[: max(1, math.floor(len(values) * TARGET_SHARE))]
+
+
 @dataclass(frozen=True)
 class Tuned:
     """A task's learning rate and target, and where they come from."""
@@ -71,7 +76,7 @@ def settle(task: Task, results: Sequence[dict[str, Any]]) -> Tuned:
     for result in results:
         losses = [_loss(point) for point in result.get("points", [])]
         final = losses[-1] if losses else math.inf
-        within = losses[: max(1, math.floor(len(losses) * TARGET_SHARE))]
+        within = early(losses)
         grid.append(
             {
                 "learning_rate": result["spec"]["learning_rate"],

@@ -69,9 +69,10 @@ class ReachEstimate:
         ]
         self._base = self._rate = 0.0
         self.pace: Value | float = 1.0
-        self._gradient, self._into_gradient = self._room()
-        self._weights, self._into_weights = self._room()
-        self._start = self._look(self._parameters, self._weights, self._into_weights).clone()
+        self._room = torch.zeros(sum(size for _, size in self._sections), device=device)
+        parts = torch.split(self._room, [math.prod(shape) for shape, _ in self._grids])
+        self._parts = [part.view(shape) for part, (shape, _) in zip(parts, self._grids, strict=True)]
+        self._start = self._look(self._parameters).clone()
         self._weighted = torch.zeros_like(self._start)
         self._gain = torch.zeros((), device=device)
 
@@ -87,8 +88,8 @@ class ReachEstimate:
             d / lr_base, shape `[]`; NaN as long as the learning rate has been 0.
         """
         there = dict(zip(gradients.present, gradients.tensors, strict=True))
-        g = self._look([there.get(position) for position in self._order], self._gradient, self._into_gradient)
-        way = self._start - self._look(self._parameters, self._weights, self._into_weights)
+        way = self._start - self._look(self._parameters)
+        g = self._look([there.get(position) for position in self._order])
         pace = self.pace if isinstance(self.pace, Tensor) else float(self.pace)
         weight = pace * pace * self._rate / (norm + _TINY)
         usable = norm < math.inf
@@ -127,17 +128,11 @@ class ReachEstimate:
         self._base, self._rate = tensors["rates"].tolist()
         self.pace = to_value(pace, ops)
 
-    def _room(self) -> tuple[Tensor, list[Tensor]]:
-        """A vector for the sample, and the parts of it that the tensors' own samples go to."""
-        room = torch.zeros(sum(size for _, size in self._sections), device=self._device)
-        parts = torch.split(room, [math.prod(shape) for shape, _ in self._grids])
-        return room, [part.view(shape) for part, (shape, _) in zip(parts, self._grids, strict=True)]
-
     @torch.no_grad()
-    def _look(self, tensors: Sequence[Tensor | None], room: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """Copy the samples of all tensors to where they belong: one call, and a view per tensor."""
+    def _look(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The samples of all tensors, in one copy; the vector is written over by the next look."""
         found = []
-        for tensor, grid, size, part in zip(tensors, self._grids, self._sizes, parts, strict=True):
+        for tensor, grid, size, part in zip(tensors, self._grids, self._sizes, self._parts, strict=True):
             if tensor is None:
                 continue
             local = summed_part(tensor)
@@ -147,11 +142,11 @@ class ReachEstimate:
                     f"{size}. Set `max_pace=1`: the distance estimate compares the two number by number."
                 )
             found.append((part, _sample(local, grid)))
-        if len(found) < len(parts):
-            room.zero_()
+        if len(found) < len(self._parts):
+            self._room.zero_()
         if found:
             torch._foreach_copy_([part for part, _ in found], [sample for _, sample in found], non_blocking=True)
-        return room
+        return self._room
 
     def _sums(self, *values: Tensor) -> Tensor:
         """Sums over the sample, over all ranks' parts of it; shape `[len(values)]`."""

@@ -1,12 +1,13 @@
 """The study's card: what it computes, checked on made-up results, and that the one in the repository is made of the results beside it."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 
-from scripts.readme_section import read_section
-from scripts.study_card import card, goals, section
+from scripts.readme_section import README, read_section
+from scripts.study_card import card, goals, main, section
 from scripts.study_plots import draw_curves, draw_ranges
 from scripts.study_results import (
     LOSS,
@@ -147,6 +148,17 @@ def test_with_nothing_run_nothing_holds():
 def test_pairs_of_which_neither_arrived_are_shown(made_up):
     made_up.runs["stock", 4] = line("stock", 4, [2.0])
     assert "(4/5, 1 neither)" in card([made_up])
+
+
+def test_a_folder_of_ones_own_gets_a_card_and_pictures_and_leaves_the_readme(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert "`folder` must hold raw results" in capsys.readouterr().err
+    shutil.copy(STUDY / "cifar-10.jsonl", tmp_path)
+    before = README.read_text(encoding="utf-8")
+    main([str(tmp_path)])
+    assert {p.name for p in tmp_path.iterdir()} == {"cifar-10.jsonl", "README.md", "curves.png", "ranges.png"}
+    assert README.read_text(encoding="utf-8") == before
 
 
 def test_the_card_and_the_readme_are_those_of_the_raw_results():
