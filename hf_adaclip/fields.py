@@ -42,15 +42,22 @@ class HyperParameters:
         metadata={"help": "adaptive: floor of the spread, so that a very calm run is not held too tight."},
     )
     max_edge: float = field(
-        default=0.6,
+        default=1.3,
         metadata={
-            "help": "adaptive: the edge of the range is never farther than this deviation (0.6: 1.86 x the level)."
+            "help": "adaptive: the edge of the range is never farther than this deviation (1.3: 4.7 x the level)."
         },
     )
     max_near: float = field(
         default=0.2,
         metadata={
             "help": "adaptive: an excursion is never left farther out than this deviation (0.2: 1.22 x the level)."
+        },
+    )
+    ceiling_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "adaptive: where the static threshold cut more than this part of the warm-up, it stays the ceiling of the range. "
+            "0: if it cut any step; 1: never."
         },
     )
     pace_start: int | None = field(

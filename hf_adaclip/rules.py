@@ -27,6 +27,7 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("min_spread", 0.0, 2.0, False, False),
     ("max_edge", 0.0, 1.9, False, True),
     ("max_near", 0.0, 1.9, True, True),
+    ("ceiling_share", 0.0, 1.0, True, True),
     ("pace_growth", 1.0, 2.0, False, True),
     ("pace_shrink", 0.0, 1.0, False, False),
     ("pace_trust", 1.0, math.inf, True, False),

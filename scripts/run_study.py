@@ -41,13 +41,14 @@ from scripts.study_results import rates_of_range
 from scripts.study_tasks import BASE, TASKS, Place, StudyTask, base_command
 from scripts.study_tasks_cuda import CUDA_ARMS, CUDA_TASKS
 
-NO_RANGE = "--max_edge 1.89 --far_width 1000 --min_far_width 1000 --max_far_width 1000"
+OPEN = "--ceiling_share 1"
+NO_RANGE = f"--max_edge 1.89 --far_width 1000 --min_far_width 1000 --max_far_width 1000 {OPEN}"
 ARMS = {
     "stock": None,
     "tuned": None,
     "adaptive": None,
     "adaptive-pace": None,
-    "capped-pace": f"--clip adaptive --max_pace {PACE:g} --max_threshold 1",
+    "open": f"--clip adaptive {OPEN}",
     "pace-only": f"--clip adaptive --max_pace {PACE:g} {NO_RANGE}",
     "zscore": None,
     "percentile": None,
@@ -55,9 +56,9 @@ ARMS = {
     "adaptive-pace-tuned": None,
     "adaptive@tuned": None,
     "adaptive-pace@tuned": None,
-    "capped-pace@tuned": None,
+    "open@tuned": None,
 }
-RANGE_ARMS = ("stock", "adaptive", "adaptive-pace")
+RANGE_ARMS = ("stock", "adaptive-pace")
 AT = "@tuned"
 AS_IT_COMES_FILE = "comparison_as_it_comes.json"
 UNTUNED = {"--max_grad_norm": 1.0, "--warmup_steps": 0.0}
@@ -229,11 +230,7 @@ def _device_flags(device: str) -> tuple[str, ...]:
 def with_flags_of_tuned(study: ScriptStudy, arms: list[str]) -> ScriptStudy:
     """The study with arms `NAME@tuned` added: the flags of NAME, and those that the tuning found best for the stock arm."""
     chosen = json.loads((study.output / TUNED_FILE).read_text(encoding="utf-8"))[TUNED]["chosen"]
-    cap = as_flags({"--max_threshold": chosen["--max_grad_norm"]})
-    extra = {}
-    for arm in arms:
-        name = arm.removesuffix(AT)
-        extra[arm] = (*flags_of(study, name), *as_flags(chosen), *(cap if name == "capped-pace" else ()))
+    extra = {arm: (*flags_of(study, arm.removesuffix(AT)), *as_flags(chosen)) for arm in arms}
     return replace(study, arms=(*study.arms, *arms), extra={**study.extra, **extra})
 
 

@@ -11,7 +11,7 @@ from hf_adaclip.audit.figures import COLOURS
 from scripts.study_results import STEP, TaskResults, losses
 
 CURVES = ("stock", "tuned", "adaptive", "adaptive-pace")
-RANGES = ("stock", "adaptive", "adaptive-pace")
+RANGES = ("stock", "adaptive-pace")
 
 
 def draw_curves(results: Sequence[TaskResults], path: Path) -> None:
@@ -42,7 +42,7 @@ def draw_ranges(results: Sequence[TaskResults], path: Path) -> None:
     shown = [r for r in results if r.range_of("stock") is not None]
     figure, axes = _panels(len(shown))
     for axis, r in zip(axes, shown, strict=False):
-        for arm, colour in zip(RANGES, (COLOURS[0], *COLOURS[2:]), strict=False):
+        for arm, colour in zip(RANGES, (COLOURS[0], COLOURS[3]), strict=True):
             found = r.range_of(arm)
             if found is not None:
                 finals = list(found.finals.values())

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from hf_adaclip.audit.ingest import load_series
-from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
+from hf_adaclip.controllers.base import CLIP_EPS
 from hf_adaclip.convergence.script_compare import TUNED_FILE, ScriptStudy
-from hf_adaclip.convergence.script_runs import LEDGER_FILE, ScriptRun
+from hf_adaclip.convergence.script_runs import LEDGER_FILE, ScriptRun, defaults_behind
 from hf_adaclip.convergence.worker import RESULT_FILE, finished_result, write_result
 from hf_adaclip.errors import LedgerError
 from scripts.study_tasks import BASE, Place, StudyTask
 
+NOT_ROUNDING = 1 - 1e-5
 FROM_RECORD = "restored from the raw results"
 
 
@@ -82,12 +83,12 @@ def current_lines(folder: Path, task: StudyTask, steps: int | None = None) -> li
 
 
 def key(task: StudyTask, line: Mapping[str, Any], steps: int | None = None) -> str:
-    """Hash of what a run is asked to do, wherever it is made: the task, arm, seed, and the defaults of the package.
+    """Hash of what a run is asked to do, wherever it is made: the task, arm, seed, and the defaults of the package that it goes by.
 
     The script's text is not in it: who changes what a script trains has to begin a new record.
     """
     command = task.command(Place(None, Path("base")), steps=steps)[1:]
-    decides = [command, line["arm"], line["seed"], line["flags"], AdaptiveClipConfig().to_dict()]
+    decides = [command, line["arm"], line["seed"], line["flags"], defaults_behind(line["flags"].split())]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -142,7 +143,7 @@ def _result(task: StudyTask, run: ScriptRun, line: dict[str, Any]) -> dict[str, 
     """`result.json` as far as the line tells."""
     unknown = dict.fromkeys(("samples", "tokens", "energy_wh", "energy_source", "energy_measured"))
     points = [
-        {"step": step, "train_seconds": seconds, **unknown, "metrics": dict(zip(_metrics(task), values, strict=True))}
+        {"step": step, "train_seconds": seconds, **unknown, "metrics": _measured(task, values)}
         for step, seconds, *values in line["points"]
     ]
     verified = line["verified"]
@@ -158,19 +159,27 @@ def _result(task: StudyTask, run: ScriptRun, line: dict[str, Any]) -> dict[str, 
     }
 
 
+def _measured(task: StudyTask, values: Sequence[float | None]) -> dict[str, float]:
+    """The metrics that an evaluation had: the perplexity, for one, is measured at the end only."""
+    return {name: value for name, value in zip(_metrics(task), values, strict=True) if value is not None}
+
+
 def _metrics(task: StudyTask) -> tuple[str, str]:
     return "eval_loss", task.quality
 
 
 def _alarms(ledger: Path) -> list[int] | None:
-    """Steps that the controller altered once its warm-up was over, and how many there were in all after it."""
+    """Steps that the controller cut shorter than the static threshold would have once its warm-up was over, and how many came after it."""
     try:
         series = load_series(ledger)
     except (OSError, LedgerError):  # no ledger, or a run that failed before its first block
         return None
+    assert series.header is not None
     _, coefficients = series.decisions()
     judged = np.array([reason != Reason.WARMUP.name for reason in series.reasons or ()], dtype=bool)
-    return [int(((coefficients < 1) & judged).sum()), int(judged.sum())]
+    static = np.minimum(1.0, np.float32(series.header["static_threshold"]) / (series.norms + np.float32(CLIP_EPS)))
+    shorter = coefficients < static * NOT_ROUNDING
+    return [int((shorter & judged).sum()), int(judged.sum())]
 
 
 def _short(value: Any) -> Any:

@@ -115,20 +115,37 @@ BLOCKS = ("--block_size", "48", "--max_eval_samples", "128")
 WIKITEXT = ("wikitext2", "Salesforce/wikitext", "wikitext-2-v1")
 
 
-def _minilm(name: str, label: str, group: Group, task: str, *, length: int, train: int, evaluation: int) -> StudyTask:
+def _minilm(
+    name: str,
+    label: str,
+    group: Group,
+    task: str,
+    *,
+    layers: int,
+    steps: int,
+    length: int,
+    train: int,
+    evaluation: int,
+) -> StudyTask:
     return StudyTask(
         name=name,
-        title=f"MiniLM, 3 of 6 layers, on {label}, 160 steps of 16",
+        title=f"MiniLM, {layers} of 6 layers, on {label}, {steps} steps of 16",
         kind="glue",
         group=group,
         source=GLUE_SOURCE,
         flags=lambda place: [
-            *("--model_name_or_path", place.minilm, *place.glue(task), "--config_overrides", "num_hidden_layers=3"),
+            *(
+                "--model_name_or_path",
+                place.minilm,
+                *place.glue(task),
+                "--config_overrides",
+                f"num_hidden_layers={layers}",
+            ),
             *("--max_seq_length", str(length), "--max_train_samples", str(train)),
             *("--max_eval_samples", str(evaluation)),
         ],
         rate=2e-5,
-        steps=160,
+        steps=steps,
         batch=16,
         rates=(5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
     )
@@ -213,9 +230,10 @@ TASKS = {
                 *("--text_columns", "question,answer"),
             ],
         ),
-        _minilm("sst-2", "SST-2", "development", "sst2", length=16, train=12000, evaluation=300),
-        _minilm("mrpc", "MRPC", "confirmation", "mrpc", length=48, train=3668, evaluation=200),
-        _minilm("rte", "RTE", "development", "rte", length=48, train=2490, evaluation=200),
+        # With three layers and 160 steps, as the others, nothing is learned on SST-2 at its rate as it comes.
+        _minilm("sst-2", "SST-2", "development", "sst2", layers=6, steps=240, length=16, train=12000, evaluation=300),
+        _minilm("mrpc", "MRPC", "confirmation", "mrpc", layers=3, steps=160, length=48, train=3668, evaluation=200),
+        _minilm("rte", "RTE", "development", "rte", layers=3, steps=160, length=48, train=2490, evaluation=200),
     )
 }
 

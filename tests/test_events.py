@@ -15,7 +15,7 @@ from tests.integrations.test_trainer import AdaptiveSpikeTrainer
 from tests.integrations.trainers import arguments, build, run
 from tests.loops import make, train
 
-CONFIG = AdaptiveClipConfig(warmup_observations=20, max_pace=3.0)
+CONFIG = AdaptiveClipConfig(warmup_observations=20, ceiling_share=1.0, max_pace=3.0)
 FAULTS = {40: 100.0, 60: float("nan"), 61: float("nan"), 62: 1.0}
 
 

@@ -12,7 +12,7 @@ from hf_adaclip.audit import verify_ledger
 from hf_adaclip.controllers.ops import tensor_ops
 from tests.loops import make, train, weights
 
-CONFIG = AdaptiveClipConfig(warmup_observations=20)
+CONFIG = AdaptiveClipConfig(warmup_observations=20, ceiling_share=1.0)
 CONTROLLERS = ["adaptive", "static", "percentile", "zscore", "ema_ratio"]
 
 

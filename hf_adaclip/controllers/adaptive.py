@@ -10,6 +10,14 @@
     S_t       = max(min_spread, S_{t-1} + a (min(|x_t|, far) - S_{t-1}))
     w_t       = max(min_far_width, w narrow_factor) if high else min(max_far_width, w + widen_step)
 
+    held      = acted > ceiling_share * warmup_observations
+                                                    acted: norms of the warm-up above the static threshold, which rules there
+    threshold = min(threshold, static threshold) while held
+
+Where static clipping acts in most steps it is no guard but part of the optimizer: every gradient has the same length. Opening the
+range would train otherwise than whoever set the threshold has it, and measurably worse where it was tuned (model_cards/RESEARCH.md, 15
+to 17). So there the static threshold stays the ceiling, and the range works below it only.
+
 `accept_after` excursions in a row that agree with their own mean (within far of it) are a lasting new level, not spikes: L
 jumps there and the step passes. Excursions that keep growing do not agree with each other and are not accepted.
 
@@ -52,6 +60,7 @@ class AdaptiveState(NamedTuple):
         candidate: Mean norm of the excursions in the current run.
         run: Length of that run; 0 when the last norm was inside the range.
         count: Usable norms seen.
+        acted: Norms of the warm-up that the static threshold cut.
         pace, best_reach, pace_steps: See `hf_adaclip.controllers.pace`.
     """
 
@@ -61,6 +70,7 @@ class AdaptiveState(NamedTuple):
     candidate: Value
     run: Value
     count: Value
+    acted: Value
     pace: Value
     best_reach: Value
     pace_steps: Value
@@ -99,8 +109,9 @@ class AdaptiveController(Controller[AdaptiveState]):
     narrow_factor: float = 0.8
     accept_after: int = 6
     min_spread: float = 0.05
-    max_edge: float = 0.6
+    max_edge: float = 1.3
     max_near: float = 0.2
+    ceiling_share: float = 0.5
     max_pace: float = 1.0
     pace_start: int | None = None
     pace_trust: float = 3.0
@@ -120,6 +131,7 @@ class AdaptiveController(Controller[AdaptiveState]):
             candidate=ops.full(shape, 0.0),
             run=ops.full(shape, 0.0),
             count=ops.full(shape, 0.0),
+            acted=ops.full(shape, 0.0),
             pace=ops.full(shape, 1.0 if self.max_pace == 1 else 1.0 / self._start),
             best_reach=ops.full(shape, 0.0),
             pace_steps=ops.full(shape, 0.0),
@@ -154,8 +166,11 @@ class AdaptiveController(Controller[AdaptiveState]):
         threshold = _above(threshold, ops.where(spike, near, far), ops)
         # An accepted step passes even when it is itself a little beyond the new range.
         threshold = ops.where(accepted, ops.maximum(threshold, norm), threshold)
-        threshold = ops.where(warm, observation.static_threshold, threshold)
-        act = spike | (warm & finite)
+        over = usable & (norm > observation.static_threshold)
+        held = ~warm & (state.acted > ops(self.ceiling_share * self.warmup_observations))
+        kept = held & (threshold > observation.static_threshold)
+        threshold = ops.where(warm | kept, observation.static_threshold, threshold)
+        act = spike | ((warm | kept) & finite)
         coefficient = ops.where(act, coefficient_of(norm, threshold, ops), one)
 
         gain = ops.maximum(one / (state.count + one), ops(1.0 - self.decay))
@@ -172,6 +187,8 @@ class AdaptiveController(Controller[AdaptiveState]):
         reason = ops.where(warm, ops(float(Reason.WARMUP)), reason)
         reason = ops.where(low | ~usable, ops(float(Reason.VANISHING)), reason)
         reason = ops.where(accepted, ops(float(Reason.NEW_LEVEL)), reason)
+        # Said only where the ceiling cuts; of an excursion too, which it cuts shorter than the range would.
+        reason = ops.where(kept & over, ops(float(Reason.LIMIT_CEILING)), reason)
         reason = ops.where(spike, ops(float(Reason.SPIKE)), reason)
         reason = ops.where(finite, reason, ops(float(Reason.NONFINITE)))
 
@@ -197,6 +214,7 @@ class AdaptiveController(Controller[AdaptiveState]):
             candidate=ops.where(usable, candidate, state.candidate),
             run=ops.where(usable, ops.where(accepted, zero, run), state.run),
             count=ops.where(usable, state.count + one, state.count),
+            acted=ops.where(warm & over, state.acted + one, state.acted),
             pace=paced.pace,
             best_reach=paced.best,
             pace_steps=paced.steps,

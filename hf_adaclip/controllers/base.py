@@ -61,7 +61,8 @@ _SENTENCES = {
     Reason.VANISHING: "The norm fell below the range; nothing was clipped, the step is flagged as vanishing.",
     Reason.NEW_LEVEL: "Several excursions in a row agreed on one level; it is now the level, and nothing was clipped.",
     Reason.LIMIT_FLOOR: "The controller wanted a threshold below `min_threshold`; the floor holds.",
-    Reason.LIMIT_CEILING: "The controller wanted a threshold above `max_threshold`; the ceiling holds.",
+    Reason.LIMIT_CEILING: "The controller wanted a threshold above its ceiling (`max_threshold`, or the static threshold, "
+    "where that cut most of the warm-up); the ceiling holds.",
     Reason.LIMIT_WIDENING: "The controller wanted to widen faster than `max_widening_step` or `max_widening_100` allows.",
     Reason.CLIPPED: "The norm is above the threshold; the gradient was scaled down to it.",
     Reason.SPIKE: "The norm left the range upward; the gradient was cut back and the range was narrowed.",

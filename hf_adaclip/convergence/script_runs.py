@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, read_points
 from hf_adaclip.convergence.warm import start as start_warm
 from hf_adaclip.convergence.worker import finished_result, write_result
 from hf_adaclip.errors import LedgerError
+from hf_adaclip.fields import HyperParameters
 
 LOG_FILE: Final = "log.txt"
 LEDGER_FILE: Final = "clip_ledger.jsonl"
@@ -55,14 +58,31 @@ class ScriptRun:
 
     @property
     def digest(self) -> str:
-        """Hash of all that decides the run, the script's text and the defaults of this package included."""
-        text = json.dumps([asdict(self), AdaptiveClipConfig().to_dict()], sort_keys=True)
+        """Hash of all that decides the run, the script's text and the defaults of this package that it goes by included."""
+        text = json.dumps([asdict(self), defaults_behind([*self.script, *self.flags])], sort_keys=True)
         path = Path(self.script[0])
         return hashlib.sha256(text.encode() + (path.read_bytes() if path.is_file() else b"")).hexdigest()
 
     def arguments(self, output: Path) -> list[str]:
         """The script and all its flags."""
         return [*self.script, *self.flags, "--seed", str(self.seed), "--output_dir", str(output / self.folder)]
+
+
+def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
+    """Defaults of this package that a run goes by: none for the stock Trainer, else all but the hyperparameters of other controllers.
+
+    Args:
+        arguments: All flags of the run; of several `--clip` the last one counts.
+    """
+    names = [after for flag, after in pairwise(arguments) if flag == "--clip"]
+    if names and names[-1] in ("stock", "none"):
+        return {}
+    defaults = AdaptiveClipConfig().to_dict()
+    kind = CONTROLLERS.get(names[-1]) if names else None
+    if kind is None or any(flag.startswith("--parameter_rules") for flag in arguments):
+        return defaults  # a file of settings, or rules, may name any controller
+    others = {f.name for f in fields(HyperParameters)} - {f.name for f in fields(kind)}
+    return {name: value for name, value in defaults.items() if name not in others}
 
 
 def run_scripts(

@@ -13,7 +13,7 @@ from hf_adaclip.audit import Ledger, verify_ledger
 from hf_adaclip.audit.schema import number, parse_number
 from tests.loops import make, train
 
-CONFIG = AdaptiveClipConfig(warmup_observations=10, ring_capacity=16)
+CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0, ring_capacity=16)
 
 
 def write_run(path, config=CONFIG, steps=45, faults=None, clean=True, **kwargs):

@@ -12,7 +12,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from tests.loops import make
 
-CONFIG = AdaptiveClipConfig(warmup_observations=10)
+CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 
 
 def whole(model):

@@ -18,7 +18,7 @@ from tests.loops import make
 
 DRY = bool(os.environ.get("ADACLIP_GPU_DRY_RUN"))
 DEVICE = "cpu" if DRY else "cuda"
-CONFIG = AdaptiveClipConfig(warmup_observations=10)
+CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not DRY and not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -9,7 +9,7 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
 
-CONFIG = AdaptiveClipConfig(warmup_observations=10, max_pace=2.0)
+CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0, max_pace=2.0)
 
 
 DIVERGING = CONFIG.replace(divergence_spreads=2.0, divergence_steps=5, on_trouble="fallback", max_pace=1.0)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
 
-CONFIG = AdaptiveClipConfig(warmup_observations=10)
+CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 RESUMES = Version(accelerate.__version__) >= Version("1.15")
 _init = AcceleratorState.__init__
 

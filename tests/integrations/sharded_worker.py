@@ -17,7 +17,7 @@ from hf_adaclip.controllers.ops import tensor_ops
 from hf_adaclip.gradients import reach
 from hf_adaclip.gradients.norms import global_norm, tensor_norms
 
-CONFIG = AdaptiveClipConfig(warmup_observations=10)
+CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 STEPS = 40
 FAULTS = {20: float("nan"), 30: 500.0}
 OPTIMIZERS = {

@@ -13,7 +13,7 @@ from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, AdaptiveClipTraine
 from hf_adaclip.audit import verify_ledger
 from tests.integrations.trainers import STEPS, arguments, build, dataset, model, run, stock, weights
 
-CONFIG = AdaptiveClipConfig(warmup_observations=10)
+CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 
 
 def steps_of(folder):

@@ -79,6 +79,23 @@ def test_static_is_the_stock_trainer_bit_for_bit(tmp_path, changes):
     ]
 
 
+def test_where_the_stock_threshold_always_acts_adaptive_is_the_stock_trainer_bit_for_bit(tmp_path):
+    a = stock(tmp_path / "a", args=arguments(tmp_path / "a", max_grad_norm=0.01))
+    b = build(AdaptiveClipTrainer, tmp_path / "b", args=arguments(tmp_path / "b", max_grad_norm=0.01), clip=CONFIG)
+    c = build(
+        AdaptiveClipTrainer,
+        tmp_path / "c",
+        args=arguments(tmp_path / "c", max_grad_norm=0.01),
+        clip=CONFIG.replace(ceiling_share=1.0),
+    )
+    for trainer in (a, b, c):
+        run(trainer)
+
+    assert torch.equal(weights(a), weights(b))
+    assert b.clipper.statistics.counts_by_name()["LIMIT_CEILING"] > STEPS / 2
+    assert not torch.equal(weights(a), weights(c)), "the range opens where it is told to"
+
+
 def test_adaptive_changes_what_reaches_the_optimizer_when_a_spike_is_planted(tmp_path):
     watch_stock, watch = Watch(), Watch()
     args = arguments(tmp_path / "a", max_grad_norm=1e9)

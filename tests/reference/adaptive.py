@@ -25,8 +25,9 @@ class AdaptiveReference:
         narrow_factor=0.8,
         accept_after=6,
         min_spread=0.05,
-        max_edge=0.6,
+        max_edge=1.3,
         max_near=0.2,
+        ceiling_share=0.5,
         max_pace=1.0,
         pace_start=None,
         pace_trust=3.0,
@@ -48,6 +49,8 @@ class AdaptiveReference:
         self.min_spread = min_spread
         self.max_edge = max_edge
         self.max_near = max_near
+        self.ceiling_share = ceiling_share
+        self.acted = 0
         self.max_pace = max_pace
         self.pace_start = pace_start or 50
         self.pace_trust = pace_trust
@@ -60,6 +63,9 @@ class AdaptiveReference:
 
     def step(self, norm, reach=math.nan):
         warm = self.count < self.warmup_observations
+        ceiling = math.inf
+        if not warm and self.acted > self.ceiling_share * self.warmup_observations:
+            ceiling = self.static_threshold
         level = self.level if self.level is not None else norm
         far = min(self.width * self.spread, self.max_edge)
         near = min(self.near_width * self.spread, self.max_near)
@@ -69,10 +75,11 @@ class AdaptiveReference:
             return threshold, 1.0, self.pace, "NONFINITE"
         if norm == 0:
             self._pace(reach)
-            return (self.static_threshold if warm else above(level, far)), 1.0, self.pace, "VANISHING"
+            return (self.static_threshold if warm else min(ceiling, above(level, far))), 1.0, self.pace, "VANISHING"
         x = deviation(norm, level)
         self.count += 1
         if warm:
+            self.acted += norm > self.static_threshold
             gain = max(1 / self.count, 1 - self.decay)
             learned = max(-1.9, min(1.9, x))
             self.level = above(level, gain * learned)
@@ -109,6 +116,10 @@ class AdaptiveReference:
         self.level = new_level
         self.spread = max(self.min_spread, self.spread + gain * (abs(learned) - self.spread))
         self._pace(reach, spike=high)
+        if threshold > ceiling:
+            threshold, coefficient = ceiling, min(1.0, ceiling / (norm + 1e-6))
+            if norm > ceiling and reason != "SPIKE":
+                reason = "LIMIT_CEILING"
         return threshold, coefficient, self.pace, reason
 
     def _pace(self, reach, *, spike=False, left_out=False):

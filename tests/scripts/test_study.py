@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from sklearn.datasets import load_digits
 
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.convergence.script_compare import TUNED_FILE, ScriptStudy
 from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
 from hf_adaclip.convergence.worker import write_result
 from hf_adaclip.integrations.script import parse_arguments
-from scripts import run_clm, run_glue, run_image_classification, run_study
+from scripts import run_clm, run_glue, run_image_classification, run_study, study_records
 from scripts.study_records import record
 from scripts.study_tasks import TASKS, Place, base_command
 from scripts.study_tasks_cuda import CUDA_TASKS
@@ -152,6 +154,47 @@ def test_what_was_run_is_recorded_though_the_study_ends_early(monkeypatch, tmp_p
     assert recorded == ["rte"]
 
 
+def test_what_a_recorded_run_was_cut_beyond_the_stock_threshold(tmp_path):
+    config = AdaptiveClipConfig(
+        warmup_observations=4, static_threshold=1.0, ceiling_share=1.0, ledger=str(tmp_path / "l.jsonl")
+    )
+    weight = torch.nn.Parameter(torch.zeros(1))
+    with AdaptiveClipper(config) as clipper:
+        for norm in (
+            0.5,
+            0.5,
+            0.5,
+            0.5,
+            0.5,
+            2.0,
+            0.5,
+            30.0,
+        ):  # both spikes are cut back to about 0.5, where static clipping leaves 1
+            weight.grad = torch.full((1,), norm)
+            clipper.clip_([weight])
+    assert study_records._alarms(tmp_path / "l.jsonl") == [2, 4]
+    config = config.replace(controller="static", ledger=str(tmp_path / "m.jsonl"))
+    with AdaptiveClipper(config) as clipper:
+        for norm in (0.5, 0.5, 2.0, 30.0):
+            weight.grad = torch.full((1,), norm)
+            clipper.clip_([weight])
+    assert study_records._alarms(tmp_path / "m.jsonl") == [0, 4]
+
+
+def test_the_perplexity_is_restored_where_it_was_measured():
+    task = TASKS["gsm8k"]
+    run = ScriptRun("t", "stock", 0, (), task.command(Place(None, Path("base"))), ("--clip", "stock"))
+    line = {
+        "points": [[15, 1.0, 5.0, None], [30, 2.0, 4.0, 54.6]],
+        "verified": None,
+        "clipped": None,
+        "alarms": None,
+        "skipped": None,
+    }
+    points = study_records._result(task, run, line)["points"]
+    assert [p["metrics"] for p in points] == [{"eval_loss": 5.0}, {"eval_loss": 4.0, "eval_perplexity": 54.6}]
+
+
 def test_a_run_that_failed_before_its_first_block_is_recorded(tmp_path):
     task = TASKS["fashion-mnist"]
     flags = {"task": "t", "arm": "adaptive", "seed": 0, "launcher": (), "flags": ("--clip", "adaptive")}
@@ -183,13 +226,13 @@ def test_a_wrong_arm_is_named_before_anything_runs(options, message, capsys):
 def test_arms_with_the_tuned_flags_take_what_was_best_for_the_stock_arm(tmp_path):
     chosen = {"--max_grad_norm": 0.3, "--warmup_steps": 0.1, "--learning_rate": 2e-3}
     (tmp_path / TUNED_FILE).write_text(json.dumps({"tuned": {"chosen": chosen}}))
-    extra = {"capped-pace": ("--clip", "adaptive", "--max_threshold", "1")}
+    extra = {"open": ("--clip", "adaptive", "--ceiling_share", "1")}
     study = ScriptStudy(tmp_path, ("train.py",), ("stock",), extra, 1, 1, ())
-    found = run_study.with_flags_of_tuned(study, ["adaptive@tuned", "capped-pace@tuned"])
+    found = run_study.with_flags_of_tuned(study, ["adaptive@tuned", "open@tuned"])
     best = ("--max_grad_norm", "0.3", "--warmup_steps", "0.1", "--learning_rate", "0.002")
-    assert found.arms == ("stock", "adaptive@tuned", "capped-pace@tuned")
+    assert found.arms == ("stock", "adaptive@tuned", "open@tuned")
     assert found.extra["adaptive@tuned"] == ("--clip", "adaptive", *best)
-    assert found.extra["capped-pace@tuned"] == (*extra["capped-pace"], *best, "--max_threshold", "0.3")
+    assert found.extra["open@tuned"] == (*extra["open"], *best)
 
 
 def test_restore_needs_a_record(capsys):
