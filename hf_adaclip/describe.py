@@ -40,6 +40,10 @@ def describe(
         f"controller  {config.controller} on {_WHAT[config.works_on]}{'' if config.controller in _NO_WARMUP else until}{shadow}",
         f"            {kind.idea} ({kind.source})",
     ]
+    if config.controller == "adaptive" and config.ceiling_share < 1:
+        lines.append(
+            f"ceiling     the static threshold, if it cuts more than {config.ceiling_share:.0%} of the warm-up; else none"
+        )
     if leaves_out(config):
         lines.append("spikes      a step that the controller would cut is left out as a whole")
     rules = config.parameter_rules if isinstance(config.parameter_rules, dict) else {}

@@ -10,7 +10,8 @@ from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, replay
 from hf_adaclip.config import AdaptiveClipConfig
 
 ALWAYS_ON = 0.5
-"""A threshold that alters more than this share of steps does not guard against spikes, it sets the size of every step."""
+"""A threshold that alters more than this share of steps does not guard against spikes, it sets the size of every step; `ceiling_share` of
+the controller `adaptive` is the same share, of its warm-up."""
 
 
 def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
@@ -32,7 +33,8 @@ def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
         arms[name] = outcome(series, decided.coefficients, decided.reasons, spikes)
     calm = np.delete(series.norms, spikes)
     calm = calm[np.isfinite(calm)]
-    threshold = _round_up(float(np.quantile(calm, 0.99))) if len(calm) else 1.0
+    always_on = static_share > ALWAYS_ON
+    threshold = _round_up(float(np.quantile(calm, 0.99))) if len(calm) and not always_on else max_grad_norm
     largest = sorted(spikes.tolist(), key=lambda i: -float(series.norms[i]))[:10]
     median = float(np.median(calm)) if len(calm) else math.nan
     return {
@@ -53,7 +55,7 @@ def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
         ],
         "max_grad_norm": max_grad_norm,
         "static_altered_share": static_share,
-        "static_always_on": static_share > ALWAYS_ON,
+        "static_always_on": always_on,
         "controllers": arms,
         "recommended": {"controller": "adaptive", "static_threshold": threshold},
         "verdict": _verdict(series, len(spikes), static_share, arms["adaptive"], max_grad_norm),
@@ -66,7 +68,10 @@ def _verdict(series: Series, spikes: int, static_share: float, adaptive: dict[st
     bad = int((~np.isfinite(series.norms)).sum())
     if bad:
         parts.append(f"{bad} step(s) had a NaN or infinite norm; every one would have been left out without a trace.")
-    if spikes:
+    always_on = static_share > ALWAYS_ON
+    if spikes and always_on:
+        parts.append(f"{spikes} spike(s) were found.")
+    elif spikes:
         others = adaptive["altered"] - adaptive["spikes_cut"]
         parts.append(
             f"{spikes} spike(s) were found; adaptive clipping would have cut {adaptive['spikes_cut']} of them and altered "
@@ -76,10 +81,11 @@ def _verdict(series: Series, spikes: int, static_share: float, adaptive: dict[st
         parts.append(
             "No spike and no bad step was found: adaptive clipping would have had next to nothing to do here."
         )
-    if static_share > ALWAYS_ON:
+    if always_on:
         parts.append(
-            f"A static {max_grad_norm:g} altered {static_share:.0%} of the steps: it is always on, and acts as a second "
-            "learning rate rather than as a guard. Taking it away changes the run; tune the learning rate again."
+            f"A static {max_grad_norm:g} altered {static_share:.0%} of the steps: it is always on, and sets the length of every "
+            "gradient rather than guarding against spikes. Adaptive clipping keeps it as its ceiling, so this run would change only "
+            "where norms fall below it. To open the range instead, set ceiling_share=1 and tune the learning rate again."
         )
     elif static_share == 0:
         parts.append(f"A static {max_grad_norm:g} never acted.")

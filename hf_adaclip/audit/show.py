@@ -50,7 +50,8 @@ def advice_text(advice: dict[str, Any]) -> str:
     lines += [
         "",
         f"Recommended: AdaptiveClipConfig({fields})",
-        "  static_threshold: what 99 % of the calm norms stay below",
+        "  static_threshold: "
+        + ("as it was" if advice["static_always_on"] else "what 99 % of the calm norms stay below"),
     ]
     return "\n".join(lines)
 

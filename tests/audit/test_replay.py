@@ -212,6 +212,9 @@ def test_always_on_is_called_by_its_name():
 
     assert advice["static_always_on"]
     assert "it is always on" in advice["verdict"]
+    assert "keeps it as its ceiling" in advice["verdict"]
+    assert advice["recommended"] == {"controller": "adaptive", "static_threshold": 1.0}
+    assert advice["controllers"]["adaptive"]["altered"] == advice["controllers"]["static"]["altered"]
 
 
 def test_a_calm_run_needs_nothing():
