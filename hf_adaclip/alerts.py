@@ -24,7 +24,8 @@ class Alerts:
                 self._warned.add(event.reason)
                 logger.warning("Adaptive clipping, %s Later ones of this kind are in the ledger.", event)
             else:
-                logger.debug("Adaptive clipping, %s", event)
+                level = logging.INFO if event.kind == "held" else logging.DEBUG
+                logger.log(level, "Adaptive clipping, %s", event)
             for listener in self.listeners:
                 listener(event)
 

@@ -11,7 +11,7 @@ from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.statistics import RunStatistics
 
 STATE_FILE: Final = "clip_state.safetensors"
-STATE_SCHEMA: Final = 1
+STATE_SCHEMA: Final = 2
 # Settings that may change between a checkpoint and its resumption without changing what is decided.
 _FREE_FIELDS: Final = (
     "fold",

@@ -62,7 +62,7 @@ class AdaptiveClipper:
         model: The model, where the names of parameters matter: for `granularity="module"`, for `parameter_rules`, and to read them in
             a per-tensor ledger. By default what the accelerator has prepared.
         ledger: Overrides `config.ledger`; `"auto"` means no ledger here.
-        static_threshold: Overrides `config.static_threshold`; unset in both, 1.0.
+        static_threshold: Overrides `config.static_threshold`; unset in both, 1.0, as in the Trainer.
         is_main_process: Whether this process writes the ledger; by default rank 0.
 
     Raises:
@@ -334,7 +334,7 @@ class AdaptiveClipper:
         setup = None if self._port is None else self._port.how
         skipping = [EnginePort.WHY] if self._follower is not None else self._guards.why
         scaling = self._why_not_folded if self._follower is None else EnginePort.SCALING
-        return describe(self.config, self._run.static_threshold, skipping, setup, scaling)
+        return describe(self.config, self._run.static_threshold, skipping, setup, scaling, self._run.ceiling_held)
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class AdaptiveClipConfig(HyperParameters):
     static_threshold: float | None = field(
         default=None,
         metadata={
-            "help": "Largest gradient norm allowed while the controller warms up, and in shadow mode. "
+            "help": "Largest gradient norm allowed while the controller warms up, in shadow mode, and as long as `ceiling_share` holds. "
             "Unset: `max_grad_norm` of the Trainer, 1.0 elsewhere."
         },
     )
@@ -171,8 +171,12 @@ class AdaptiveClipConfig(HyperParameters):
         return self.divergence_spreads > 0
 
     def resolved(self) -> "AdaptiveClipConfig":
-        """The same with 'auto' granularity spelled out: what runs, ledgers and checkpoints go by."""
-        return self.replace(granularity=self.works_on)
+        """The same with 'auto' granularity spelled out: what runs, ledgers and checkpoints go by.
+
+        The static threshold is one for the global norm, so only there it can be a ceiling.
+        """
+        share = self.ceiling_share if self.works_on == "global" else 1.0
+        return self.replace(granularity=self.works_on, ceiling_share=share)
 
     @property
     def works_on(self) -> str:

@@ -23,15 +23,17 @@ def describe(
     skipping: Sequence[str],
     setup: str | None,
     unfolded: str | None,
+    held: bool | None,
 ) -> str:
     """A few lines for people.
 
     Args:
         config: The settings.
-        static_threshold: Threshold of the warm-up.
+        static_threshold: Threshold of the warm-up, and of a ceiling that is held.
         skipping: Per known optimizer, how a step is left out and why so.
         unfolded: Why gradients are scaled in a pass of their own; None when the step does it.
         setup: How the distributed setup is supported; None without an accelerator.
+        held: Whether the static threshold is the ceiling; None while that is not known.
     """
     shadow = ", shadow: the static threshold is what is applied" if config.shadow else ""
     kind = CONTROLLERS[config.controller]
@@ -41,9 +43,13 @@ def describe(
         f"            {kind.idea} ({kind.source})",
     ]
     if config.controller == "adaptive" and config.ceiling_share < 1:
-        lines.append(
-            f"ceiling     the static threshold, if it cuts more than {config.ceiling_share:.0%} of the warm-up; else none"
-        )
+        if held is None:
+            ceiling = f"the static threshold, if it cuts more than {config.ceiling_share:.0%} of the warm-up"
+        else:
+            ceiling = (
+                "the static threshold, which cuts most steps" if held else "none: the static threshold cuts few steps"
+            )
+        lines.append(f"ceiling     {ceiling}")
     if leaves_out(config):
         lines.append("spikes      a step that the controller would cut is left out as a whole")
     rules = config.parameter_rules if isinstance(config.parameter_rules, dict) else {}

@@ -12,6 +12,7 @@ Kind = Literal[
     "widened",
     "tightened",
     "spike",
+    "held",
     "clipped",
     "new_level",
     "vanishing",
@@ -35,6 +36,7 @@ _KINDS: Final[dict[Reason, Kind]] = {
     Reason.LIMIT_FLOOR: "limit",
     Reason.LIMIT_CEILING: "limit",
     Reason.LIMIT_WIDENING: "limit",
+    Reason.HELD: "held",
     Reason.CLIPPED: "clipped",
     Reason.SPIKE: "spike",
     Reason.FALLBACK: "fallback",
@@ -45,7 +47,7 @@ _KINDS: Final[dict[Reason, Kind]] = {
     Reason.TROUBLE_DIVERGENCE: "trouble",
     Reason.TROUBLE_BUDGET: "trouble",
 }
-_SINGLE: Final = frozenset({"spike", "new_level", "trouble"})
+_SINGLE: Final = frozenset({"spike", "new_level", "trouble", "held"})
 _PACE_SENTENCES: Final[dict[str, str]] = {
     "pace_raised": "The start, or the way travelled so far says that a larger rate is useful; the learning rate of the step was raised.",
     "pace_lowered": "The way says less than before, the norm left its range, or the step was left out; the learning rate was taken back.",
@@ -62,7 +64,7 @@ class ClipEvent:
         step: First optimizer step concerned, counted from 0.
         until: Last one.
         kind: What happened.
-        before, after: For `spike` and `clipped` the largest norm and what was applied of it; for `pace_*` the pace; otherwise the
+        before, after: For `spike`, `held` and `clipped` the largest norm and what was applied of it; for `pace_*` the pace; otherwise the
             threshold.
         reason: Why, in a sentence.
     """
@@ -106,6 +108,7 @@ class EventTracker:
         self._run: _Run | None = None
         self._pace_run: _Run | None = None
         self._narrowed = False
+        self._held = False
 
     def feed(self, step: int, row: dict[str, float], reason: Reason) -> Iterator[ClipEvent]:
         """Events that this step completes.
@@ -117,8 +120,10 @@ class EventTracker:
         """
         threshold, quiet = row["threshold"], row["coefficient"] == 1
         kind = _KINDS.get(reason)
+        if kind == "held":  # from the end of the warm-up on; said once, or every other step would be an event
+            kind, self._held = (None if self._held else kind), True
         before, after = (self._edge if self._edge is not None else threshold), threshold
-        if kind in ("spike", "clipped"):
+        if kind in ("spike", "held", "clipped"):
             before, after = row["norm"], row["norm"] * row["coefficient"]
         if self._narrowed and quiet and kind != "skipped":
             self._narrowed = False

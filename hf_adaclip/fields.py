@@ -56,8 +56,8 @@ class HyperParameters:
     ceiling_share: float = field(
         default=0.5,
         metadata={
-            "help": "adaptive: where the static threshold cut more than this part of the warm-up, it stays the ceiling of the range. "
-            "0: if it cut any step; 1: never."
+            "help": "adaptive: where the static threshold cut more than this part of the warm-up, it stays the ceiling of the range, until "
+            "it cuts less than a fifth of that. 0: for good if it cut any step; 1: never. Only for the global norm."
         },
     )
     pace_start: int | None = field(

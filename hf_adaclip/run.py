@@ -35,7 +35,7 @@ class Run:
 
     Args:
         config: The settings.
-        static_threshold: Threshold of the warm-up, unless the config sets one.
+        static_threshold: Threshold of the warm-up and of a ceiling that is held, unless the config sets one.
         writes_ledger: Whether this process writes the ledger, if there is one.
         scaled: Whether a loss scaler is active.
     """
@@ -70,6 +70,14 @@ class Run:
         if self._state is None:
             return dict(self._loaded or {})
         return state_fields(self._state)
+
+    @property
+    def ceiling_held(self) -> bool | None:
+        """Whether the static threshold is the ceiling of `adaptive`; None in its warm-up, and for all others. Reads the device."""
+        state = self.state
+        if "acted" not in state or state["acted"].shape or not state["count"] > self.config.warmup_observations:
+            return None
+        return bool(state["acted"] > 0)
 
     @property
     def ops(self) -> Ops:

@@ -103,7 +103,7 @@ class TaskResults:
         return interval([0.0 if math.isinf(a) and math.isinf(b) else a - b for a, b in finals])
 
     def alarms(self, arm: str) -> float | None:
-        """Share of the steps after the controller's warm-up that it altered; None where no ledger has any."""
+        """Share of the steps after the warm-up that were cut shorter than the static threshold would; None where no ledger has any."""
         counts = [self.runs[arm, seed].get("alarms") for seed in self.seeds(arm)]
         known = [c for c in counts if c is not None]
         steps = sum(c[1] for c in known)

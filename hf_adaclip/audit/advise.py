@@ -8,6 +8,7 @@ import numpy as np
 from hf_adaclip.audit.ingest import Series
 from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, replay
 from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import Reason
 
 ALWAYS_ON = 0.5
 """A threshold that alters more than this share of steps does not guard against spikes, it sets the size of every step; `ceiling_share` of
@@ -28,9 +29,11 @@ def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
     spikes = find_spikes(series.norms)
     static_share = float((finite > max_grad_norm).mean()) if len(finite) else 0.0
     arms = {}
+    kept = False
     for name in REPLAYABLE:
         decided = replay(series, AdaptiveClipConfig(controller=name), static_threshold=max_grad_norm)
         arms[name] = outcome(series, decided.coefficients, decided.reasons, spikes)
+        kept = kept or bool((decided.reasons == Reason.HELD).any())  # only `adaptive` ever says so
     calm = np.delete(series.norms, spikes)
     calm = calm[np.isfinite(calm)]
     always_on = static_share > ALWAYS_ON
@@ -58,12 +61,14 @@ def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
         "static_always_on": always_on,
         "controllers": arms,
         "recommended": {"controller": "adaptive", "static_threshold": threshold},
-        "verdict": _verdict(series, len(spikes), static_share, arms["adaptive"], max_grad_norm),
+        "verdict": _verdict(series, len(spikes), static_share, kept, arms["adaptive"], max_grad_norm),
         "uncertainty": _uncertainty(series, len(spikes)),
     }
 
 
-def _verdict(series: Series, spikes: int, static_share: float, adaptive: dict[str, Any], max_grad_norm: float) -> str:
+def _verdict(
+    series: Series, spikes: int, static_share: float, kept: bool, adaptive: dict[str, Any], max_grad_norm: float
+) -> str:
     parts = []
     bad = int((~np.isfinite(series.norms)).sum())
     if bad:
@@ -77,15 +82,21 @@ def _verdict(series: Series, spikes: int, static_share: float, adaptive: dict[st
             f"{spikes} spike(s) were found; adaptive clipping would have cut {adaptive['spikes_cut']} of them and altered "
             f"{others / max(len(series), 1):.1%} of the other steps, its warm-up included."
         )
-    elif not bad:
+    elif not bad and not always_on:
         parts.append(
             "No spike and no bad step was found: adaptive clipping would have had next to nothing to do here."
         )
     if always_on:
         parts.append(
             f"A static {max_grad_norm:g} altered {static_share:.0%} of the steps: it is always on, and sets the length of every "
-            "gradient rather than guarding against spikes. Adaptive clipping keeps it as its ceiling, so this run would change only "
-            "where norms fall below it. To open the range instead, set ceiling_share=1 and tune the learning rate again."
+            "gradient rather than guarding against spikes. "
+            + (
+                "Adaptive clipping keeps it as its ceiling as long as that is so, and changes the run only where norms are below it. To "
+                "open the range instead, set ceiling_share=1 and tune the learning rate again."
+                if kept
+                else "Adaptive clipping does not keep it, because it cut less than half of the warm-up: that changes the run. "
+                "`max_threshold` keeps it."
+            )
         )
     elif static_share == 0:
         parts.append(f"A static {max_grad_norm:g} never acted.")

@@ -62,7 +62,7 @@ def _add_replay(commands: Commands) -> None:
         help="field of AdaptiveClipConfig, such as decay=0.9",
     )
     parser.add_argument(
-        "--max-grad-norm", type=float, default=None, help="threshold of the warm-up (default: the run's, or 1.0)"
+        "--max-grad-norm", type=float, default=None, help="static threshold (default: the run's, or 1.0)"
     )
     parser.add_argument(
         "--plot", type=Path, default=None, metavar="PNG", help="draw thresholds and cut steps into this file"
@@ -122,7 +122,7 @@ def _add_gauntlet(commands: Commands) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="streams of each story (default: %(default)s)")
     parser.add_argument("--stream", type=Path, default=None, metavar="LOG", help=f"norms of your own: {_LOGS}")
     parser.add_argument(
-        "--max-grad-norm", type=float, default=1.0, help="threshold of the warm-up (default: %(default)s)"
+        "--max-grad-norm", type=float, default=1.0, help="static threshold of the run (default: %(default)s)"
     )
     parser.add_argument(
         "--plot",

@@ -46,12 +46,13 @@ def advice_text(advice: dict[str, Any]) -> str:
     if advice["largest_spikes"]:
         spikes = ", ".join(f"step {s['step']} ({s['times_median']:.1f} x)" for s in advice["largest_spikes"])
         lines += ["", f"Largest spikes: {spikes}"]
+    threshold = advice["recommended"]["static_threshold"]
     fields = ", ".join(f"{k}={v!r}" for k, v in advice["recommended"].items())
     lines += [
         "",
         f"Recommended: AdaptiveClipConfig({fields})",
         "  static_threshold: "
-        + ("as it was" if advice["static_always_on"] else "what 99 % of the calm norms stay below"),
+        + ("as it was" if threshold == advice["max_grad_norm"] else "what 99 % of the calm norms stay below"),
     ]
     return "\n".join(lines)
 

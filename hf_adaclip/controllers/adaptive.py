@@ -10,13 +10,13 @@
     S_t       = max(min_spread, S_{t-1} + a (min(|x_t|, far) - S_{t-1}))
     w_t       = max(min_far_width, w narrow_factor) if high else min(max_far_width, w + widen_step)
 
-    held      = acted > ceiling_share * warmup_observations
-                                                    acted: norms of the warm-up above the static threshold, which rules there
-    threshold = min(threshold, static threshold) while held
+    c_t       = c_{t-1} + (1 - decay) ([n_t > static] - c_{t-1})   share of norms that the static threshold cuts; c_0 over the warm-up
+    held      = c_0 > ceiling_share, as long as c > ceiling_share / 5, and then never again
+    threshold = min(threshold, static) while held
 
 Where static clipping acts in most steps it is no guard but part of the optimizer: every gradient has the same length. Opening the
 range would train otherwise than whoever set the threshold has it, and measurably worse where it was tuned (model_cards/RESEARCH.md, 15
-to 17). So there the static threshold stays the ceiling, and the range works below it only.
+to 17). So there the static threshold stays the ceiling, and the range works below it, until norms have sunk so far that it hardly acts.
 
 `accept_after` excursions in a row that agree with their own mean (within far of it) are a lasting new level, not spikes: L
 jumps there and the step passes. Excursions that keep growing do not agree with each other and are not accepted.
@@ -46,6 +46,9 @@ from hf_adaclip.controllers.pace import Pace, PaceState, update_pace
 MAX_DEVIATION = 1.9
 """Largest deviation used for an edge: u(1.9, L) = 39 L. At 2 the inverse would be infinite."""
 
+RELEASE = 0.2
+"""The ceiling is given up when the static threshold cuts this part of `ceiling_share` of recent steps: a tenth of them, by default."""
+
 PACE_START = 50
 """Steps of the pace's start where nothing says how long the run is."""
 
@@ -60,7 +63,7 @@ class AdaptiveState(NamedTuple):
         candidate: Mean norm of the excursions in the current run.
         run: Length of that run; 0 when the last norm was inside the range.
         count: Usable norms seen.
-        acted: Norms of the warm-up that the static threshold cut.
+        acted: Norms of the warm-up that the static threshold cut; then the share of recent ones, 0 for good without a ceiling.
         pace, best_reach, pace_steps: See `hf_adaclip.controllers.pace`.
     """
 
@@ -167,7 +170,9 @@ class AdaptiveController(Controller[AdaptiveState]):
         # An accepted step passes even when it is itself a little beyond the new range.
         threshold = ops.where(accepted, ops.maximum(threshold, norm), threshold)
         over = usable & (norm > observation.static_threshold)
-        held = ~warm & (state.acted > ops(self.ceiling_share * self.warmup_observations))
+        first = state.count <= ops(float(self.warmup_observations))
+        share = ops.where(first, state.acted / ops(float(self.warmup_observations)), state.acted)
+        held = ~warm & (share > ops(self.ceiling_share) * ops.where(first, one, ops(RELEASE)))
         kept = held & (threshold > observation.static_threshold)
         threshold = ops.where(warm | kept, observation.static_threshold, threshold)
         act = spike | ((warm | kept) & finite)
@@ -180,15 +185,17 @@ class AdaptiveController(Controller[AdaptiveState]):
         new_spread = ops.maximum(state.spread + gain * (abs(learned) - state.spread), ops(self.min_spread))
         wider = ops.minimum(state.width + ops(self.widen_step), ops(self.max_far_width))
         narrower = ops.maximum(state.width * ops(self.narrow_factor), ops(self.min_far_width))
+        cut = ops.where(over, one, ops(0.0))
+        share = ops.where(held, share + ops(1.0 - self.decay) * (cut - share), ops(0.0))
         calm = ready & ~excursion
         new_width = ops.where(spike, narrower, ops.where(calm, wider, state.width))
 
-        reason = ops.where(new_width > state.width, ops(float(Reason.WIDENED)), ops(float(Reason.WITHIN)))
+        widened = (new_width > state.width) & ~kept
+        reason = ops.where(widened, ops(float(Reason.WIDENED)), ops(float(Reason.WITHIN)))
         reason = ops.where(warm, ops(float(Reason.WARMUP)), reason)
         reason = ops.where(low | ~usable, ops(float(Reason.VANISHING)), reason)
         reason = ops.where(accepted, ops(float(Reason.NEW_LEVEL)), reason)
-        # Said only where the ceiling cuts; of an excursion too, which it cuts shorter than the range would.
-        reason = ops.where(kept & over, ops(float(Reason.LIMIT_CEILING)), reason)
+        reason = ops.where(kept & over, ops(float(Reason.HELD)), reason)
         reason = ops.where(spike, ops(float(Reason.SPIKE)), reason)
         reason = ops.where(finite, reason, ops(float(Reason.NONFINITE)))
 
@@ -214,7 +221,7 @@ class AdaptiveController(Controller[AdaptiveState]):
             candidate=ops.where(usable, candidate, state.candidate),
             run=ops.where(usable, ops.where(accepted, zero, run), state.run),
             count=ops.where(usable, state.count + one, state.count),
-            acted=ops.where(warm & over, state.acted + one, state.acted),
+            acted=ops.where(usable, ops.where(warm, state.acted + cut, share), state.acted),
             pace=paced.pace,
             best_reach=paced.best,
             pace_steps=paced.steps,

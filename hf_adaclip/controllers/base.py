@@ -30,17 +30,16 @@ class Reason(enum.IntEnum):
     LIMIT_FLOOR = 6
     LIMIT_CEILING = 7
     LIMIT_WIDENING = 8
-    CLIPPED = 9
-    SPIKE = 10
-    FALLBACK = 11
-    SCALER_SKIPPED = 12
-    NONFINITE = 13
-    TROUBLE_STATISTICS = 14
-    TROUBLE_DIVERGENCE = 15
-    TROUBLE_BUDGET = 16
-    SKIPPED = (
-        17  # out of order, as ledgers and checkpoints hold the numbers before it; only a step as a whole is skipped
-    )
+    HELD = 9
+    CLIPPED = 10
+    SPIKE = 11
+    FALLBACK = 12
+    SCALER_SKIPPED = 13
+    NONFINITE = 14
+    TROUBLE_STATISTICS = 15
+    TROUBLE_DIVERGENCE = 16
+    TROUBLE_BUDGET = 17
+    SKIPPED = 18  # out of order: only a step as a whole is skipped
 
     @property
     def sentence(self) -> str:
@@ -49,7 +48,7 @@ class Reason(enum.IntEnum):
 
     @property
     def phase(self) -> str:
-        """One word for dashboards: warmup, stable, unstable, vanishing, limited, frozen, fallback, trouble or skipped."""
+        """One word for dashboards: warmup, stable, held, unstable, vanishing, limited, frozen, fallback, trouble or skipped."""
         return _PHASES[self]
 
 
@@ -61,9 +60,9 @@ _SENTENCES = {
     Reason.VANISHING: "The norm fell below the range; nothing was clipped, the step is flagged as vanishing.",
     Reason.NEW_LEVEL: "Several excursions in a row agreed on one level; it is now the level, and nothing was clipped.",
     Reason.LIMIT_FLOOR: "The controller wanted a threshold below `min_threshold`; the floor holds.",
-    Reason.LIMIT_CEILING: "The controller wanted a threshold above its ceiling (`max_threshold`, or the static threshold, "
-    "where that cut most of the warm-up); the ceiling holds.",
+    Reason.LIMIT_CEILING: "The controller wanted a threshold above `max_threshold`; the ceiling holds.",
     Reason.LIMIT_WIDENING: "The controller wanted to widen faster than `max_widening_step` or `max_widening_100` allows.",
+    Reason.HELD: "The static threshold cut most of the warm-up, so it stays the ceiling; the gradient was scaled down to it.",
     Reason.CLIPPED: "The norm is above the threshold; the gradient was scaled down to it.",
     Reason.SPIKE: "The norm left the range upward; the gradient was cut back and the range was narrowed.",
     Reason.FALLBACK: "The controller was put aside after trouble; the static threshold rules from here on.",
@@ -85,6 +84,7 @@ _PHASES = {
     Reason.LIMIT_FLOOR: "limited",
     Reason.LIMIT_CEILING: "limited",
     Reason.LIMIT_WIDENING: "limited",
+    Reason.HELD: "held",
     Reason.CLIPPED: "unstable",
     Reason.SPIKE: "unstable",
     Reason.FALLBACK: "fallback",

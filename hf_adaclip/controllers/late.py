@@ -61,9 +61,10 @@ class LateController(Controller[Any]):
         reason = own.reason
         clipped, spike = ops(float(Reason.CLIPPED)), ops(float(Reason.SPIKE))
         # What the controller says of a gradient that it would have cut is not so when the engine did not cut it, and the other way round.
-        quiet = (reason < clipped) & (reason != ops(float(Reason.WARMUP)))
+        held = reason == ops(float(Reason.HELD))
+        quiet = (reason < clipped) & (reason != ops(float(Reason.WARMUP))) & ~held
         reason = ops.where(cut & quiet, clipped, reason)
-        uncut = ~cut & ((reason == clipped) | (reason == spike))
+        uncut = ~cut & ((reason == clipped) | (reason == spike) | held)
         reason = ops.where(uncut, ops(float(Reason.WITHIN)), reason)
         told = ops.where(finite, ahead.threshold, threshold)
         return Decision(threshold, coefficient, own.pace, reason), _state_type(after._fields)(*after, told)

@@ -113,7 +113,8 @@ def notes(comparison: dict[str, Any]) -> list[str]:
         "Seconds are training time without evaluation; the method's own overhead, its ledger included, is in them.",
     ]
     lines.append(
-        "Clipped: share of all steps, the controller's warm-up included, in which the static threshold rules as in the stock Trainer."
+        "Clipped: share of all steps, those included in which the static threshold rules as in the stock Trainer: the controller's "
+        "warm-up, and where it cut most of that, all others."
     )
     if comparison.get("jobs", 1) > 1:
         lines.append(

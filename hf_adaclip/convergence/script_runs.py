@@ -1,5 +1,6 @@
 """Runs of a training script, each in a process of its own: what is started, what is read from what it leaves."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,9 +59,10 @@ class ScriptRun:
     @property
     def digest(self) -> str:
         """Hash of all that decides the run, the script's text and the defaults of this package that it goes by included."""
-        text = json.dumps([asdict(self), defaults_behind([*self.script, *self.flags])], sort_keys=True)
-        path = Path(self.script[0])
-        return hashlib.sha256(text.encode() + (path.read_bytes() if path.is_file() else b"")).hexdigest()
+        arguments = [*self.script, *self.flags]
+        text = json.dumps([asdict(self), defaults_behind(arguments)], sort_keys=True)
+        files = [Path(self.script[0]), *([Path(clip)] if (clip := _clip_of(arguments)) else [])]
+        return hashlib.sha256(text.encode() + b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()
 
     def arguments(self, output: Path) -> list[str]:
         """The script and all its flags."""
@@ -74,15 +75,23 @@ def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
     Args:
         arguments: All flags of the run; of several `--clip` the last one counts.
     """
-    names = [after for flag, after in pairwise(arguments) if flag == "--clip"]
-    if names and names[-1] in ("stock", "none"):
+    name = _clip_of(arguments)
+    if name in ("stock", "none"):
         return {}
     defaults = AdaptiveClipConfig().to_dict()
-    kind = CONTROLLERS.get(names[-1]) if names else None
-    if kind is None or any(flag.startswith("--parameter_rules") for flag in arguments):
+    kind = CONTROLLERS.get(name or "")
+    if kind is None or any(flag.replace("-", "_").startswith("__parameter_rules") for flag in arguments):
         return defaults  # a file of settings, or rules, may name any controller
     others = {f.name for f in fields(HyperParameters)} - {f.name for f in fields(kind)}
     return {name: value for name, value in defaults.items() if name not in others}
+
+
+def _clip_of(arguments: Sequence[str]) -> str | None:
+    """What `--clip` says, in any of the forms that argparse takes; None where it is not given."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--clip")
+    known: str | None = parser.parse_known_args(arguments)[0].clip
+    return known
 
 
 def run_scripts(

@@ -46,7 +46,8 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 class AdaptiveClipMixin(_Base):
     """Gives any `Trainer` subclass adaptive clipping. It stands first: `class MyTrainer(AdaptiveClipMixin, SFTTrainer)`.
 
-    `args.max_grad_norm` keeps a meaning: it is the threshold while the controller warms up, unless `static_threshold` is set.
+    `args.max_grad_norm` keeps a meaning, unless `static_threshold` is set: it is the threshold while the controller warms up, and where it
+    cut most of that, the ceiling afterwards (`ceiling_share`).
 
     Args:
         clip (`str`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
@@ -309,5 +310,6 @@ def _check_max_grad_norm(value: float | None) -> None:
     if value is None or not value > 0:
         raise ConfigError(
             f"`max_grad_norm` must be above 0 under adaptive clipping, but is {value} instead: transformers would never call the "
-            "clipping seam. It is the threshold of the warm-up; keep the default 1.0."
+            "clipping seam. It is the threshold of the warm-up, and the ceiling where it cut most of that: keep the default 1.0, or "
+            "set one that never acts, such as 1e9."
         )

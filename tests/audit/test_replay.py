@@ -213,8 +213,18 @@ def test_always_on_is_called_by_its_name():
     assert advice["static_always_on"]
     assert "it is always on" in advice["verdict"]
     assert "keeps it as its ceiling" in advice["verdict"]
+    assert "next to nothing" not in advice["verdict"]
     assert advice["recommended"] == {"controller": "adaptive", "static_threshold": 1.0}
     assert advice["controllers"]["adaptive"]["altered"] == advice["controllers"]["static"]["altered"]
+
+
+def test_a_threshold_that_acts_only_after_the_warm_up_is_not_kept():
+    rng = np.random.default_rng(2)
+    values = np.exp(0.1 * rng.standard_normal(600)) * np.where(np.arange(600) < 60, 0.6, 1.6)
+    advice = advise(load_series_from(values))
+    assert advice["static_always_on"]
+    assert "does not keep it" in advice["verdict"]
+    assert advice["controllers"]["adaptive"]["altered_share"] < 0.05
 
 
 def test_a_calm_run_needs_nothing():

@@ -188,4 +188,4 @@ def test_live_in_tensorboard(tmp_path):
     assert len(texts) == 1
     phases = [e.tensor_proto.string_val[0].decode() for e in events.Tensors(texts[0])]
     assert phases[0] == "warmup"
-    assert set(phases[3:]) <= {"stable", "unstable", "vanishing", "limited"}
+    assert set(phases[3:]) <= {"stable", "unstable", "vanishing", "held"}

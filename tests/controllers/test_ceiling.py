@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
+from hf_adaclip.audit import verify_ledger
 from hf_adaclip.audit.gauntlet import CALM_LEVEL, NOISES
-from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS, Observation, Reason
+from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.events import ClipEvent
+from tests.loops import make, train, weights
 
 WARMUP = 20
 
@@ -14,7 +18,7 @@ WARMUP = 20
 def decide(norms, static, **settings):
     """All decisions on a series of norms: thresholds, coefficients, reasons."""
     config = AdaptiveClipConfig(warmup_observations=WARMUP, **settings)
-    controller = CONTROLLERS[config.controller].from_config(config)
+    controller = build_controller(config)
     state, decisions = controller.init(SCALAR, ()), []
     for norm in norms:
         observation = Observation(np.float32(norm), np.float32("nan"), np.float32(static))
@@ -38,16 +42,29 @@ def test_a_run_that_the_static_threshold_always_cuts_is_left_as_it_is(norms):
     assert np.array_equal(coefficients, decide(norms, CALM_LEVEL / 3, controller="static")[1])
     assert (thresholds == np.float32(CALM_LEVEL / 3)).all()
     assert reasons[100] == "SPIKE"
-    assert set(reasons[WARMUP:100]) == {"LIMIT_CEILING"}
+    assert set(reasons[WARMUP:100]) == {"HELD"}
 
 
 def test_below_the_ceiling_the_range_goes_on_guarding(norms):
     norms[60:] *= 0.05
-    norms[180] = CALM_LEVEL / 4  # five times the level by then, and still below the ceiling
+    norms[100] = CALM_LEVEL / 4  # five times the level by then, and still below the ceiling
     thresholds, coefficients, reasons = decide(norms, CALM_LEVEL / 3)
     assert thresholds[40] == np.float32(CALM_LEVEL / 3)
-    assert reasons[180] == "SPIKE"
-    assert norms[180] * coefficients[180] < 1.5 * 0.05 * CALM_LEVEL
+    assert reasons[100] == "SPIKE"
+    assert norms[100] * coefficients[100] < 1.5 * 0.05 * CALM_LEVEL
+
+
+def test_once_it_hardly_acts_the_ceiling_is_given_up_for_good(norms):
+    """Norms that fall from far above the static threshold, as from scratch, to far below, and much later rise for good."""
+    norms = np.concatenate([norms, norms, norms])
+    norms[:60] *= 10
+    norms[400:] *= 4
+    thresholds, coefficients, reasons = decide(norms, 2 * CALM_LEVEL)
+    assert thresholds[50] == np.float32(2 * CALM_LEVEL)
+    assert "HELD" in reasons[WARMUP:60]
+    assert "HELD" not in reasons[60:]
+    assert (coefficients[410:] == 1).all()
+    assert decide(norms[:430], 2 * CALM_LEVEL, ceiling_share=0.0)[1][420:].max() < 1, "with 0 it never is"
 
 
 def test_a_threshold_that_guards_only_is_given_up_after_the_warm_up(norms):
@@ -71,6 +88,83 @@ def test_how_much_of_the_warm_up_counts_as_most(norms, cut, share, held):
 
 def test_under_the_ceiling_spikes_are_skipped_and_the_rest_is_clipped(norms):
     norms[100] *= 50
-    _, coefficients, reasons = decide(norms, CALM_LEVEL / 3)
-    assert (coefficients[WARMUP:] < 1).all()
-    assert (reasons == "SPIKE").sum() == 1, "what `on_spike='skip'` goes by"
+    _, coefficients, reasons = decide(norms, CALM_LEVEL / 3, on_spike="skip")
+    assert np.flatnonzero(coefficients == 0).tolist() == [100] == np.flatnonzero(reasons == "SKIPPED").tolist()
+    assert (coefficients < 1).all()
+
+
+WRAPPED = [
+    {"one_step_late": True},
+    {"freeze_after": 60},
+    {"max_widening_step": 1.5, "max_widening_100": 2.0},
+    {"min_threshold": 1e-3, "max_threshold": 10.0},
+    {"divergence_spreads": 5.0, "on_trouble": "fallback"},
+]
+
+
+@pytest.mark.parametrize("settings", WRAPPED, ids=lambda s: "-".join(s))
+def test_the_ceiling_holds_under_every_limit(norms, settings):
+    norms[100] *= 50
+    _, coefficients, reasons = decide(norms, CALM_LEVEL / 3, **settings)
+    assert np.array_equal(coefficients, decide(norms, CALM_LEVEL / 3, controller="static")[1])
+    assert reasons[40] == "HELD"
+
+
+def test_a_ceiling_is_one_for_the_global_norm():
+    assert AdaptiveClipConfig().resolved().ceiling_share == 0.5
+    assert AdaptiveClipConfig(granularity="tensor").resolved().ceiling_share == 1.0
+
+
+def steps_under_a_ceiling(clipper, model, optimizer, count, start=0):
+    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), count, start=start)
+
+
+def test_it_is_said_once_recorded_and_verified(tmp_path, caplog):
+    model, optimizer = make()
+    config = AdaptiveClipConfig(warmup_observations=WARMUP, static_threshold=1e-3, ledger=str(tmp_path / "l.jsonl"))
+    clipper = AdaptiveClipper(config, optimizer=optimizer)
+    heard: list[ClipEvent] = []
+    clipper.on_event(heard.append)
+    with caplog.at_level("INFO", logger="hf_adaclip"):
+        steps_under_a_ceiling(clipper, model, optimizer, WARMUP)
+        assert "if it cuts more than 50% of the warm-up" in clipper.explain()
+        steps_under_a_ceiling(clipper, model, optimizer, 40, start=WARMUP)
+        assert "ceiling     the static threshold, which cuts most steps" in clipper.explain()
+        clipper.close()
+    assert [e.kind for e in heard if e.step == WARMUP] == ["held"]
+    assert [e.kind for e in heard].count("held") == 1
+    assert "widened" not in {e.kind for e in heard}
+    assert [r.levelname for r in caplog.records if "held" in r.getMessage()] == ["INFO"]
+    assert clipper.statistics.counts_by_name()["HELD"] > 30
+    report = verify_ledger(tmp_path / "l.jsonl")
+    assert report.ok, report.findings
+
+
+@pytest.mark.parametrize("stop", [WARMUP // 2, WARMUP, WARMUP + 1, 40])
+def test_a_resumed_run_goes_on_under_the_same_ceiling(tmp_path, stop):
+    config = AdaptiveClipConfig(warmup_observations=WARMUP, static_threshold=1e-3)
+    model, optimizer = make()
+    whole = AdaptiveClipper(config, optimizer=optimizer)
+    steps_under_a_ceiling(whole, model, optimizer, 60)
+    expected = weights(model)
+
+    model, optimizer = make()
+    first = AdaptiveClipper(config, optimizer=optimizer)
+    steps_under_a_ceiling(first, model, optimizer, stop)
+    first.save_state(tmp_path)
+    second = AdaptiveClipper(config, optimizer=optimizer)
+    assert second.load_state(tmp_path)
+    steps_under_a_ceiling(second, model, optimizer, 60 - stop, start=stop)
+    assert torch.equal(expected, weights(model))
+    assert "which cuts most steps" in second.explain()
+
+
+def test_shadow_clips_as_the_stock_trainer_and_says_what_would_be(tmp_path):
+    model, optimizer = make()
+    config = AdaptiveClipConfig(
+        warmup_observations=WARMUP, static_threshold=1e-3, shadow=True, ledger=str(tmp_path / "l.jsonl")
+    )
+    with AdaptiveClipper(config, optimizer=optimizer) as clipper:
+        steps_under_a_ceiling(clipper, model, optimizer, 40)
+    assert clipper.statistics.counts_by_name()["HELD"] > 10
+    assert verify_ledger(tmp_path / "l.jsonl").ok

@@ -50,13 +50,13 @@ def test_what_is_applied_was_known_before_and_what_is_learned_is_the_same(case, 
             continue
         assert math.isclose(decision.coefficient, min(1.0, told / (norm + 1e-6)), rel_tol=case.rtol), where
         if reason is not Reason.WARMUP:
-            assert (reason in (Reason.CLIPPED, Reason.SPIKE)) == (decision.coefficient < 1), where
+            assert (reason in (Reason.HELD, Reason.CLIPPED, Reason.SPIKE)) == (decision.coefficient < 1), where
         threshold = reference.step(float(norm), float(loss))[0]
         told = copy.deepcopy(reference).step(min(float(norm), threshold), float(loss))[0]
 
 
 def test_a_spike_is_bounded_by_the_edge_and_not_by_itself():
-    config = AdaptiveClipConfig(one_step_late=True)
+    config = AdaptiveClipConfig(one_step_late=True, ceiling_share=1.0)
     controller = build_controller(config)
     state = controller.init(SCALAR, ())
     rng = np.random.default_rng(0)
@@ -67,6 +67,7 @@ def test_a_spike_is_bounded_by_the_edge_and_not_by_itself():
             decision, state = controller.update(state, Observation(norm, np.float32("nan"), np.float32(1)))
         applied.append(float(norm * decision.coefficient))
 
+    assert min(applied[200], applied[201], applied[250]) > 1.3, "the edge, and not the level"
     assert max(applied[200], applied[201], applied[250]) < 2.0
     calm = [a for i, a in enumerate(applied[60:], 60) if i not in (200, 201, 250)]
     assert np.mean([a < 1e-9 or a > 2 for a in calm]) == 0

@@ -50,7 +50,7 @@ class AdaptiveReference:
         self.max_edge = max_edge
         self.max_near = max_near
         self.ceiling_share = ceiling_share
-        self.acted = 0
+        self.share, self.ceiling = 0.0, None
         self.max_pace = max_pace
         self.pace_start = pace_start or 50
         self.pace_trust = pace_trust
@@ -63,9 +63,10 @@ class AdaptiveReference:
 
     def step(self, norm, reach=math.nan):
         warm = self.count < self.warmup_observations
-        ceiling = math.inf
-        if not warm and self.acted > self.ceiling_share * self.warmup_observations:
-            ceiling = self.static_threshold
+        if not warm and self.ceiling is None:
+            self.share /= self.warmup_observations
+            self.ceiling = self.static_threshold if self.share > self.ceiling_share else math.inf
+        ceiling = math.inf if warm else self.ceiling
         level = self.level if self.level is not None else norm
         far = min(self.width * self.spread, self.max_edge)
         near = min(self.near_width * self.spread, self.max_near)
@@ -79,8 +80,8 @@ class AdaptiveReference:
         x = deviation(norm, level)
         self.count += 1
         if warm:
-            self.acted += norm > self.static_threshold
             gain = max(1 / self.count, 1 - self.decay)
+            self.share += norm > self.static_threshold
             learned = max(-1.9, min(1.9, x))
             self.level = above(level, gain * learned)
             self.spread = max(self.min_spread, self.spread + gain * (abs(learned) - self.spread))
@@ -111,7 +112,7 @@ class AdaptiveReference:
                 reason = "VANISHING"
             else:
                 wider = min(self.max_far_width, self.width + self.widen_step)
-                reason = "WIDENED" if wider > self.width else "WITHIN"
+                reason = "WIDENED" if wider > self.width and threshold <= ceiling else "WITHIN"
                 self.width = wider
         self.level = new_level
         self.spread = max(self.min_spread, self.spread + gain * (abs(learned) - self.spread))
@@ -119,7 +120,11 @@ class AdaptiveReference:
         if threshold > ceiling:
             threshold, coefficient = ceiling, min(1.0, ceiling / (norm + 1e-6))
             if norm > ceiling and reason != "SPIKE":
-                reason = "LIMIT_CEILING"
+                reason = "HELD"
+        if ceiling < math.inf:
+            self.share += (1 - self.decay) * ((norm > ceiling) - self.share)
+            if not self.share > self.ceiling_share / 5:
+                self.ceiling = math.inf
         return threshold, coefficient, self.pace, reason
 
     def _pace(self, reach, *, spike=False, left_out=False):

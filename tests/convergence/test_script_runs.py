@@ -1,0 +1,45 @@
+"""What identifies a run of a script: its flags, its files, and the defaults that it goes by."""
+
+import functools
+
+import pytest
+
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.convergence import script_runs
+from hf_adaclip.convergence.script_runs import ScriptRun, defaults_behind
+
+ALL = AdaptiveClipConfig().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("flags", "decides", "not_read"),
+    [
+        (["--clip", "stock"], [], list(ALL)),
+        (["--clip", "adaptive", "--clip=none"], [], ["decay"]),
+        (["--clip", "zscore"], ["z_threshold", "max_threshold"], ["ceiling_share", "history"]),
+        (["--clip", "stock", "--clip=adaptive"], ["ceiling_share", "max_pace"], ["z_threshold"]),
+        (["--clip", "adaptive", "--parameter-rules", '{"*": "zscore"}'], list(ALL), []),
+        (["--clip", "settings.json"], list(ALL), []),
+        ([], list(ALL), []),
+    ],
+)
+def test_a_run_goes_by_these_defaults(flags, decides, not_read):
+    found = defaults_behind(["train.py", *flags])
+    assert set(decides) <= set(found)
+    assert not set(not_read) & set(found)
+
+
+def test_the_digest_is_of_what_decides(tmp_path, monkeypatch):
+    def digests():
+        return {
+            clip: ScriptRun("t", "a", 0, (), ("train.py",), ("--clip", clip)).digest
+            for clip in ("stock", "zscore", "adaptive", str(tmp_path / "clip.json"))
+        }
+
+    AdaptiveClipConfig(decay=0.9).to_json(tmp_path / "clip.json")
+    before = digests()
+    monkeypatch.setattr(script_runs, "AdaptiveClipConfig", functools.partial(AdaptiveClipConfig, ceiling_share=0.7))
+    after = digests()
+    assert {clip for clip in before if before[clip] != after[clip]} == {"adaptive", str(tmp_path / "clip.json")}
+    AdaptiveClipConfig(decay=0.8).to_json(tmp_path / "clip.json")
+    assert after != digests(), "the file counts, not only its name"
