@@ -56,7 +56,7 @@ def card(results: Sequence[TaskResults]) -> str:
         tuned_steps=_table(results, AGAINST_TUNED, lambda r, arm: _against(r, arm, "tuned", STEP)),
         tuned_finals=_table(results, AGAINST_TUNED, lambda r, arm: _difference(r, arm, "tuned"), baseline="tuned"),
         chosen=_chosen(results),
-        ranges=_table(results, RANGES, lambda r, arm: _range(r.range_of(arm))),
+        ranges=_ranges(results),
         seeds=_every_seed(results),
     )
 
@@ -251,12 +251,29 @@ def _alarms(r: TaskResults, arm: str) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
+def _ranges(results: Sequence[TaskResults]) -> str:
+    """A row per task: each arm's range around its own best, and that of the last arm by what the stock arm reaches at best."""
+    heads = ["task", *(f"`{arm}`" for arm in RANGES), f"`{RANGES[-1]}`, within 5 % of the best of `{RANGES[0]}`"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for r in results:
+        stock = r.range_of(RANGES[0])
+        ours = None if stock is None else r.range_of(RANGES[-1], min(stock.finals.values()))
+        cells = [*(_range(r.range_of(arm)) for arm in RANGES), "-" if ours is None else _octaves(ours)]
+        lines.append("| " + " | ".join([r.task.name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _octaves(found: Range) -> str:
+    return f"{'>= ' if found.is_open else ''}{found.octaves:.0f}"
+
+
 def _range(found: Range | None) -> str:
     if found is None:
         return "-"
-    sign = ">= " if found.is_open else ""
     rates = list(found.finals)
-    return f"{sign}{found.octaves:.0f} ({min(found.finals.values()):.3f}; {_number(found.finals[rates[-1]], 3)} at {rates[-1]:g})"
+    return (
+        f"{_octaves(found)} ({min(found.finals.values()):.3f}; {_number(found.finals[rates[-1]], 3)} at {rates[-1]:g})"
+    )
 
 
 def _chosen(results: Sequence[TaskResults]) -> str:

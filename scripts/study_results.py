@@ -109,8 +109,13 @@ class TaskResults:
         steps = sum(c[1] for c in known)
         return sum(c[0] for c in known) / steps if steps else None
 
-    def range_of(self, arm: str) -> Range | None:
-        """Stable range of an arm at max_grad_norm 1 without warm-up of the schedule; None: not run at all of its rates."""
+    def range_of(self, arm: str, reference: float | None = None) -> Range | None:
+        """Stable range of an arm at max_grad_norm 1 without warm-up of the schedule; None: not run at all of its rates.
+
+        Args:
+            arm: The arm.
+            reference: The loss to end within 5 % of, if not its own best one.
+        """
         name = "tuned" if arm == "stock" else f"{arm}-tuned"
         finals: dict[float, list[float]] = {}
         for (label, _), run in self.runs.items():
@@ -119,7 +124,7 @@ class TaskResults:
                 finals.setdefault(settings["learning_rate"], []).append(_final(run, LOSS))
         if any(len(finals.get(rate, ())) < len(TUNING_SEEDS) for rate in rates_of_range(self.task)):
             return None
-        return stable_range({rate: float(np.median(values)) for rate, values in finals.items()})
+        return stable_range({rate: float(np.median(values)) for rate, values in finals.items()}, reference)
 
     def _pairs(self, arm: str, baseline: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Runs of an arm and of a baseline on the same seed."""
@@ -149,13 +154,14 @@ def rates_of_range(task: StudyTask) -> list[float]:
     return [*below, *task.rates, *(task.rates[-1] * 2**n for n in range(1, RANGE_ABOVE + 1))]
 
 
-def stable_range(finals: dict[float, float]) -> Range:
-    """The unbroken stretch of learning rates around the best one whose final loss is within 5 % of the best."""
+def stable_range(finals: dict[float, float], reference: float | None = None) -> Range:
+    """The unbroken stretch of learning rates around the best one whose final loss is within 5 % of the best, or of a reference."""
     rates = sorted(finals)
     best = min(rates, key=lambda rate: finals[rate])
-    if math.isinf(finals[best]):
+    bound = (finals[best] if reference is None else reference) * NEAR_BEST
+    if math.isinf(finals[best]) or finals[best] > bound:
         return Range(finals, 0.0, False, False)
-    good = [finals[rate] <= finals[best] * NEAR_BEST for rate in rates]
+    good = [finals[rate] <= bound for rate in rates]
     low = high = rates.index(best)
     while low > 0 and good[low - 1]:
         low -= 1

@@ -98,6 +98,8 @@ def test_the_stable_range_is_the_stretch_around_the_best_rate():
     assert (found.octaves, found.open_below, found.open_above) == (1.0, True, False)
     found = stable_range({1.0: math.inf, 2.0: math.inf})
     assert (found.octaves, found.is_open) == (0.0, False), "where nothing trains there is no range"
+    finals = {1.0: 0.6, 2.0: 0.4, 4.0: 0.52, 8.0: 0.9}
+    assert [stable_range(finals, best).octaves for best in (None, 0.5, 0.6, 0.1)] == [0.0, 1.0, 2.0, 0.0]
 
 
 def test_only_runs_without_warm_up_at_threshold_1_make_the_range(made_up):
