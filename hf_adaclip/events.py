@@ -120,7 +120,7 @@ class EventTracker:
         """
         threshold, quiet = row["threshold"], row["coefficient"] == 1
         kind = _KINDS.get(reason)
-        if kind == "held":  # from the end of the warm-up on; said once, or every other step would be an event
+        if kind == "held":  # said once, or every other step might be an event
             kind, self._held = (None if self._held else kind), True
         before, after = (self._edge if self._edge is not None else threshold), threshold
         if kind in ("spike", "held", "clipped"):

@@ -44,7 +44,8 @@ class HyperParameters:
     max_edge: float = field(
         default=1.3,
         metadata={
-            "help": "adaptive: the edge of the range is never farther than this deviation (1.3: 4.7 x the level)."
+            "help": "adaptive: the edge of the range is never farther than this deviation (1.3: 4.7 x the level), and beyond 0.6 "
+            "(1.86 x) never above the static threshold."
         },
     )
     max_near: float = field(

@@ -30,7 +30,7 @@ def run_with_listener(path, config=CONFIG, steps=100, faults=None):
 
 
 def test_every_adjustment_is_an_event_with_step_before_after_and_reason(tmp_path):
-    heard = run_with_listener(tmp_path / "l.jsonl", CONFIG.replace(max_edge=1.9))
+    heard = run_with_listener(tmp_path / "l.jsonl", CONFIG.replace(max_edge=1.9, static_threshold=1e3))
     kinds = [e.kind for e in heard]
     spike = next(e for e in heard if e.kind == "spike" and e.step == 40)
     skipped = next(e for e in heard if e.kind == "skipped")

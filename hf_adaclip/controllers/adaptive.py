@@ -3,9 +3,10 @@
     d(n, L)   = 2 (n - L) / (n + L)                 signed deviation, about log(n / L), bounded by 2
     u(e, L)   = L (2 + e) / (2 - e)                 the norm at deviation e above L, exact inverse of d
     x_t       = d(n_t, L_{t-1})
-    far       = w_{t-1} S_{t-1}                     the edge of the range; near = near_width S_{t-1}
-    high, low = x_t > far, x_t < -far               an excursion
-    threshold = u(near, L) if high else u(far, L)   only an excursion upward is cut, and it is cut well below the edge
+    far       = min(w_{t-1} S_{t-1}, max_edge)      the edge of the range; near = min(near_width S_{t-1}, max_near)
+    edge      = max(u(min(far, 0.6), L), min(u(far, L), static))
+    high, low = x_t > far, x_t < -far               an excursion, as is a norm beyond the edge
+    threshold = u(near, L) if high else edge        what is high is cut well below the edge
     L_t       = u(a clip(x_t, -far, far), L_{t-1})  a = max(1 / (count + 1), 1 - decay)
     S_t       = max(min_spread, S_{t-1} + a (min(|x_t|, far) - S_{t-1}))
     w_t       = max(min_far_width, w narrow_factor) if high else min(max_far_width, w + widen_step)
@@ -18,8 +19,11 @@ Where static clipping acts in most steps it is no guard but part of the optimize
 range would train otherwise than whoever set the threshold has it, and measurably worse where it was tuned (model_cards/RESEARCH.md, 15
 to 17). So there the static threshold stays the ceiling, and the range works below it, until norms have sunk so far that it hardly acts.
 
-`accept_after` excursions in a row that agree with their own mean (within far of it) are a lasting new level, not spikes: L
-jumps there and the step passes. Excursions that keep growing do not agree with each other and are not accepted.
+`accept_after` norms in a row beyond min(far, 0.6) that agree with their own mean (within far of it) are a lasting new level, not spikes:
+L jumps there and the step passes. Norms that keep growing do not agree with each other and are not accepted.
+
+Where norms scatter widely, the edge is far out. Beyond 1.86 times the level (a deviation of 0.6) it lets nothing pass that the static
+threshold would cut: what is unusual and too large for whoever set that threshold is cut to it, and no farther.
 
 Two numbers, a far edge and a near target, give "no harm when calm" and "small applied spikes" at once; one threshold cannot.
 The deviation is rational (the [1/1] Pade approximant of the logarithm), so the update needs only + - * / and comparisons: a
@@ -45,6 +49,9 @@ from hf_adaclip.controllers.pace import Pace, PaceState, update_pace
 
 MAX_DEVIATION = 1.9
 """Largest deviation used for an edge: u(1.9, L) = 39 L. At 2 the inverse would be infinite."""
+
+INNER_EDGE = 0.6
+"""Deviation beyond which the range is bounded by the static threshold: u(0.6, L) = 1.86 L."""
 
 RELEASE = 0.2
 """The ceiling is given up when the static threshold cuts this part of `ceiling_share` of recent steps: a tenth of them, by default."""
@@ -140,6 +147,11 @@ class AdaptiveController(Controller[AdaptiveState]):
             pace_steps=ops.full(shape, 0.0),
         )
 
+    def _edge(self, level: Value, far: Value, observation: Observation, ops: Ops) -> Value:
+        """The edge as a norm: `far` above the level, but beyond the inner edge no farther than the static threshold."""
+        inner = _above(level, ops.minimum(far, ops(INNER_EDGE)), ops)
+        return ops.maximum(inner, ops.minimum(_above(level, far, ops), observation.static_threshold))
+
     def update(self, state: AdaptiveState, observation: Observation) -> tuple[Decision, AdaptiveState]:
         norm = observation.norm
         ops = ops_of(norm)
@@ -156,17 +168,20 @@ class AdaptiveController(Controller[AdaptiveState]):
         ready = usable & ~warm
         high = ready & (x > far)
         low = ready & (x < -far)
-        excursion = high | low
+        beyond = ready & (norm > self._edge(level, far, observation, ops))
+        excursion = high | low | beyond
+        # Six in a row that are only beyond the inner edge are a new level too: in a noisy run it would be found slowly otherwise.
+        unusual = ready & (abs(x) > ops.minimum(far, ops(INNER_EDGE)))
 
         agrees = abs(_deviation(norm, state.candidate, ops)) <= far
-        run = ops.where(excursion, ops.where(agrees, state.run, zero) + one, zero)
+        run = ops.where(unusual, ops.where(agrees, state.run, zero) + one, zero)
         candidate = ops.where(agrees & (state.run > zero), state.candidate, norm)
         candidate = candidate + (norm - candidate) / ops.maximum(run, one)
         accepted = run >= ops(float(self.accept_after))
         spike = high & ~accepted
 
         threshold = ops.where(accepted, candidate, level)
-        threshold = _above(threshold, ops.where(spike, near, far), ops)
+        threshold = ops.where(spike, _above(threshold, near, ops), self._edge(threshold, far, observation, ops))
         # An accepted step passes even when it is itself a little beyond the new range.
         threshold = ops.where(accepted, ops.maximum(threshold, norm), threshold)
         over = usable & (norm > observation.static_threshold)
@@ -175,8 +190,7 @@ class AdaptiveController(Controller[AdaptiveState]):
         held = ~warm & (share > ops(self.ceiling_share) * ops.where(first, one, ops(RELEASE)))
         kept = held & (threshold > observation.static_threshold)
         threshold = ops.where(warm | kept, observation.static_threshold, threshold)
-        act = spike | ((warm | kept) & finite)
-        coefficient = ops.where(act, coefficient_of(norm, threshold, ops), one)
+        coefficient = ops.where(finite, coefficient_of(norm, threshold, ops), one)
 
         gain = ops.maximum(one / (state.count + one), ops(1.0 - self.decay))
         reach = ops.where(warm, edge, far)
@@ -187,7 +201,7 @@ class AdaptiveController(Controller[AdaptiveState]):
         narrower = ops.maximum(state.width * ops(self.narrow_factor), ops(self.min_far_width))
         cut = ops.where(over, one, ops(0.0))
         share = ops.where(held, share + ops(1.0 - self.decay) * (cut - share), ops(0.0))
-        calm = ready & ~excursion
+        calm = ready & ~excursion & ~accepted
         new_width = ops.where(spike, narrower, ops.where(calm, wider, state.width))
 
         widened = (new_width > state.width) & ~kept
@@ -195,7 +209,7 @@ class AdaptiveController(Controller[AdaptiveState]):
         reason = ops.where(warm, ops(float(Reason.WARMUP)), reason)
         reason = ops.where(low | ~usable, ops(float(Reason.VANISHING)), reason)
         reason = ops.where(accepted, ops(float(Reason.NEW_LEVEL)), reason)
-        reason = ops.where(kept & over, ops(float(Reason.HELD)), reason)
+        reason = ops.where(ready & (norm > threshold), ops(float(Reason.HELD)), reason)
         reason = ops.where(spike, ops(float(Reason.SPIKE)), reason)
         reason = ops.where(finite, reason, ops(float(Reason.NONFINITE)))
 

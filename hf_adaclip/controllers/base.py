@@ -62,7 +62,7 @@ _SENTENCES = {
     Reason.LIMIT_FLOOR: "The controller wanted a threshold below `min_threshold`; the floor holds.",
     Reason.LIMIT_CEILING: "The controller wanted a threshold above `max_threshold`; the ceiling holds.",
     Reason.LIMIT_WIDENING: "The controller wanted to widen faster than `max_widening_step` or `max_widening_100` allows.",
-    Reason.HELD: "The static threshold cut most of the warm-up, so it stays the ceiling; the gradient was scaled down to it.",
+    Reason.HELD: "The norm is inside the range, but the static threshold holds there as well; the gradient was scaled down.",
     Reason.CLIPPED: "The norm is above the threshold; the gradient was scaled down to it.",
     Reason.SPIKE: "The norm left the range upward; the gradient was cut back and the range was narrowed.",
     Reason.FALLBACK: "The controller was put aside after trouble; the static threshold rules from here on.",

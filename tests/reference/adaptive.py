@@ -71,12 +71,19 @@ class AdaptiveReference:
         far = min(self.width * self.spread, self.max_edge)
         near = min(self.near_width * self.spread, self.max_near)
         if not math.isfinite(norm):
-            threshold = self.static_threshold if warm else (above(level, far) if math.isfinite(level) else math.nan)
+            threshold = (
+                self.static_threshold if warm else (self.edge(level, far) if math.isfinite(level) else math.nan)
+            )
             self._pace(reach, left_out=True)
             return threshold, 1.0, self.pace, "NONFINITE"
         if norm == 0:
             self._pace(reach)
-            return (self.static_threshold if warm else min(ceiling, above(level, far))), 1.0, self.pace, "VANISHING"
+            return (
+                (self.static_threshold if warm else min(ceiling, self.edge(level, far))),
+                1.0,
+                self.pace,
+                "VANISHING",
+            )
         x = deviation(norm, level)
         self.count += 1
         if warm:
@@ -91,17 +98,17 @@ class AdaptiveReference:
         learned = max(-far, min(far, x))
         high, low = x > far, x < -far
         accepted = False
-        if high or low:
+        if abs(x) > min(far, 0.6):
             agrees = bool(self.excursions) and abs(deviation(norm, sum(self.excursions) / len(self.excursions))) <= far
             self.excursions = [*self.excursions, norm] if agrees else [norm]
             accepted = len(self.excursions) >= self.accept_after
         else:
             self.excursions = []
-        threshold, coefficient = above(level, far), 1.0
+        threshold, coefficient = self.edge(level, far), 1.0
         if accepted:
             new_level = sum(self.excursions) / len(self.excursions)
             self.excursions = []
-            threshold, reason = max(above(new_level, far), norm), "NEW_LEVEL"
+            threshold, reason = max(self.edge(new_level, far), norm), "NEW_LEVEL"
         else:
             new_level = above(level, gain * learned)
             if high:
@@ -110,6 +117,8 @@ class AdaptiveReference:
                 self.width = max(self.min_far_width, self.width * self.narrow_factor)
             elif low:
                 reason = "VANISHING"
+            elif norm > threshold:
+                reason = "HELD"
             else:
                 wider = min(self.max_far_width, self.width + self.widen_step)
                 reason = "WIDENED" if wider > self.width and threshold <= ceiling else "WITHIN"
@@ -118,14 +127,19 @@ class AdaptiveReference:
         self.spread = max(self.min_spread, self.spread + gain * (abs(learned) - self.spread))
         self._pace(reach, spike=high)
         if threshold > ceiling:
-            threshold, coefficient = ceiling, min(1.0, ceiling / (norm + 1e-6))
-            if norm > ceiling and reason != "SPIKE":
+            threshold = ceiling
+        if norm > threshold:
+            coefficient = min(1.0, threshold / (norm + 1e-6))
+            if reason != "SPIKE":
                 reason = "HELD"
         if ceiling < math.inf:
             self.share += (1 - self.decay) * ((norm > ceiling) - self.share)
             if not self.share > self.ceiling_share / 5:
                 self.ceiling = math.inf
         return threshold, coefficient, self.pace, reason
+
+    def edge(self, level, far):
+        return max(above(level, min(far, 0.6)), min(above(level, far), self.static_threshold))
 
     def _pace(self, reach, *, spike=False, left_out=False):
         if self.max_pace == 1:
