@@ -42,7 +42,7 @@ from scripts.study_tasks import BASE, TASKS, Place, StudyTask, base_command
 from scripts.study_tasks_cuda import CUDA_ARMS, CUDA_TASKS
 
 OPEN = "--ceiling_share 1"
-NO_RANGE = f"--max_edge 1.89 --far_width 1000 --min_far_width 1000 --max_far_width 1000 {OPEN}"
+NO_RANGE = "--max_edge 1.89 --far_width 1000 --min_far_width 1000 --max_far_width 1000 --max_threshold 1"
 ARMS = {
     "stock": None,
     "tuned": None,
