@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 ROOT = Path(__file__).parent.parent.parent
+
+
+def end_process_group():
+    """What a worker does last: with the group's threads still there, the interpreter may abort on its way out."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def launch(module, arguments, folder, processes=2, **environment):
