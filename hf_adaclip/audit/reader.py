@@ -1,6 +1,7 @@
 """Reading a ledger line by line, in bounded memory, from input that may be damaged or hostile."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -81,7 +82,10 @@ def _parse(number: int, raw: bytes) -> Line:
 def _is_cut(text: bytes, error: json.JSONDecodeError) -> bool:
     if not text.startswith(b"{") or error.msg == "Extra data":
         return False
-    return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 1
+    rest = error.doc[error.pos :].rstrip()
+    if error.msg.startswith("Unterminated string") or (error.msg.startswith("Invalid \\u") and len(rest) <= 6):
+        return True
+    return len(rest) <= 1 or _CUT_WITHIN.fullmatch(rest) is not None
 
 
 def _refuse(literal: str) -> NoReturn:
@@ -95,4 +99,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+_CUT_WITHIN = re.compile("nul?|tru?|fal?s?|[eE][+-]")
+"""Beginnings, of more than one character, of what stands in a line besides strings: null, true, false, and the exponent of a number."""
 _DECODER = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_unique)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, LedgerError
 from hf_adaclip.audit import Ledger, verify_ledger
-from hf_adaclip.audit.schema import number, parse_number
+from hf_adaclip.audit.reader import _parse
+from hf_adaclip.audit.schema import encode, number, parse_number
 from tests.loops import make, train
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0, ring_capacity=16)
@@ -176,6 +177,16 @@ def test_a_torn_tail_is_tolerated_and_reported(ledger_bytes, tmp_path, keep):
 
     assert report.ok, report.findings
     assert not report.closed
+
+
+def test_a_line_may_be_torn_anywhere():
+    line = encode(
+        {"kind": "step", "norm": 1e-05, "big": 1e22, "loss_scale": None, "yes": True, "no": [False, -1], "x": "é\n"}
+    )
+    torn = [_parse(1, line[:n]) for n in range(1, len(line))]
+    assert [line[:n] for n, found in enumerate(torn, start=1) if not found.cut] == []
+    assert _parse(1, line).content is not None
+    assert not _parse(1, b'{"kind":?"step","norm":1').cut, "a byte that was flipped is not the end of a write"
 
 
 def test_a_killed_run_can_be_continued(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
-from tests.integrations.launching import end_process_group
+from tests.integrations.launching import leave
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0, max_pace=2.0)
 
@@ -96,4 +96,4 @@ def main(kind, folder):
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
-    end_process_group()
+    leave()

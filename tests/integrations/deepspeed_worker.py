@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer, ConfigError
-from tests.integrations.launching import end_process_group
+from tests.integrations.launching import leave
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 STEPS = 40
@@ -155,4 +155,4 @@ if __name__ == "__main__":
         trainer(stage, folder)
     else:
         loop(stage, kind == "bf16", sys.argv[3], folder)
-    end_process_group()
+    leave()

@@ -15,7 +15,7 @@ from packaging.version import Version
 from torch.distributed.tensor import DTensor
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
-from tests.integrations.launching import end_process_group
+from tests.integrations.launching import leave
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 RESUMES = Version(accelerate.__version__) >= Version("1.15")
@@ -109,4 +109,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     result = (loop if sys.argv[1] == "loop" else trainer)(Path(sys.argv[2]))
     (Path(sys.argv[2]) / f"rank{result['rank']}.json").write_text(json.dumps(result))
-    end_process_group()
+    leave()

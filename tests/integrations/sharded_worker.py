@@ -16,6 +16,7 @@ from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, run
 from hf_adaclip.controllers.ops import tensor_ops
 from hf_adaclip.gradients import reach
 from hf_adaclip.gradients.norms import global_norm, tensor_norms
+from tests.integrations.launching import leave
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 STEPS = 40
@@ -153,8 +154,8 @@ def main(layout, kind, granularity, lane, folder):
             }
         )
     )
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], Path(sys.argv[5]))
+    leave()
