@@ -37,18 +37,17 @@ from hf_adaclip.convergence.script_compare import (
 )
 from hf_adaclip.convergence.script_runs import python_launcher
 from scripts.study_records import record, restore
-from scripts.study_results import rates_of_range
+from scripts.study_results import AT, rates_of_range
 from scripts.study_tasks import BASE, TASKS, Place, StudyTask, base_command
 from scripts.study_tasks_cuda import CUDA_ARMS, CUDA_TASKS
 
-OPEN = "--ceiling_share 1"
 NO_RANGE = "--max_edge 1.89 --far_width 1000 --min_far_width 1000 --max_far_width 1000 --max_threshold 1"
 ARMS = {
     "stock": None,
     "tuned": None,
     "adaptive": None,
     "adaptive-pace": None,
-    "open": f"--clip adaptive {OPEN}",
+    "open": "--clip adaptive --ceiling_share 1",
     "pace-only": f"--clip adaptive --max_pace {PACE:g} {NO_RANGE}",
     "zscore": None,
     "percentile": None,
@@ -59,7 +58,6 @@ ARMS = {
     "open@tuned": None,
 }
 RANGE_ARMS = ("stock", "adaptive-pace")
-AT = "@tuned"
 AS_IT_COMES_FILE = "comparison_as_it_comes.json"
 UNTUNED = {"--max_grad_norm": 1.0, "--warmup_steps": 0.0}
 

@@ -14,13 +14,12 @@ from typing import TypeAlias
 
 from hf_adaclip.convergence.statistics import PairedRatio, median
 from scripts.readme_section import write_section
-from scripts.study_results import LOSS, QUALITY, SECONDS, STEP, STUDY, Range, TaskResults, load_study
+from scripts.study_results import AT, LOSS, QUALITY, SECONDS, STEP, STUDY, Range, TaskResults, load_study
 
 WHICH = {
     "adaptive": "the defaults",
     "adaptive-pace": "`max_pace=64`",
 }
-AT = "@tuned"
 PAIRS = [*((arm, "stock") for arm in WHICH), *((f"{arm}{AT}", "tuned") for arm in WHICH)]
 """What is compared with what at the same settings."""
 PEERS = ("zscore", "percentile", "stable_adamw")

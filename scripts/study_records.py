@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from hf_adaclip.audit.ingest import load_series
+from hf_adaclip.audit.replay import replay
+from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
-from hf_adaclip.controllers.base import CLIP_EPS
 from hf_adaclip.convergence.script_compare import TUNED_FILE, ScriptStudy
 from hf_adaclip.convergence.script_runs import LEDGER_FILE, ScriptRun, defaults_behind
 from hf_adaclip.convergence.worker import RESULT_FILE, finished_result, write_result
@@ -177,8 +178,10 @@ def _alarms(ledger: Path) -> list[int] | None:
     assert series.header is not None
     _, coefficients = series.decisions()
     judged = np.array([reason != Reason.WARMUP.name for reason in series.reasons or ()], dtype=bool)
-    static = np.minimum(1.0, np.float32(series.header["static_threshold"]) / (series.norms + np.float32(CLIP_EPS)))
-    shorter = coefficients < static * NOT_ROUNDING
+    static = replay(
+        series, AdaptiveClipConfig(controller="static"), static_threshold=series.header["static_threshold"]
+    )
+    shorter = coefficients < static.coefficients * NOT_ROUNDING
     return [int((shorter & judged).sum()), int(judged.sum())]
 
 

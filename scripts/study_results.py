@@ -20,6 +20,8 @@ from scripts.study_tasks_cuda import CUDA_TASKS
 STUDY = Path(__file__).parent.parent / "model_cards" / "study"
 STEP, SECONDS, LOSS, QUALITY = range(4)
 """Where in a point of the raw results things are."""
+AT = "@tuned"
+"""Ends the name of an arm that is run with the flags that were best for the stock arm."""
 RANGE_BELOW, RANGE_ABOVE = 3, 1
 """Octaves by which the range of learning rates goes beyond the rates of the tuning."""
 NEAR_BEST = 1.05

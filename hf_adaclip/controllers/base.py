@@ -104,7 +104,7 @@ class Observation(NamedTuple):
         norm: L2 norm of the gradient before clipping, float32, shape `[]` or `[num_tensors]`. NaN or inf means that
             the step (or this tensor) must not enter any statistic.
         loss: Training loss of the step, float32, shape `[]`; NaN when it is not known.
-        static_threshold: Threshold of the warm-up, float32, shape `[]`.
+        static_threshold: Threshold of the warm-up and of a ceiling that is held, float32, shape `[]`.
         step_finite: Bool, shape `[]`: whether the step as a whole is finite. Per tensor a NaN norm in a finite step only means that
             the tensor has no gradient in it. None: the norm itself tells.
         left: For rules on units and elements, the global norm that they left, shape `[]`; None for all others, and in their warm-up.
