@@ -61,19 +61,24 @@ def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
         "static_always_on": always_on,
         "controllers": arms,
         "recommended": {"controller": "adaptive", "static_threshold": threshold},
-        "verdict": _verdict(series, len(spikes), static_share, kept, arms["adaptive"], max_grad_norm),
+        "verdict": _verdict(series, len(spikes), static_share, always_on, kept, arms["adaptive"], max_grad_norm),
         "uncertainty": _uncertainty(series, len(spikes)),
     }
 
 
 def _verdict(
-    series: Series, spikes: int, static_share: float, kept: bool, adaptive: dict[str, Any], max_grad_norm: float
+    series: Series,
+    spikes: int,
+    static_share: float,
+    always_on: bool,
+    kept: bool,
+    adaptive: dict[str, Any],
+    max_grad_norm: float,
 ) -> str:
     parts = []
     bad = int((~np.isfinite(series.norms)).sum())
     if bad:
         parts.append(f"{bad} step(s) had a NaN or infinite norm; every one would have been left out without a trace.")
-    always_on = static_share > ALWAYS_ON
     if spikes and always_on:
         parts.append(f"{spikes} spike(s) were found.")
     elif spikes:

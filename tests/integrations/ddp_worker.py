@@ -5,15 +5,16 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
 from tests.integrations.launching import leave
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0, max_pace=2.0)
-
-
 DIVERGING = CONFIG.replace(divergence_spreads=2.0, divergence_steps=5, on_trouble="fallback", max_pace=1.0)
+RULED = CONFIG.replace(parameter_rules={"2.*": {"static_threshold": 5.0}, "*.bias": "exclude"}, max_pace=1.0)
+CONFIGS = {"diverging": DIVERGING, "ruled": RULED}
 
 
 def loop(kind, folder):
@@ -24,7 +25,7 @@ def loop(kind, folder):
     accelerator = Accelerator(cpu=True)
     model, optimizer = make()
     clipper = AdaptiveClipper(
-        DIVERGING if kind == "diverging" else CONFIG,
+        CONFIGS.get(kind, CONFIG),
         accelerator=accelerator,
         optimizer=optimizer,
         ledger=folder / "clip_ledger.jsonl",
@@ -83,7 +84,7 @@ def main(kind, folder):
     (folder / f"rank{rank}.json").write_text(
         json.dumps(
             {
-                "state": {k: float(v).hex() for k, v in clipper.state.items()},
+                "state": {k: np.asarray(v, dtype=np.float32).tobytes().hex() for k, v in clipper.state.items()},
                 "counts": clipper.statistics.counts_by_name(),
                 "weights": final.double().sum().item().hex(),
                 "norm": final.norm().item(),

@@ -20,6 +20,7 @@ from tests.integrations.launching import leave
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 STEPS = 40
+RULES = {"3.*": {"controller": "static", "static_threshold": 0.05}, "*.bias": "exclude"}
 FAULTS = {20: float("nan"), 30: 500.0}
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.02),  # shows an error of scale, which Adam hides
@@ -93,12 +94,12 @@ def main(layout, kind, granularity, lane, folder):
         setattr(run, "ops_for", lambda device, shape: tensor_ops(device))  # noqa: B010
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    config = CONFIG.replace(granularity=granularity)
+    config = CONFIG.replace(**({"parameter_rules": RULES} if granularity == "rules" else {"granularity": granularity}))
     plain, sharded = make(), shard(layout, make())
     runs = []
     for model, ledger in ((plain, "none"), (sharded, str(folder / "ledger.jsonl"))):
         optimizer = OPTIMIZERS[kind](model.parameters())
-        runs.append((model, optimizer, AdaptiveClipper(config, optimizer=optimizer, ledger=ledger)))
+        runs.append((model, optimizer, AdaptiveClipper(config, optimizer=optimizer, model=model, ledger=ledger)))
     batches_differ = layout != "tp"
     worst = {"norm": 0.0, "norms": 0.0, "weights": 0.0}
     for s in range(STEPS):

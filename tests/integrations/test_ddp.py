@@ -14,7 +14,7 @@ def launch(kind, folder, processes=2):
     return launching.launch("tests.integrations.ddp_worker", [kind], folder, processes)
 
 
-@pytest.mark.parametrize("kind", ["trainer", "loop"])
+@pytest.mark.parametrize("kind", ["trainer", "loop", "ruled"])
 def test_all_ranks_decide_alike_and_the_ledger_is_written_once(tmp_path, kind):
     first, second = launch(kind, tmp_path / "two")
 

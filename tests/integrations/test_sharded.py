@@ -11,6 +11,7 @@ from tests.integrations.launching import launch
     [
         ("fsdp", 2, "sgd", "global", "host"),
         ("fsdp", 2, "adamw", "tensor", "device"),  # fused AdamW leaves a step out on the device, of DTensors too
+        ("fsdp", 2, "sgd", "rules", "device"),
         ("tp", 2, "sgd", "global", "device"),
         ("hsdp", 4, "sgd", "tensor", "host"),
         ("fsdp+tp", 4, "adamw", "global", "device"),  # gradients on two meshes
