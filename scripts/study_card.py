@@ -120,17 +120,18 @@ def _no_harm(results: Sequence[TaskResults]) -> Verdict:
 
 
 def _false_alarms(results: Sequence[TaskResults]) -> Verdict:
-    shares = [r.alarms("adaptive") for r in results if "adaptive" in r.arms]
-    known = [share for share in shares if share is not None]
+    counts = {r.task.name: r.alarms("adaptive") for r in results if "adaptive" in r.arms}
+    known = {name: count for name, count in counts.items() if count is not None}
     title = "1b. At most 0.1 % of steps cut shorter than the stock Trainer would, in a healthy run (the defaults)"
     if not known:
         return title, NOT_RUN, False
-    middle = median(known)
+    cut, steps = (sum(column) for column in zip(*known.values(), strict=True))
+    above = [f"{name} {c:,} of {n:,} ({c / n:.2%})" for name, (c, n) in known.items() if c / n > GOAL_ALARMS]
     text = (
-        f"{min(known):.1%} to {max(known):.1%} of the steps after the warm-up, median over tasks {middle:.1%} "
-        "(nobody has labelled these runs healthy)"
+        f"{cut:,} of {steps:,} steps after the warm-up over all tasks ({cut / steps:.2%}), above 0.1 % on "
+        f"{', '.join(above) or 'none'} (nobody has labelled these runs healthy)"
     )
-    return title, text, max(known) <= GOAL_ALARMS
+    return title, text, not above
 
 
 def _sooner(results: Sequence[TaskResults], arm: str) -> Verdict:
@@ -246,8 +247,8 @@ def _difference(r: TaskResults, arm: str, baseline: str) -> str:
 
 
 def _alarms(r: TaskResults, arm: str) -> str:
-    share = r.alarms(arm)
-    return "-" if share is None else f"{share:.1%}"
+    found = r.alarms(arm)
+    return "-" if found is None else f"{found[0] / found[1]:.1%}"
 
 
 def _ranges(results: Sequence[TaskResults]) -> str:

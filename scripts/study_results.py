@@ -104,12 +104,12 @@ class TaskResults:
         finals = [(_final(a, LOSS), _final(b, LOSS)) for a, b in self._pairs(arm, baseline)]
         return interval([0.0 if math.isinf(a) and math.isinf(b) else a - b for a, b in finals])
 
-    def alarms(self, arm: str) -> float | None:
-        """Share of the steps after the warm-up that were cut shorter than the static threshold would; None where no ledger has any."""
+    def alarms(self, arm: str) -> tuple[int, int] | None:
+        """Steps after the warm-up that were cut shorter than the static threshold would, and all of them; None where no ledger has any."""
         counts = [self.runs[arm, seed].get("alarms") for seed in self.seeds(arm)]
         known = [c for c in counts if c is not None]
         steps = sum(c[1] for c in known)
-        return sum(c[0] for c in known) / steps if steps else None
+        return (sum(c[0] for c in known), steps) if steps else None
 
     def range_of(self, arm: str, reference: float | None = None) -> Range | None:
         """Stable range of an arm at max_grad_norm 1 without warm-up of the schedule; None: not run at all of its rates.

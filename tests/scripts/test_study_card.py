@@ -87,7 +87,7 @@ def test_where_the_baseline_fails_the_arm_is_not_worse():
 
 
 def test_the_share_of_altered_steps(made_up):
-    assert made_up.alarms("adaptive") == 0.01
+    assert made_up.alarms("adaptive") == (5, 500)
     assert made_up.alarms("stock") is None
 
 
