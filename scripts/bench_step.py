@@ -243,6 +243,12 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def require_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """End with a usage error where the device that `--device` names is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device must be one that is there, but is cuda, and torch finds no CUDA device. Choose cpu.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where (default: %(default)s)")
@@ -270,8 +276,7 @@ def main() -> None:
         "--plot", type=Path, default=None, metavar="PNG", help="draw the marginal costs of fused AdamW into this file"
     )
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device must be one that is there, but is cuda, and torch finds no CUDA device. Choose cpu.")
+    require_device(parser, arguments.device)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     shapes = arguments.shapes or [s for s in SHAPES if arguments.device == "cuda" or s != "llama-1b"]

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig,
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer
 from hf_adaclip.versions import environment
+from scripts.bench_step import require_device
 
 ARMS: dict[str, AdaptiveClipConfig | None] = {
     "stock": None,
@@ -78,8 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of a run (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the results there")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device must be one that is there, but is cuda, and torch finds no CUDA device. Choose cpu.")
+    require_device(parser, arguments.device)
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
     order = list(ARMS)
     train("adaptive", 3, arguments.device)
