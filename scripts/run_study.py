@@ -68,23 +68,23 @@ def main(argv: list[str] | None = None) -> int:
     place = Place(None if arguments.data is None else arguments.data.resolve(), (arguments.output / BASE).resolve())
     counts = [arguments.seeds] if arguments.budget is None else range(1, arguments.seeds + 1)
     start, last = time.monotonic(), dict.fromkeys(tasks, 0.0)
-    for arguments.seeds, name in itertools.product(counts, tasks):
+    for seeds, name in itertools.product(counts, tasks):
         began = time.monotonic()
         if arguments.budget is not None and began - start + last[name] > arguments.budget:
             print(
-                f"The budget is spent before {name} with {arguments.seeds} seeds. The same command goes on.",
+                f"The budget is spent before {name} with {seeds} seeds. The same command goes on.",
                 flush=True,
             )
             break
         if tasks[name].needs_base:
             prepare_base(place)
         try:
-            study_task(tasks[name], place, arguments)
+            study_task(tasks[name], place, arguments, seeds)
         finally:
             if arguments.record is not None:
                 record(arguments.output, arguments.record, {name: tasks[name]}, arguments.steps)
         last[name] = time.monotonic() - began
-        print(f"{name}, {arguments.seeds} seeds: {last[name]:.0f} s", flush=True)
+        print(f"{name}, {seeds} seeds: {last[name]:.0f} s", flush=True)
     return 0
 
 
@@ -191,15 +191,15 @@ def prepare_base(place: Place) -> None:
     unfinished.rename(place.base)
 
 
-def study_task(task: StudyTask, place: Place, arguments: argparse.Namespace) -> None:
-    """All runs of one task; `comparison_as_it_comes.json` and, with tuned arms, `comparison.json` in its folder."""
+def study_task(task: StudyTask, place: Place, arguments: argparse.Namespace, seeds: int) -> None:
+    """All runs of one task with this many seeds; `comparison_as_it_comes.json` and, with tuned arms, `comparison.json` in its folder."""
     arms = [a for a in arguments.arms.split(",") if a]
     study = ScriptStudy(
         output=arguments.output / task.name,
         script=(*task.command(place, steps=arguments.steps), *_device_flags(arguments.device)),
         arms=tuple(a for a in arms if "tuned" not in a),
         extra={name: tuple(flags.split()) for name, flags in ARMS.items() if flags is not None},
-        seeds=arguments.seeds,
+        seeds=seeds,
         jobs=arguments.jobs,
         launcher=python_launcher(),
         quality=task.quality,

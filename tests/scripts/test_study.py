@@ -82,8 +82,8 @@ def test_a_budget_is_a_duration(text, capsys):
 def test_a_budget_goes_seed_by_seed_and_begins_nothing_that_would_end_after_it(monkeypatch, tmp_path, capsys):
     clock, begun = [0.0], []
 
-    def study_task(task, place, arguments):
-        begun.append((task.name, arguments.seeds))
+    def study_task(task, place, arguments, seeds):
+        begun.append((task.name, seeds))
         clock[0] += 50.0
 
     monkeypatch.setattr(run_study, "study_task", study_task)
