@@ -64,10 +64,12 @@ def collect(parameters: Parameters) -> Gradients:
             "`parameters` must hold at least one tensor, but is empty instead. A generator such as "
             "`model.parameters()` can be used only once: call it anew in every step."
         )
-    unique = [p for p in dict.fromkeys(given) if p.requires_grad]
-    found = [(i, g) for i, p in enumerate(unique) if (g := p.grad) is not None]
-    present, tensors = [i for i, _ in found], [g for _, g in found]
-    if any(g.is_sparse for g in tensors):
+    # In plain passes, and each tensor once by identity: with thousands of tensors a call in Python for each is felt.
+    unique = [p for p in {id(p): p for p in given}.values() if p.requires_grad]
+    gradients = [p.grad for p in unique]
+    present = [i for i, g in enumerate(gradients) if g is not None]
+    tensors = [g for g in gradients if g is not None]
+    if True in [g.is_sparse for g in tensors]:
         raise UnsupportedSetupError(
             "`parameters` must have dense gradients, but one of them is sparse instead. "
             "Build the embedding with `sparse=False`."

@@ -30,7 +30,15 @@ def scale_(gradients: list[Tensor], coefficient: Value) -> None:
                 gradient.mul_(factor)
     else:
         for members in _by_device_and_dtype(gradients):
-            torch._foreach_mul_(members, float(coefficient))
+            torch._foreach_mul_(members, _factor(coefficient, members[0]))
+
+
+def _factor(coefficient: np.float32, like: Tensor) -> Tensor | float:
+    """A factor in host memory in the form that costs least at the same bits: a tensor, because of a number torch makes one anew for every
+    gradient. But half-precision gradients would have it rounded to their dtype first."""
+    if like.dtype in (torch.bfloat16, torch.float16):
+        return float(coefficient)
+    return torch.tensor(coefficient, dtype=like.dtype, device=like.device)
 
 
 def _scale_on_device(gradients: list[Tensor], coefficient: Tensor) -> None:
