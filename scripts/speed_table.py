@@ -1,21 +1,24 @@
-"""Put the marginal costs that `bench_step` measured into the README.
+"""Put what `bench_step` and `bench_trainer` measured into the README.
 
+    python -m scripts.bench_trainer --json model_cards/speed/trainer_cpu.json
     python -m scripts.bench_step --dtypes float32 --optimizers "fused AdamW" --rounds 15 --json model_cards/speed/cpu_fused_float32.json
     python -m scripts.speed_table
 
-A test holds the README equal to the file.
+A test holds the README equal to the files.
 """
 
 import json
 
 from scripts.readme_section import ROOT, write_section
 
-RESULTS = ROOT / "model_cards" / "speed" / "cpu_fused_float32.json"
+SPEED = ROOT / "model_cards" / "speed"
+RESULTS = SPEED / "cpu_fused_float32.json"
+TRAINER = SPEED / "trainer_cpu.json"
 KIND = "fused AdamW"
 
 
 def speed_table() -> str:
-    """Marginal costs of every way, a column for each list of shapes."""
+    """Marginal costs of every way, a column for each list of shapes, and how long a whole training took."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
     chosen = [r for r in results if r["optimizer"] == KIND and r["dtype"] == "float32"]
     head = [f"{r['shape']} ({r['parameters'] / 1e6:.0f} M, {r['tensors']} tensors)" for r in chosen]
@@ -27,6 +30,13 @@ def speed_table() -> str:
         lines.append(
             f"| {name} | " + " | ".join(f"{c['marginal']:.2f} ± {c['marginal_spread']:.2f}" for c in cells) + " |"
         )
+    row = json.loads(TRAINER.read_text(encoding="utf-8"))["rows"]["adaptive"]
+    low, high = row["quartiles"]
+    lines += [
+        "",
+        f"A whole `Trainer.train()` of a ViT-tiny took {row['ratio']:.3f} of the stock one's time "
+        f"(quartiles {low:.3f} to {high:.3f}, {len(row['ratios'])} pairs, [file]({TRAINER.relative_to(ROOT).as_posix()})).",
+    ]
     return "\n".join(lines)
 
 

@@ -30,21 +30,14 @@ def scale_(gradients: list[Tensor], coefficient: Value) -> None:
                 gradient.mul_(factor)
     else:
         for members in _by_device_and_dtype(gradients):
-            torch._foreach_mul_(members, _factor(coefficient, members[0]))
-
-
-def _factor(coefficient: np.float32, like: Tensor) -> Tensor | float:
-    """A factor in host memory in the form that costs least at the same bits: a tensor, because of a number torch makes one anew for every
-    gradient. But half-precision gradients would have it rounded to their dtype first."""
-    if like.dtype in (torch.bfloat16, torch.float16):
-        return float(coefficient)
-    return torch.tensor(coefficient, dtype=like.dtype, device=like.device)
+            # Of a number torch makes a tensor like this anew for every gradient.
+            torch._foreach_mul_(members, torch.tensor(coefficient, dtype=members[0].dtype, device=members[0].device))
 
 
 def _scale_on_device(gradients: list[Tensor], coefficient: Tensor) -> None:
     if coefficient.dim() == 0:
         for members in _by_device_and_dtype(gradients):
-            # For half-precision gradients torch rounds a 0-dim factor to their dtype first, here as in stock clipping.
+            # As in stock clipping; whether torch rounds the factor to a half-precision dtype first is up to the device.
             torch._foreach_mul_(members, coefficient.to(members[0].device, non_blocking=True))
         return
     for gradient, factor in zip(gradients, coefficient.unbind(), strict=True):

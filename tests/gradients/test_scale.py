@@ -32,7 +32,7 @@ def test_a_coefficient_of_one_changes_no_bit(dtype, one):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_host_and_device_numbers_scale_alike(dtype):
-    # A 0-dim factor on the device is first rounded to a half-precision gradient's dtype, by torch, as in stock clipping.
+    # For half-precision gradients torch rounds one of the two to their dtype first: on a CPU the number of the host.
     atol = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 0)
     torch.manual_seed(3)
     a = [torch.randn(1000).to(dtype), torch.randn(7, 3).to(dtype)]
@@ -42,6 +42,18 @@ def test_host_and_device_numbers_scale_alike(dtype):
 
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=2 * atol, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_host_number_scales_as_torch_does_by_a_number(dtype):
+    # To the bit. In place, torch rounds the number to a half-precision dtype first; out of place it does not.
+    torch.manual_seed(4)
+    gradients = [torch.randn(1000).to(dtype), torch.randn(7, 3).to(dtype)]
+    expected = [g.clone() for g in gradients]
+    torch._foreach_mul_(expected, float(np.float32(0.3)))
+    scale_(gradients, np.float32(0.3))
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
