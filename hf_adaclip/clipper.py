@@ -190,8 +190,11 @@ class AdaptiveClipper:
         check_capture(gradients.tensors[0].device)
         run, norms = self._run, tensor_norms(gradients.tensors)
         total = global_norm(norms)
-        if self._scope is None:
+        changed = self._guards.changed()
+        if self._scope is None or changed == "optimizers":
             self._scope = self._begin(gradients, total.device)
+        elif changed:
+            self._why_not_folded = why_not_folded(self.config, self._guards, gradients.parameters, run.ops)
         scope = self._scope
         ops = run.begin(len(gradients.parameters), total.device, scope.grouping)
         norm = to_value(total, ops)
@@ -214,13 +217,15 @@ class AdaptiveClipper:
             applied = scope.coefficients(gradients, applied, total.device, ops)
             if self._leaves_out:
                 finite = finite & (applied > ops(0.0))
-        checks = self._check.pending and bool(self._guards)
+        if changed:
+            self._check.again()
+        checks = self._check.pending and self._guards.in_use
         # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
         fold = scale_of(applied, ops) if self._why_not_folded is None and not checks else None
         if fold is None:
             scale_(gradients.tensors, applied)
-        if checks and (warning := self._check.clipped(gradients.tensors)):
-            self.alerts.warn_once(warning)
+        if checks:
+            self._check.clipped(gradients.tensors)
 
         measure = run.step % MEASURE_EVERY == 0 if measure is None else measure
         self._guards.arm(
@@ -260,7 +265,8 @@ class AdaptiveClipper:
     def _measure(self, gradients: list[Tensor]) -> None:
         assert self._run.recorder is not None
         self._run.recorder.set_applied(global_norm(tensor_norms(gradients)))
-        self._check.stepping(gradients)
+        if warning := self._check.stepping(gradients):
+            self.alerts.warn_once(warning)
 
     # -- checking, reading, ending -------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.ops import ops_for
 from hf_adaclip.errors import ClippingDefeatedError
 from hf_adaclip.gradients import global_norm, scale_, tensor_norms, to_value
+from hf_adaclip.gradients.callers import scaler_is_stepping
+from hf_adaclip.gradients.guard import NOT_UNSCALED
 
 SPIKE = 1000.0
 """How many times the calm norm the planted spike has."""
@@ -25,7 +27,6 @@ TOLERANCE = 0.01
 """Relative difference of two norms of the same gradient that rounding explains (bfloat16: 1 in 256)."""
 _MAX_CALM_STEPS = 300
 _MAX_NUMBERS = 4096
-_PATIENCE = 20  # a loss scaler that starts too high leaves out the first steps by itself
 
 
 def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: Sequence[Tensor]) -> None:
@@ -94,46 +95,51 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 class FirstStepCheck:
-    """Compares what clipping left with what the optimizer is given, in the first step that is finite.
+    """Compares what clipping left with what the optimizer is given: in the first step that is finite, and when hooks or optimizers change.
 
     Args:
         enabled: Whether to check at all.
     """
 
     def __init__(self, *, enabled: bool) -> None:
-        self._pending = enabled
+        self._enabled = self._pending = enabled
         self._left: Tensor | None = None
-        self._attempts = 0
 
     @property
     def pending(self) -> bool:
         """Whether the check is still to be made."""
         return self._pending
 
-    def clipped(self, gradients: list[Tensor]) -> str | None:
-        """Remember the norm that clipping left. Returns a warning when the optimizer that was named never seems to step."""
-        self._attempts += 1
-        if self._attempts <= _PATIENCE:
-            self._left = global_norm(tensor_norms(gradients))
-            return None
-        self._pending = False
-        return (
-            f"`optimizer` must be the one that steps on these gradients, but its `step` was not called in {_PATIENCE} steps: it cannot "
-            "leave out a step that is not finite, nor be paced."
-        )
+    def again(self) -> None:
+        """Check the next step too: somebody may have come in between."""
+        self._pending = self._enabled
 
-    def stepping(self, gradients: list[Tensor]) -> None:
+    def clipped(self, gradients: list[Tensor]) -> None:
+        """Remember the norm that clipping left."""
+        self._left = global_norm(tensor_norms(gradients))
+
+    def stepping(self, gradients: list[Tensor]) -> str | None:
         """Compare with the norm that the optimizer is about to read.
 
+        Returns:
+            A warning when it is smaller.
+
         Raises:
-            ClippingDefeatedError: It is larger. The optimizer has not stepped yet.
+            ClippingDefeatedError: It is larger, or the loss scale was still in it when it was clipped. The optimizer has not stepped yet.
         """
         if not self._pending or self._left is None:
-            return
+            return None
         left, given = float(self._left), float(global_norm(tensor_norms(gradients)))
         if not math.isfinite(left):
-            return  # a step that is left out; the next one will tell
+            return None  # a step that is left out; the next one will tell
         self._pending = False
+        if given < left * (1 - TOLERANCE):
+            if scaler_is_stepping():  # which has divided the scale out just now
+                raise ClippingDefeatedError(NOT_UNSCALED)
+            return (
+                f"the gradient had a norm of {left:g} after clipping and {given:g} at `optimizer.step()`: something makes it smaller in "
+                "between, and decides how far the step goes. Look at callbacks and hooks that clip or scale again."
+            )
         if not given <= left * (1 + TOLERANCE):
             raise ClippingDefeatedError(
                 f"The gradient must reach the optimizer as clipping left it, but its norm was {left:g} after clipping and is {given:g} at "
@@ -141,3 +147,4 @@ class FirstStepCheck:
                 "optimizer, and at a loop that unscales or multiplies gradients after clipping. If that is meant to be, set "
                 "`self_test=False`."
             )
+        return None

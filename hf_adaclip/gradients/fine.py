@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
-from hf_adaclip.gradients.guard import unwrap_optimizer
 from hf_adaclip.gradients.norms import Gradients
+from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.gradients.sharding import is_sharded
 
 

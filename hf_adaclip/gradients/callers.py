@@ -1,0 +1,35 @@
+"""Who is on the call stack: asked only in odd cases, where nothing else tells them apart."""
+
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Final
+
+import torch
+
+_STEP: Final[CodeType] = torch.optim.Optimizer.profile_hook_step(print).__code__
+"""Code of the function that torch puts around every optimizer's `step`, which runs the hooks."""
+
+
+def steps_running(optimizer: torch.optim.Optimizer) -> int:
+    """How many calls of this optimizer's `step` are going on: two within a `step` that calls `super().step()`.
+
+    A counter in hooks cannot tell that from a step that comes after one that raised, which runs no hook at its end.
+    """
+    return sum(1 for frame in _callers() if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer)
+
+
+def scaler_is_stepping() -> bool:
+    """Whether torch's own `GradScaler.step` is going on, which nobody has to have told us of."""
+    names = ("step", "_maybe_opt_step")
+    return any(
+        frame.f_code.co_name in names and isinstance(frame.f_locals.get("self"), torch.amp.GradScaler)
+        for frame in _callers()
+    )
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
