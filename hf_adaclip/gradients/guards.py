@@ -91,7 +91,7 @@ class Guards:
     def changed(self) -> Literal["optimizers", "hooks"] | None:
         """What has changed since the last call: the optimizers themselves, or the number of hooks that run before their steps."""
         before = self._seen
-        hooks = sum(not isinstance(hook, _Weakly) for hook in torch_optimizer._global_optimizer_pre_hooks.values())
+        hooks = sum(hook is not _before_any_step for hook in torch_optimizer._global_optimizer_pre_hooks.values())
         now = tuple(n for g in self._guards for n in (id(g), hooks + len(g.optimizer._optimizer_step_pre_hooks)))
         self._seen = now
         if before is None or before == now:
@@ -134,7 +134,8 @@ class Guards:
         if known and (idle or within or not self._guards):
             # Every optimizer passes over parameters without a gradient: no weight, moment or counter of theirs moves.
             _drop([gradients.parameters[i] for i in gradients.present])
-        self._strangers.watch([gradients.parameters[i] for i in gradients.present])
+        if self._guards:
+            self._strangers.watch([gradients.parameters[i] for i in gradients.present])
 
         def take_measure() -> None:
             tensors = [g for i in gradients.present if (g := gradients.parameters[i].grad) is not None]
@@ -217,29 +218,23 @@ class _Strangers:
         self._ids: set[int] | None = None
         self._others: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # known to be none of ours
         self._stepping: tuple[torch.optim.Optimizer, int] | None = None
-        self._handles: list[Any] = []
 
     def watch(self, parameters: list[Tensor]) -> None:
         """From here on, for these parameters, which have just been prepared for a step."""
-        guards = self._guards()
-        if guards is None or not guards:
-            return
         self._parameters, self._ids = parameters, None
-        if not self._handles:
-            # Torch has these hooks for all optimizers of a process only; a clipper that is gone takes them away.
-            self._handles = [
-                torch_optimizer.register_optimizer_step_pre_hook(_Weakly(self._before)),
-                torch_optimizer.register_optimizer_step_post_hook(_Weakly(self._after)),
-            ]
-            for handle in self._handles:
-                weakref.finalize(guards, handle.remove)
+        _WATCHING.add(self)
+        if not _HANDLES:
+            _HANDLES.append(torch_optimizer.register_optimizer_step_pre_hook(_before_any_step))
+            _HANDLES.append(torch_optimizer.register_optimizer_step_post_hook(_after_any_step))
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Look no longer."""
+        _WATCHING.discard(self)
+        while not _WATCHING and _HANDLES:
+            _HANDLES.pop().remove()
 
-    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step begins, of any optimizer."""
         guards = self._guards()
         if guards is None or optimizer in self._others or guards._expects(optimizer):
             return
@@ -254,7 +249,8 @@ class _Strangers:
                 _drop(waiting)
             self._stepping = (optimizer, guards.consumed)
 
-    def _after(self, optimizer: torch.optim.Optimizer) -> None:
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """It has ended."""
         guards = self._guards()
         if guards is None or self._stepping is None or self._stepping[0] is not optimizer:
             return
@@ -267,16 +263,20 @@ class _Strangers:
         guards._replaced_by(optimizer)
 
 
-class _Weakly:
-    """A hook that does not keep alive what it calls."""
+# Torch has these hooks for all optimizers of a process only. They are taken away by a call and never by the garbage collector, which may
+# run while torch goes through them.
+_WATCHING: Final[weakref.WeakSet[_Strangers]] = weakref.WeakSet()
+_HANDLES: Final[list[Any]] = []
 
-    def __init__(self, method: Callable[[torch.optim.Optimizer], None]) -> None:
-        self._method = weakref.WeakMethod(method)
 
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        method = self._method()
-        if method is not None:
-            method(optimizer)
+def _before_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for strangers in list(_WATCHING):
+        strangers.before(optimizer)
+
+
+def _after_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for strangers in list(_WATCHING):
+        strangers.after(optimizer)
 
 
 def _drop(parameters: Sequence[Tensor]) -> None:
