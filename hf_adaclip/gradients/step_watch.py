@@ -1,5 +1,6 @@
 """Do optimizers step that nobody clips for? Under `install` only the script decides whether, and how often, clipping is called."""
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -7,6 +8,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_adaclip.gradients.guard import unwrap_optimizer
+
+logger = logging.getLogger(__name__)
 
 PATIENCE: Final = 10
 """Steps without a call of clipping before it is said: a critic may step a few times as often as what is clipped."""
@@ -31,11 +34,17 @@ class StepWatch:
         self._calls += 1
         self._alone = 0
 
+    @property
+    def _unclipped(self) -> int:
+        return self._alone - bool(self._calls)  # the first step after a call is the one it was for
+
     def end(self) -> None:
         """Stop watching, and say what came of it."""
         self._handle.remove()
-        if self._steps > self._calls and self._alone:
-            self._warn(
+        if self._steps > self._calls:
+            # A critic that steps more often than what is clipped is no reason to warn.
+            say = self._warn if self._unclipped >= PATIENCE else logger.info
+            say(
                 f"{self._calls} of {self._steps} optimizer steps were clipped: the script did not call `accelerator.clip_grad_norm_` in "
                 "the others."
             )
@@ -45,7 +54,7 @@ class StepWatch:
             return
         self._steps += 1
         self._alone += 1
-        if self._alone == PATIENCE:
+        if self._unclipped == PATIENCE:
             self._warn(
                 f"{PATIENCE} optimizer steps in a row were not clipped: the script does not call `accelerator.clip_grad_norm_`, which "
                 "`install` answers. Let it call that method, or call `clipper.clip_(model.parameters())` before `optimizer.step()`."
