@@ -49,6 +49,8 @@ class SavedState(NamedTuple):
         statistics: Counts.
         ledger: Hash of the ledger's seal at that point, None without a ledger.
         groups: Names of what has a norm of its own; empty when only the global norm counts, or in files of before they were written.
+        parts: Which pattern of `parameter_rules` they come from and how many they are; empty likewise.
+        parameters: Names of all parameters that the state is kept for; None where they were not known, or not written yet.
     """
 
     tensors: dict[str, Tensor]
@@ -57,6 +59,8 @@ class SavedState(NamedTuple):
     statistics: RunStatistics
     ledger: str | None
     groups: tuple[str, ...]
+    parts: tuple[tuple[str | None, int], ...] = ()
+    parameters: tuple[str, ...] | None = None
 
 
 def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
@@ -83,6 +87,7 @@ def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
             )
         saved = AdaptiveClipConfig.from_dict(json.loads(text["config"]))
         metadata = json.loads(text["metadata"])
+        names = metadata.get("parameters")
         state = SavedState(
             tensors=tensors,
             step=int(metadata["step"]),
@@ -90,6 +95,8 @@ def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
             statistics=RunStatistics.from_dict(metadata["statistics"]),
             ledger=None if metadata["ledger"] is None else str(metadata["ledger"]),
             groups=tuple(str(name) for name in metadata.get("groups", ())),
+            parts=tuple((None if p is None else str(p), int(n)) for p, n in metadata.get("parts", ())),
+            parameters=None if names is None else tuple(str(name) for name in names),
         )
     except StateError:
         raise

@@ -2,14 +2,16 @@
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from hf_adaclip.accelerator import AcceleratorPort
+from hf_adaclip.accelerator import AcceleratorPort, Slot
 from hf_adaclip.alerts import Alerts
 from hf_adaclip.checkpoint import state_file
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
@@ -22,7 +24,6 @@ from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.events import ClipEvent
 from hf_adaclip.following import EngineFollower
 from hf_adaclip.gradients import (
-    Gradients,
     Guards,
     collect,
     global_norm,
@@ -31,12 +32,13 @@ from hf_adaclip.gradients import (
     tensor_norms,
     to_value,
 )
-from hf_adaclip.gradients.fold import scale_of, why_not_folded
+from hf_adaclip.gradients.fold import scale_of
 from hf_adaclip.gradients.norms import Parameters
-from hf_adaclip.gradients.reach import ReachEstimate
+from hf_adaclip.lifetime import detach, let_go, weakly
+from hf_adaclip.per_parameter import PerParameter
+from hf_adaclip.ranks import RankCheck
 from hf_adaclip.recorder import is_rank_zero
 from hf_adaclip.run import Run
-from hf_adaclip.scope import Scope
 from hf_adaclip.selftest import FirstStepCheck, check_on_a_copy
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.support import check_capture
@@ -119,15 +121,20 @@ class AdaptiveClipper:
         self._follower = EngineFollower(self._port, self._run) if in_engine and self._port is not None else None
         self._check = FirstStepCheck(enabled=config.self_test)
         self._models = [] if model is None else [model]
-        self._scope: Scope | None = None
-        self._reach: ReachEstimate | None = None
-        self._why_not_folded: str | None = "that is decided in the first step"
+        port, models = self._port, self._models
+        self._per_parameter = PerParameter(
+            config, self._run, self._guards, lambda: models or ([] if port is None else port.models), self._run.alerts
+        )
         self._closed = False
         self._handles: list[Any] = []
-        self._state_file = state_file(0)
+        self._slot: Slot | None = None
         if self._port is not None:
-            number, self._handles = self._port.on_checkpoint(self.flush, self.save_state, self._load_or_start_afresh)
-            self._state_file = state_file(number)
+            # Weakly: a clipper that nobody else holds is at its end, whatever the accelerator still has of it.
+            self._slot, self._handles = self._port.on_checkpoint(
+                weakly(self.flush), weakly(self.save_state), weakly(self._load_or_start_afresh)
+            )
+        # Rows that still wait are written when a clipper is dropped without `close`, or with the interpreter's end.
+        self._at_end = weakref.finalize(self, let_go, self._run, self._guards, self._follower, self._handles)
 
     @property
     def step(self) -> int:
@@ -172,6 +179,7 @@ class AdaptiveClipper:
         Raises:
             ConfigError: There is no parameter, or none has a gradient.
             UnsupportedSetupError: A gradient is sparse, or on a device that is not supported.
+            UnsupportedSetupError: Two sets of parameters take turns within one step.
             StateError: The state was loaded from, or made for, other parameters.
             NonFiniteGradientError: Too many steps in a row were not finite (noticed when the rows are read).
         """
@@ -188,25 +196,26 @@ class AdaptiveClipper:
             self._guards.adopt(self._port.only_optimizer())
             self._port.unscale(self._optimizers)
         check_capture(gradients.tensors[0].device)
-        run, norms = self._run, tensor_norms(gradients.tensors)
+        run, kept = self._run, self._per_parameter
+        if not kept.begun:
+            run.ranks = self._rank_check()
+        gradients = kept.place(gradients, gradients.tensors[0].device)
+        norms = tensor_norms(gradients.tensors)
         total = global_norm(norms)
-        changed = self._guards.changed()
-        if self._scope is None or changed == "optimizers":
-            self._scope = self._begin(gradients, total.device)
-        elif changed:
-            self._why_not_folded = why_not_folded(self.config, self._guards, gradients.parameters, run.ops)
-        scope = self._scope
-        ops = run.begin(len(gradients.parameters), total.device, scope.grouping)
+        if self._guards.changed():
+            self._check.again()
+            kept.look_again(gradients)
+        scope, ops = kept.scope, run.ops
         norm = to_value(total, ops)
         finite = is_finite_norm(norm, ops)
         observed = scope.observe(gradients, norms, norm, finite, ops)
         left = scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._observe(loss, total.device)
         scale = None if self._port is None else self._port.loss_scale
-        reach = None if self._reach is None else self._reach.observe(gradients, total, ops)
+        reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
         decision, pace = run.decide(norm, observed, seen_loss, finite, loss_scale=scale, left=left, reach=reach)
-        if self._reach is not None:
-            self._reach.pace = 1.0 if self.config.shadow else pace
+        if kept.reach is not None:
+            kept.reach.pace = 1.0 if self.config.shadow else pace
 
         applied = decision.coefficient
         if self.config.shadow:
@@ -217,11 +226,9 @@ class AdaptiveClipper:
             applied = scope.coefficients(gradients, applied, total.device, ops)
             if self._leaves_out:
                 finite = finite & (applied > ops(0.0))
-        if changed:
-            self._check.again()
         checks = self._check.pending and self._guards.in_use
         # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
-        fold = scale_of(applied, ops) if self._why_not_folded is None and not checks else None
+        fold = scale_of(applied, ops) if kept.why_not_folded is None and not checks else None
         if fold is None:
             scale_(gradients.tensors, applied)
         if checks:
@@ -233,29 +240,19 @@ class AdaptiveClipper:
             finite=finite,
             pace=None if self.config.max_pace == 1 or self.config.shadow else pace,
             ops=ops,
-            measure=self._measure if measure or checks else None,
+            measure=weakly(self._measure) if measure or checks else None,
             fold=fold,
         )
+        kept.clipped(gradients)
         run.step += 1
         return total
 
-    def _begin(self, gradients: Gradients, device: torch.device) -> Scope:
-        """What is made in the first step, of this run or after a load, when parameters and device are known."""
-        models = self._models or ([] if self._port is None else self._port.models)
-        scope = Scope(self.config, gradients.parameters, models, self._guards.optimizers)
-        ops = self._run.begin(len(gradients.parameters), device, scope.grouping)
-        self._why_not_folded = why_not_folded(self.config, self._guards, gradients.parameters, ops)
-        if self.config.max_pace > 1:
-            self._reach = ReachEstimate(gradients.parameters, self._guards.optimizers, device)
-            if self._run.beside:
-                try:
-                    self._reach.restore(self._run.beside, ops)
-                except (ValueError, LookupError) as error:
-                    raise StateError(
-                        f"The state that was loaded does not fit: {error}. Resume with the same model."
-                    ) from error
-                self._run.beside = {}
-        return scope
+    def _rank_check(self) -> RankCheck | None:
+        """Only where it is known who has to decide alike: on some ranks of a run there may be no clipper at all."""
+        if self._port is not None:
+            return RankCheck() if self._port.ranks_decide_alike else None
+        groups = [model.process_group for model in self._models if isinstance(model, DistributedDataParallel)]
+        return RankCheck(groups[0]) if groups else None
 
     def _observe(self, loss: Tensor | float | None, device: torch.device) -> Value:
         if loss is None and self.config.looks_at_loss:
@@ -320,14 +317,11 @@ class AdaptiveClipper:
         if self._closed:
             return
         self._closed = True
+        self._at_end.detach()
         try:
             self._run.close(clean=clean)
         finally:
-            self._guards.detach()
-            if self._follower is not None:
-                self._follower.detach()
-            for handle in self._handles:
-                handle.remove()
+            detach(self._guards, self._follower, self._handles)
 
     def __enter__(self) -> "AdaptiveClipper":
         return self
@@ -339,7 +333,7 @@ class AdaptiveClipper:
         """Which way this clipper takes, and why, in a few lines for people."""
         setup = None if self._port is None else self._port.how
         skipping = [EnginePort.WHY] if self._follower is not None else self._guards.why
-        scaling = self._why_not_folded if self._follower is None else EnginePort.SCALING
+        scaling = self._per_parameter.why_not_folded if self._follower is None else EnginePort.SCALING
         return describe(self.config, self._run.static_threshold, skipping, setup, scaling, self._run.ceiling_held)
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
@@ -352,7 +346,7 @@ class AdaptiveClipper:
         """
         if self._port is None:
             raise ConfigError("`accelerator` must be given to AdaptiveClipper before `install`, but is None instead.")
-        with self, self._port.replace_clipping(self.clip_, self._take_script_threshold):
+        with self, self._port.replace_clipping(self.clip_, self._take_script_threshold, self.alerts.warn_once):
             yield self
 
     def _take_script_threshold(self, max_norm: float) -> None:
@@ -361,12 +355,17 @@ class AdaptiveClipper:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _state_file(self) -> str:
+        return state_file(0 if self._slot is None else self._slot.number)
+
     def save_state(self, folder: str | Path) -> None:
         """Write `clip_state.safetensors` into a checkpoint folder (nothing before the first step).
 
         A second clipper of the same accelerator writes `clip_state_1.safetensors`, and so on in the order they were made.
         """
-        self._run.save(Path(folder) / self._state_file, None if self._reach is None else self._reach.tensors())
+        reach = self._per_parameter.reach
+        self._run.save(Path(folder) / self._state_file, None if reach is None else reach.tensors())
 
     def load_state(self, folder: str | Path) -> bool:
         """Read what [`save_state`] wrote, before the first step or to go back within a run.
@@ -379,7 +378,7 @@ class AdaptiveClipper:
         """
         loaded = self._run.load(Path(folder) / self._state_file)
         if loaded:
-            self._scope = self._reach = None  # made anew at the next step
+            self._per_parameter.forget()
         if loaded and self._follower is not None:
             self._follower.attach()  # the engine's own checkpoint brings an old threshold along
         return loaded

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,7 +17,6 @@ from hf_adaclip.controllers import Reason
 from hf_adaclip.controllers.ops import Ops, Value
 from hf_adaclip.events import ClipEvent, EventTracker
 from hf_adaclip.gradients import to_value
-from hf_adaclip.gradients.groups import Grouping
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.versions import environment
 
@@ -53,6 +53,7 @@ class Recorder:
         self._statistics = statistics
         self._next_record = first_step
         self._times: list[float] = []
+        self._notes: dict[int, dict[str, Any]] = {}
         self._started = time.monotonic()
         self.ledger = ledger
 
@@ -113,11 +114,22 @@ class Recorder:
             events.extend(self._events.feed(self._next_record, row, reason))
             if self.ledger is not None:
                 norms = None if rows.norms is None else rows.norms[position]
-                records.append(step_record(self._next_record, row, seconds, norms))
+                records.append(
+                    step_record(self._next_record, row, seconds, norms) | self._notes.pop(self._next_record, {})
+                )
             self._next_record += 1
         if self.ledger is not None:
             self.ledger.steps(records)
         return events
+
+    def note(self, **facts: Any) -> None:
+        """Facts that the record of the coming step is to have beside its numbers."""
+        if self.ledger is not None:
+            self._notes[self._next_record + len(self._ring)] = facts
+
+    def take_over(self, before: "Recorder") -> None:
+        """Go on from the recorder of the segment before: its clock, and the events that are still open."""
+        self._events, self._started = before._events, before._started
 
     def finish(self) -> list[ClipEvent]:
         """Events that were still going on when the run ended."""
@@ -164,7 +176,9 @@ def ledger_header(
     static_threshold: float,
     device: torch.device,
     num_tensors: int,
-    grouping: Grouping | None,
+    groups: Sequence[str],
+    parts: Sequence[tuple[str | None, int]],
+    restarted: Sequence[str] | None,
     first_step: int,
     statistics: RunStatistics,
     parent: dict[str, Any] | None,
@@ -178,7 +192,10 @@ def ledger_header(
         static_threshold: Threshold of the warm-up.
         device: Where the gradients are.
         num_tensors: Tensors, or groups of them, with a norm of their own; 0 when only the global norm counts.
-        grouping: Which tensors are judged together, with names; None when only the global norm counts.
+        groups: Their names.
+        parts: Which pattern of `parameter_rules` they come from (None: from none) and how many they are.
+        restarted: Which of them begin anew though the parent had them, because parameters have joined; None where the state is the
+            parent's own.
         first_step: Step of the first record.
         statistics: Counts so far, which the footer goes on from.
         parent: For a resumed run, hash and step of the ledger's seal that its checkpoint refers to.
@@ -195,8 +212,9 @@ def ledger_header(
         "world_size": torch.distributed.get_world_size() if distributed else 1,
         "seed": torch.initial_seed(),
         "num_tensors": num_tensors,
-        "groups": [] if grouping is None else list(grouping.names),
-        "parts": [] if grouping is None else [list(part) for part in grouping.parts],
+        "groups": list(groups),
+        "parts": [list(part) for part in parts],
+        **({} if restarted is None else {"restarted": list(restarted)}),
         "first_step": first_step,
         "counts": statistics.counts_by_name(),
         "initial_state": state_to_json(state),

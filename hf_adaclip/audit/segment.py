@@ -14,6 +14,7 @@ from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.base import coefficient_of
 from hf_adaclip.controllers.fine import FineController
 from hf_adaclip.controllers.ops import ARRAY, SCALAR
+from hf_adaclip.controllers.states import Keeping, carry_over
 
 APPLIED_TOLERANCE = 0.01
 """Relative difference between a measured and an intended norm that rounding explains (bfloat16 gradients: 1 in 256)."""
@@ -41,6 +42,10 @@ class Segment:
         # Ledgers of before there were `parameter_rules` have no parts.
         parts = [(str(p) if p is not None else None, int(n)) for p, n in header.get("parts", [])]
         self._controller = build_controller(self._config, parts)
+        groups = tuple(str(name) for name in header.get("groups", ()))
+        self._keeping = Keeping(self._controller, groups, tuple(parts))
+        restarted = header.get("restarted")
+        self.restarted = None if restarted is None else [str(name) for name in restarted]
         self._shape = (self._num_tensors,) if self._num_tensors else ()
         self._ops = ARRAY if self._shape else SCALAR
         self._state = state_from_json(self._controller, header["initial_state"], self._ops, self._shape)
@@ -56,6 +61,17 @@ class Segment:
     def point(self) -> tuple[int, bytes]:
         """The next step and a digest of the state: equal points are the same moment of the same run."""
         return self._next_step, hashlib.sha256(state_bytes(self._state)).digest()
+
+    def carries_over(self, before: "Segment") -> bool:
+        """Whether the state that this segment begins with is the one that `before` has come to, for the parameters of now.
+
+        Raises:
+            ValueError, LookupError: The two have no parameters in common, or the header does not fit itself.
+        """
+        if self.restarted is None:
+            return self.point() == before.point()
+        state = carry_over(before._state, before._keeping, self._keeping, self.restarted, self._ops)
+        return self._next_step == before._next_step and state_bytes(state) == state_bytes(self._state)
 
     def take_recomputed(self) -> int:
         taken, self._recomputed = self._recomputed, 0

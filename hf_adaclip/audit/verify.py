@@ -89,6 +89,7 @@ class _Verifier:
         self._segment: Segment | None = None
         # By the hash of a seal: the step and the digest of the state at that point, for headers that name it as parent.
         self._points: dict[str, tuple[int, bytes]] = {}
+        self._last_seal = GENESIS
 
     def run(self) -> VerifyReport:
         # Overflow and invalid operations are part of the maths here: a replay meets every norm that the run met.
@@ -127,6 +128,7 @@ class _Verifier:
                 self._body(body, body.content)
         if self._segment is not None:
             self._points[digest] = self._segment.point()
+        self._last_seal = digest
 
     def _end(self) -> None:
         if self._block:
@@ -160,15 +162,15 @@ class _Verifier:
             self._found(line, f"the schema is {content.get('schema')!r}; this version reads {SCHEMA_VERSION}.")
             self._segment = None
             return
-        first = self._report.segments == 0
-        if self._segment is not None and not self._segment.closed:
-            self._note(line, "the run before this header did not end cleanly.")
+        first, before = self._report.segments == 0, self._segment
         try:
             self._segment = Segment(content)
         except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, MemoryError) as error:
             self._found(line, f"the header cannot be understood: {error}")
             self._segment = None
             return
+        if before is not None and not before.closed and self._segment.restarted is None:
+            self._note(line, "the run before this header did not end cleanly.")
         self._report.segments += 1
         dropped, parent = self._segment.dropped, self._segment.parent
         if dropped is not None:
@@ -178,9 +180,19 @@ class _Verifier:
                 self._note(line, "a new run begins here; it does not continue the one before.")
             return
         known = self._points.get(parent["sha256"])
-        if known is None:
+        follows = known is not None and known == self._segment.point()
+        if self._segment.restarted is not None and before is not None and parent["sha256"] == self._last_seal:
+            try:
+                follows = self._segment.carries_over(before)
+            except (ValueError, LookupError):
+                follows = False
+        elif known is None:
             self._note(line, "the run continues one whose ledger is not in this file; the join cannot be checked.")
-        elif known != self._segment.point():
+            return
+        elif self._segment.restarted is not None:
+            self._note(line, "the run goes on with other parameters from an older point; the join cannot be checked.")
+            return
+        if not follows:
             self._found(
                 line, "the state that the run resumed with is not the state that its parent had at that point."
             )

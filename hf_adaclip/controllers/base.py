@@ -167,6 +167,11 @@ class Controller(Generic[State]):
     skips: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("global", "module", "tensor")
 
+    @property
+    def of_the_run(self) -> frozenset[str]:
+        """Fields of the state that belong to the run and not to a norm: they go on when the set of parameters changes."""
+        return frozenset()
+
     @classmethod
     def from_config(cls, config: Any) -> "Controller[State]":
         """Pick this controller's fields, by name, from an object that has them (an `AdaptiveClipConfig`)."""

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason, coefficient_of, is_finite_norm
 from hf_adaclip.controllers.ops import SCALAR, Ops, Shape, Value, ops_of
 
+_OF_THE_NORM = ("edge", "anchor")  # the others go on when the set of parameters changes
 LOSS_DECAY = 0.9
 BLOCK = 100
 
@@ -83,6 +84,11 @@ class GovernedController(Controller[Any]):
     divergence_spreads: float = 0.0
     divergence_steps: int = 50
     fallback: bool = False
+
+    @property
+    def of_the_run(self) -> frozenset[str]:
+        mine = {f"oversight_{name}" for name in OversightState._fields if name not in _OF_THE_NORM}
+        return self.inner.of_the_run | mine
 
     @cached_property
     def _inner_type(self) -> Any:

@@ -11,12 +11,13 @@ _STEP: Final[CodeType] = torch.optim.Optimizer.profile_hook_step(print).__code__
 """Code of the function that torch puts around every optimizer's `step`, which runs the hooks."""
 
 
-def steps_running(optimizer: torch.optim.Optimizer) -> int:
-    """How many calls of this optimizer's `step` are going on: two within a `step` that calls `super().step()`.
+def steps_running(optimizer: torch.optim.Optimizer | None) -> int:
+    """How many calls of this optimizer's `step`, or of any, are going on: two within a `step` that calls `super().step()`.
 
     A counter in hooks cannot tell that from a step that comes after one that raised, which runs no hook at its end.
     """
-    return sum(1 for frame in _callers() if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer)
+    running = (frame for frame in _callers() if frame.f_code is _STEP)
+    return sum(1 for frame in running if optimizer is None or frame.f_locals.get("self") is optimizer)
 
 
 def scaler_is_stepping() -> bool:

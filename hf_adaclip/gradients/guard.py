@@ -118,9 +118,11 @@ class StepGuard:
 
     def detach(self) -> None:
         """Remove the hooks; the optimizer is as if this object had never been."""
-        self._before.remove()
-        self._after.remove()
         self._clear()
+        self.consumed = 0
+        if not steps_running(self.optimizer):  # as the garbage collector finds it, while torch goes through the hooks
+            self._before.remove()
+            self._after.remove()
 
     # -- around one step -----------------------------------------------------------------------------------------
 

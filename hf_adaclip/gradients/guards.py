@@ -3,13 +3,14 @@
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.gradients.callers import steps_running
 from hf_adaclip.gradients.guard import StepGuard
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.optimizers import Path
@@ -88,15 +89,13 @@ class Guards:
         if not self._guards and optimizers:
             self._guards, self._adopted = [StepGuard(o, scaler=self._scaler) for o in optimizers], True
 
-    def changed(self) -> Literal["optimizers", "hooks"] | None:
-        """What has changed since the last call: the optimizers themselves, or the number of hooks that run before their steps."""
+    def changed(self) -> bool:
+        """Whether the optimizers are others than at the last call, or the number of hooks that run before their steps is."""
         before = self._seen
         hooks = sum(hook is not _before_any_step for hook in torch_optimizer._global_optimizer_pre_hooks.values())
         now = tuple(n for g in self._guards for n in (id(g), hooks + len(g.optimizer._optimizer_step_pre_hooks)))
         self._seen = now
-        if before is None or before == now:
-            return None
-        return "hooks" if before[::2] == now[::2] else "optimizers"
+        return before is not None and before != now
 
     def arm(
         self,
@@ -230,7 +229,7 @@ class _Strangers:
     def remove(self) -> None:
         """Look no longer."""
         _WATCHING.discard(self)
-        while not _WATCHING and _HANDLES:
+        while not _WATCHING and _HANDLES and not steps_running(None):
             _HANDLES.pop().remove()
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
@@ -263,8 +262,7 @@ class _Strangers:
         guards._replaced_by(optimizer)
 
 
-# Torch has these hooks for all optimizers of a process only. They are taken away by a call and never by the garbage collector, which may
-# run while torch goes through them.
+# Torch has these hooks for all optimizers of a process only.
 _WATCHING: Final[weakref.WeakSet[_Strangers]] = weakref.WeakSet()
 _HANDLES: Final[list[Any]] = []
 

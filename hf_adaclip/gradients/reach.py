@@ -46,10 +46,15 @@ class ReachEstimate:
         parameters: The trainable parameters, each once.
         optimizers: Those that step on them; the largest learning rate of all their groups counts.
         device: Where the norms are.
+        every: Look at one coordinate in so many; by default as many as the size of the model allows.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], optimizers: Sequence[torch.optim.Optimizer], device: torch.device
+        self,
+        parameters: Sequence[Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        device: torch.device,
+        every: int | None = None,
     ) -> None:
         # Tensors that are spread over ranks alike stand together, so that their sums are one collective.
         layouts: dict[Layout | None, list[int]] = {}
@@ -57,10 +62,10 @@ class ReachEstimate:
             layouts.setdefault(layout_of(parameter), []).append(position)
         self._order = [position for positions in layouts.values() for position in positions]
         self._parameters = [parameters[i] for i in self._order]
-        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.optimizers = optimizers
         self._device = device
         total = sum(local_part(p).numel() for p in parameters)
-        self._every = max(EVERY, -(-total // MOST))
+        self._every = max(EVERY, -(-total // MOST)) if every is None else every
         grids = [_grid(local_part(p).numel(), self._every) for p in parameters]
         self._grids = [grids[i] for i in self._order]
         self._sizes = [local_part(p).numel() for p in self._parameters]
@@ -97,12 +102,33 @@ class ReachEstimate:
         self._weighted = torch.where(usable, self._weighted * DECAY + weight * g, self._weighted)
         dot, length = self._sums(g * way, self._weighted.abs())
         self._gain = torch.where(usable, self._gain * DECAY + weight * dot, self._gain)
-        present = max(float(group["lr"]) for group in self._groups)
-        planned = max(float(group.get("initial_lr", 0.0)) for group in self._groups)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        present = max(float(group["lr"]) for group in groups)
+        planned = max(float(group.get("initial_lr", 0.0)) for group in groups)
         self._base = max(self._base, present, planned)
         self._rate = present / self._base if self._base > 0 else 0.0
         reach = self._gain / (length + _TINY) / (self._base if self._base > 0 else math.nan)
         return to_value(reach, ops)
+
+    def moved(self, parameters: Sequence[Tensor], kept: Sequence[int]) -> "ReachEstimate":
+        """The estimate for other parameters: those that stay keep their start and their sums, new ones start where they are.
+
+        Args:
+            parameters: The parameters, in their new order.
+            kept: Per parameter, the position that it had here; -1 for one that is new.
+        """
+        other = ReachEstimate(parameters, self.optimizers, self._device, self._every)
+        position_of = {position: place for place, position in enumerate(self._order)}
+        sizes = [[math.prod(shape) for shape, _ in estimate._grids] for estimate in (self, other)]
+        for name in ("_start", "_weighted"):
+            old, new = (
+                torch.split(getattr(estimate, name), size) for estimate, size in zip((self, other), sizes, strict=True)
+            )
+            for place, position in enumerate(other._order):
+                if kept[position] >= 0:
+                    new[place].copy_(old[position_of[kept[position]]])
+        other._gain, other._base, other._rate, other.pace = self._gain, self._base, self._rate, self.pace
+        return other
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; nothing where every rank holds a part of its own: there the estimate begins anew."""

@@ -64,7 +64,7 @@ def build(kind):
     )
     name, known = kind.__name__, inspect.signature(kind.__init__).parameters
     settings = {"lr": 1e-3} if "lr" in known else {}
-    if "LARS" in name or name.startswith("SGD") and kind.__module__.startswith("bitsandbytes"):
+    if "LARS" in name or (name.startswith("SGD") and kind.__module__.startswith("bitsandbytes")):
         settings["momentum"] = 0.9
     if kind.__module__.startswith("pytorch_optimizer") and name in WRAPPERS:
         return model, wide, kind(torch.optim.AdamW(model.parameters(), lr=1e-3))
