@@ -18,7 +18,7 @@ from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.ops import ops_for
 from hf_adaclip.errors import ClippingDefeatedError
 from hf_adaclip.gradients import global_norm, scale_, tensor_norms, to_value
-from hf_adaclip.gradients.callers import scaler_is_stepping
+from hf_adaclip.gradients.callers import stepping_scaler
 from hf_adaclip.gradients.guard import NOT_UNSCALED
 
 SPIKE = 1000.0
@@ -134,7 +134,8 @@ class FirstStepCheck:
             return None  # a step that is left out; the next one will tell
         self._pending = False
         if given < left * (1 - TOLERANCE):
-            if scaler_is_stepping():  # which has divided the scale out just now
+            scaler = stepping_scaler()
+            if scaler is not None and abs(left / (given * scaler.get_scale()) - 1) < TOLERANCE:  # divided out just now
                 raise ClippingDefeatedError(NOT_UNSCALED)
             return (
                 f"the gradient had a norm of {left:g} after clipping and {given:g} at `optimizer.step()`: something makes it smaller in "

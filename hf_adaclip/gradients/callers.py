@@ -20,13 +20,13 @@ def steps_running(optimizer: torch.optim.Optimizer | None) -> int:
     return sum(1 for frame in running if optimizer is None or frame.f_locals.get("self") is optimizer)
 
 
-def scaler_is_stepping() -> bool:
-    """Whether torch's own `GradScaler.step` is going on, which nobody has to have told us of."""
-    names = ("step", "_maybe_opt_step")
-    return any(
-        frame.f_code.co_name in names and isinstance(frame.f_locals.get("self"), torch.amp.GradScaler)
-        for frame in _callers()
-    )
+def stepping_scaler() -> torch.amp.GradScaler | None:
+    """The `GradScaler` of torch whose `step` is going on, which nobody has to have told us of."""
+    for frame in _callers():
+        scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if isinstance(scaler, torch.amp.GradScaler):
+            return scaler
+    return None
 
 
 def _callers() -> Iterator[FrameType]:

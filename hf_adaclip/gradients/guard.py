@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.controllers.ops import Value
-from hf_adaclip.errors import ClippingDefeatedError
-from hf_adaclip.gradients.callers import scaler_is_stepping, steps_running
+from hf_adaclip.errors import ClippingDefeatedError, ConfigError
+from hf_adaclip.gradients.callers import stepping_scaler, steps_running
 from hf_adaclip.gradients.optimizers import choose_path, copied, moves, unwrap_optimizer, watched, without_parameters
 from hf_adaclip.gradients.pacing import Pacing
 
@@ -90,6 +90,10 @@ class StepGuard:
         """
         self._within = self.running
         if self._within:
+            if pace is not None and isinstance(self.optimizer, torch.optim.LBFGS):
+                raise ConfigError(
+                    "`max_pace` must be 1 with LBFGS, but is larger instead: it reads its learning rate before it calls the closure."
+                )
             self._kept = []
         else:
             self._depth = 0
@@ -221,7 +225,7 @@ class StepGuard:
             if theirs is not self._skip:
                 optimizer.found_inf = self._skip if theirs is None else torch.clamp(theirs + self._skip, max=1.0)
         scale = getattr(optimizer, "grad_scale", None)
-        if scale is not None and scale is not self._fold and scaler_is_stepping():
+        if scale is not None and scale is not self._fold and stepping_scaler() is not None:
             raise ClippingDefeatedError(NOT_UNSCALED)
 
     def _clear(self) -> None:

@@ -49,7 +49,7 @@ def test_a_script_that_stops_calling_it_is_told_of(caplog):
 
     with AdaptiveClipper("adaptive", accelerator=accelerator).install():
         run(accelerator, model, optimizer, clip, steps=24)
-        assert not caplog.text
+        assert "in a row were not clipped" not in caplog.text  # the guard has told of the first one
         run(accelerator, model, optimizer, lambda step: None, steps=1)
         assert "10 optimizer steps in a row were not clipped" in caplog.text
     assert "15 of 25 optimizer steps were clipped" in caplog.text
