@@ -19,10 +19,10 @@ _LOGS = (
 
 _PROOF = (
     "What this proves: the chain of seals shows any change of single bytes or lines, and every decision follows from the norms that are "
-    "recorded before it. Losses, times and texts are under the seals, but follow from nothing. The chain has no key: whoever can write the "
-    "file can write another history and seal it anew, or cut it off at a seal. That shows only where a seal is kept elsewhere. Those "
-    "that lie beside the ledger (clip_ledger.jsonl.seal, clip_state.safetensors in checkpoints, README.md) are looked for and named; one that "
-    "nobody else could change is given by --seal."
+    "recorded before it. Losses, times and texts are under the seals, but follow from nothing. The chain has no key: whoever can write "
+    "the file can write another history and seal it anew, or cut it off at a seal. That shows only where a seal is kept elsewhere. Those "
+    "that lie beside the ledger (in clip_ledger.jsonl.seal, in clip_state.safetensors of checkpoints, in README.md) are looked for and "
+    "named. Give one that nobody else could change by --seal."
 )
 
 

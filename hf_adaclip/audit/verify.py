@@ -96,6 +96,8 @@ class VerifyReport:
             reasons.append("no step is under a seal")
         if self.unsealed:
             reasons.append(f"{self.unsealed} line(s) after the last seal are under none")
+        if self.recomputed < self.steps:
+            reasons.append(f"{self.steps - self.recomputed} decision(s) could not be recomputed")
         if self.counted is not None and self.counted > self.last_step:
             reasons.append(f"trainer_state.json counts {self.counted} steps, the ledger ends at {self.last_step}")
         return reasons
@@ -142,7 +144,7 @@ def verify_ledger(path: str | Path, *, seal: str | None = None) -> VerifyReport:
     was intended; that the footer agrees; that the seals which other files beside it name are in it (see `anchors`).
 
     Steps that the run itself says could not be written are a gap, and no violation. What an older revision of a controller's rule
-    decided is not recomputed.
+    decided is not recomputed, so such a ledger is incomplete, not verified.
 
     Args:
         path: The ledger.

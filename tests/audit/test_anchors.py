@@ -53,8 +53,8 @@ def test_what_stands_in_a_torn_tail_is_recomputed(tmp_path):
     write_run(path, clean=False)
     lines = path.read_bytes().splitlines(keepends=True)
     (tmp_path / "l.jsonl.seal").unlink()
-    path.write_bytes(b"".join(lines[:-1]).replace(b'"reason":"WITHIN"', b'"reason":"WIDENED"'))
-    assert any("`reason` is recorded as WIDENED" in f.message for f in violations(path))
+    path.write_bytes(b"".join(lines[:-1]).replace(b'"reason":"WIDENED"', b'"reason":"WITHIN"'))
+    assert any("`reason` is recorded as WITHIN" in f.message for f in violations(path))
 
 
 def test_a_run_that_was_removed_as_a_whole_is_found(tmp_path, capsys):
@@ -263,13 +263,14 @@ def test_a_seal_that_lags_behind_or_is_damaged_is_no_violation(tmp_path, caplog)
     assert any("l.jsonl.seal cannot be understood" in f.message for f in report.findings)
 
 
-def test_another_revision_of_a_rule_is_not_recomputed(tmp_path, monkeypatch):
+def test_another_revision_of_a_rule_is_not_recomputed(tmp_path):
     path = tmp_path / "l.jsonl"
     write_run(path)
     reseal(path, lambda line: [{**line, "revision": 7} if line["kind"] == "header" else line])
     (tmp_path / "l.jsonl.seal").unlink()
     report = verify_ledger(path)
 
-    assert report.num_violations == 0
+    assert report.status == "incomplete"
+    assert "45 decision(s) could not be recomputed" in report.summary()
     assert (report.steps, report.recomputed, report.measured) == (45, 0, 1)
     assert any("adaptive in revision 7, not 1" in f.message for f in report.findings)
