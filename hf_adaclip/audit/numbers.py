@@ -6,9 +6,9 @@ from typing import Any, Final
 
 ABSENT: Final = frozenset(("", "n/a", "na", "#n/a", "null", "none", "-", "--", "<na>"))
 """How logs write, in lower case, that there is no value. NaN is not among them: it is what a norm can be."""
-_PLAIN: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
+_PLAIN: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 _WRAPPED: Final = re.compile(
-    r"(?:\w+\.)*(?:tensor|array|float\d+|Tensor|Array)\(\[?([^,()\[\]]+)\]?(?:,[^()]*(?:\([^()]*\)[^()]*)*)?\)"
+    r"(?:\w+\.)*(?:tensor|array|float[0-9]+)\(\[?([^,()\[\]]+)\]?(?:,\s*\w+=[^=()]*(?:\([^()]*\))?)*\)", re.IGNORECASE
 )
 
 
@@ -37,7 +37,7 @@ def read_number(value: Any) -> float | None:
         return _float(inner)
     if text.endswith("%"):
         raise NotANumberError(f"{_short(text)} is a percentage; write the number itself")
-    if re.fullmatch(r"[+-]?[\d.,' _]+", text):
+    if re.fullmatch(r"[+-]?[0-9.,' _]+", text):
         raise NotANumberError(f"{_short(text)} has separators; write it as 1234.5, with a point and nothing else")
     raise NotANumberError(f"{_short(text)} is no number")
 

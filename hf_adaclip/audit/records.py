@@ -86,7 +86,7 @@ def state_to_tensors(state: tuple[Value, ...]) -> dict[str, Tensor]:
     }
 
 
-_PART: Final = re.compile(r"part\d+_")
+_PREFIX: Final = re.compile(r"(part\d+_)?(oversight_)?")
 # What no rule ever makes negative, and what counts. Fields that are not here are only checked for being numbers.
 _WHOLE: Final = frozenset(("run", "count", "slot", "steps", "skipped", "bad", "trouble", "pace_steps"))
 _NOT_NEGATIVE: Final = _WHOLE.union(
@@ -140,7 +140,7 @@ def state_problem(name: str, value: Tensor, like: Any) -> str | None:
         return f"`{name}` must be a number, but is NaN"
     if not (endless or unknown) and bool(value.isinf().any()):
         return f"`{name}` must be finite, but is infinite"
-    field = _PART.sub("", name, count=1)
+    field = _PREFIX.sub("", name, count=1)
     known = value[value.isfinite()]
     if field in _NOT_NEGATIVE and (bool((known < 0).any()) or bool((value == -math.inf).any())):
         return f"`{name}` must not be negative, but is {float(value.min()):g}"
@@ -165,7 +165,7 @@ def state_from_tensors(
     values: list[Value] = []
     for (name, like), first in zip(state_fields(template).items(), begins, strict=True):
         if name not in tensors:
-            if _PART.sub("", name, count=1) in late:
+            if _PREFIX.sub("", name, count=1) in late:
                 values.append(like)
                 continue
             raise ValueError(f"the state has no `{name}`")
