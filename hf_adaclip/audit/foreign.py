@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -223,7 +222,7 @@ def _read(path: Path, where: str, name: str, read: Any, value: Any) -> Any:
         raise LedgerError(f"{path} cannot be read as {kind}: `{_short(name)}` in {where}: {error}.") from error
 
 
-def _said(count: int, what: str) -> Sequence[str]:
+def _said(count: int, what: str) -> list[str]:
     return [f"{count} {what}."] if count else []
 
 

@@ -36,14 +36,14 @@ class Segment:
     def __init__(self, header: dict[str, Any]) -> None:
         check_header(header)
         self._config = AdaptiveClipConfig.from_dict(header["config"])
-        self._num_tensors = header["num_tensors"]
+        self._num_tensors: int = header["num_tensors"]
         # Ledgers of before there were `parameter_rules` have no parts.
         parts = [(str(p) if p is not None else None, int(n)) for p, n in header.get("parts", [])]
         self._controller = build_controller(self._config, parts)
         self._shape = (self._num_tensors,) if self._num_tensors else ()
         self._ops = ARRAY if self._shape else SCALAR
         self._static = np.float32(header["static_threshold"])
-        self._next_step = header["first_step"]
+        self._next_step: int = header["first_step"]
         self._counts: Counter[str] = Counter(header["counts"])
         self.parent = _mapping(header["parent"], sha256=str, step=int)
         self.dropped = _mapping(header["dropped_tail"], bytes=int, sha256=str)

@@ -47,7 +47,7 @@ def run_with_gap(path, lost, steps=60, *, config=SMALL, clean=True, error=None):
     for step in range(steps):
         ledger = None if clipper._run.recorder is None else clipper._run.recorder.ledger
         if ledger is not None and real is None and step in lost:
-            real, ledger._file = ledger._file, Full(ledger._file, error)
+            real, ledger._file = ledger._file, Full(ledger._file, error)  # type: ignore[assignment]
         elif ledger is not None and real is not None and step not in lost:
             ledger._file, real = real, None
         train(model, optimizer, clip_with(clipper), 1, start=step)
