@@ -16,7 +16,7 @@ from hf_adaclip.errors import HfAdaclipError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 fine, 1 a check failed, 2 bad input or usage."""
+    """Entry point; returns the exit code: 0 fine, 1 a check failed, 2 bad input or usage, 3 not all could be checked (`verify`)."""
     arguments = build_parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # a job scheduler's way to say stop: workers must not be left behind

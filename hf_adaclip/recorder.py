@@ -1,8 +1,9 @@
 """What happened in a run: rows on the device, counts on the host, lines in the ledger."""
 
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -10,15 +11,18 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.audit.ledger import Ledger
-from hf_adaclip.audit.records import Summary, state_to_json, step_record
+from hf_adaclip.audit.records import Summary, revisions, state_to_json, step_record
 from hf_adaclip.audit.ring import COLUMNS, DeviceRing, HostRing, Ring
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.errors import LedgerError
 from hf_adaclip.events import ClipEvent, EventTracker
 from hf_adaclip.gradients import to_value
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.versions import environment
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -99,8 +103,12 @@ class Recorder:
         if len(self._ring):
             self._ring.set_applied(norm)
 
-    def flush(self) -> list[ClipEvent]:
-        """Read all rows (one host read), count them, write them down; returns the events that they complete."""
+    def flush(self, state: Callable[[], dict[str, Any]] | None = None) -> list[ClipEvent]:
+        """Read all rows (one host read), count them, write them down; returns the events that they complete.
+
+        Args:
+            state: Gives the controller's state after the newest row, as JSON: where a ledger goes on after steps that it could not hold.
+        """
         if not len(self._ring):
             return []
         events: list[ClipEvent] = []
@@ -119,7 +127,7 @@ class Recorder:
                 )
             self._next_record += 1
         if self.ledger is not None:
-            self.ledger.steps(records)
+            self.ledger.steps(records, state)
         return events
 
     def note(self, **facts: Any) -> None:
@@ -151,11 +159,19 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
         exact: Whether a replay gives the same bits.
         ops: The kind of numbers that rows are made of.
         run: As for `ledger_header`.
+
+    Raises:
+        LedgerError: The ledger is required and cannot be written. One that is not required is done without, and a warning says why.
     """
     ledger = None
     if writes:
         header = ledger_header(config, exact=exact, **run)
-        ledger = Ledger(str(config.ledger), header, required=config.ledger_required)
+        try:
+            ledger = Ledger(str(config.ledger), header, required=config.ledger_required)
+        except LedgerError as error:
+            if config.ledger_required:
+                raise
+            logger.warning("%s Training goes on without a ledger.", error)
     return Recorder(
         capacity=config.ring_capacity,
         num_tensors=run["num_tensors"],
@@ -206,6 +222,7 @@ def ledger_header(
         "versions": environment(),
         "config": config.to_dict(),
         "controller": config.controller,
+        **revisions(config),
         "exact": exact,
         "static_threshold": static_threshold,
         "device": device.type,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from hf_adaclip.audit.records import (
     state_to_tensors,
     summarise,
 )
-from hf_adaclip.checkpoint import read_state, write_state
+from hf_adaclip.checkpoint import BESIDE, read_state, write_state
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Decision, Observation, build_controller
 from hf_adaclip.controllers.ops import Ops, Value, ops_for
@@ -28,9 +28,6 @@ from hf_adaclip.ranks import RankCheck
 from hf_adaclip.recorder import Recorder, start_recorder
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.support import check_device
-
-BESIDE: Final = "reach."
-"""Prefix of the names, in a state file, of what is not the controller's."""
 
 
 class Run:
@@ -231,6 +228,8 @@ class Run:
         assert self._state is not None
         assert self._ops is not None
         assert self.recorder is not None
+        if self.recorder.full:
+            self.flush()  # before the state moves on: a ledger that cannot be written keeps the one after its last row
         with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
             seen = Observation(observed, loss, self._ops(self.static_threshold), finite, left, reach)
             decision, self._state = self._keeping.controller.update(self._state, seen)
@@ -240,8 +239,6 @@ class Run:
             self.ranks.add(self.step, norm, summary.threshold, kept, summary.pace)
             if self._ops.on_host:
                 self.ranks.require()
-        if self.recorder.full:
-            self.flush()
         self.recorder.record(
             norm, summary, loss, loss_scale=loss_scale, scaled=self._scaled, norms=observed, reach=reach
         )
@@ -260,7 +257,7 @@ class Run:
             return
         if self.ranks is not None:
             self.ranks.require()
-        events = self.recorder.flush()
+        events = self.recorder.flush(lambda: state_to_json(self._state or ()))
         self.alerts.tell(events)
         self.statistics.stop_if_hopeless(
             self.config.max_consecutive_nonfinite, last_step=self.step - 1, checkpoint=self._checkpoint

@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_adaclip.audit import page
 from hf_adaclip.audit.ingest import Series, ledger_records, load_series
+from hf_adaclip.audit.reader import open_regular
 from hf_adaclip.audit.schema import parse_number, plain
 from hf_adaclip.audit.show import keep_extremes
 from hf_adaclip.audit.verify import VerifyReport, verify_ledger
@@ -99,7 +100,8 @@ def _limits(ledger: Path) -> list[float]:
 
 def _points(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open_regular(path) as file:
+            lines = file.read().decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return []
     points = []
@@ -245,7 +247,8 @@ def clipping_section(report: RunReport, seal: str) -> str:
             *rows,
             "",
             f"Ledger: {report.verdict.summary().split(': ', 1)[-1]}",
-            f"Last seal of `clip_ledger.jsonl`: `{seal}`. Check it with `hf-adaclip verify clip_ledger.jsonl`.",
+            f"Last seal of `clip_ledger.jsonl`: `{seal}`. "
+            f"Check it with `hf-adaclip verify clip_ledger.jsonl --seal {seal}`.",
             "",
         ]
     )

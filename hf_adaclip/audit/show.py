@@ -33,8 +33,8 @@ def advice_text(advice: dict[str, Any]) -> str:
     """What `advise` found, in a screen of text."""
     lines = [
         f"{advice['path']} ({advice['source']}): {advice['steps_known']} norms, "
-        + ("every step" if advice["every"] == 1 else f"one in {advice['every']} steps")
-        + f", median {advice['median_norm']:.4g}",
+        + ("" if advice["every"] == 1 else f"one in {advice['every']} steps, ")
+        + f"median {advice['median_norm']:.4g}",
         "",
         advice["verdict"],
         advice["uncertainty"],

@@ -163,9 +163,9 @@ def test_outcome_counts():
 
 
 def load_series_from(values):
-    from hf_adaclip.audit.ingest import _foreign
+    from hf_adaclip.audit.series import of_rows
 
-    return _foreign(Path("memory"), "CSV", [(i, float(v), math.nan) for i, v in enumerate(values)])
+    return of_rows(Path("memory"), "CSV", [(i, float(v), math.nan) for i, v in enumerate(values)])
 
 
 def test_replay_command(tmp_path, capsys):
