@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.errors import UnsupportedSetupError
+from hf_adaclip.gradients.transfer import HOST
 
 
 class EnginePort:
@@ -58,7 +59,7 @@ class EnginePort:
     @property
     def norm(self) -> Tensor:
         """Global norm of the step that was just taken, before clipping, float32, shape `[]` in host memory (the engine has read it)."""
-        return torch.tensor(_norm_of(self._engine.get_global_grad_norm()), dtype=torch.float32)
+        return torch.tensor(_norm_of(self._engine.get_global_grad_norm()), dtype=torch.float32, device=HOST)
 
     def detach(self) -> None:
         """Remove the hooks; the engine keeps the last threshold."""

@@ -50,9 +50,10 @@ class DeviceRing:
     """
 
     def __init__(self, capacity: int, num_tensors: int, device: torch.device) -> None:
-        self._rows = torch.full((capacity, len(COLUMNS)), math.nan, device=device)
-        self._norms = torch.full((capacity, num_tensors), math.nan, device=device) if num_tensors else None
-        self._nan = torch.tensor(math.nan, device=device)
+        self._rows = torch.full((capacity, len(COLUMNS)), math.nan, dtype=torch.float32, device=device)
+        of_tensors = (capacity, num_tensors)
+        self._norms = torch.full(of_tensors, math.nan, dtype=torch.float32, device=device) if num_tensors else None
+        self._nan = torch.tensor(math.nan, dtype=torch.float32, device=device)
         self._filled = 0
 
     def __len__(self) -> int:
