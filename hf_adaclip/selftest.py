@@ -23,8 +23,9 @@ SPIKE = 1000.0
 """How many times the calm norm the planted spike has."""
 PLANTED = 256.0
 """Every number of the copies: all dtypes hold it and what clipping leaves of it. The norm is reckoned up to the threshold's size."""
-REACHABLE = 1e15
-"""A threshold above this is tested as 1: its spike, or the square of that, is no float32, so no norm would get there."""
+USUAL = 1e-3, 1e15
+"""A threshold outside is tested as 1. Above, its spike or the square of that is no float32, so no norm would get there; below, the small
+constants that methods add to a norm or a spread let every spike through, which is theirs to do."""
 TOLERANCE = 0.01
 """Relative difference of two norms of the same gradient that rounding explains (bfloat16: 1 in 256)."""
 _MAX_CALM_STEPS = 300
@@ -50,7 +51,7 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
     if CONTROLLERS[config.controller].fine:
         return  # no threshold of its own; the measurement in the first step covers it
     level = max(static_threshold, config.min_threshold or 0.0)
-    if level > REACHABLE:
+    if not USUAL[0] <= level <= USUAL[1]:
         config, static_threshold, level = config.replace(min_threshold=None, static_threshold=1.0), 1.0, 1.0
     copies = [_planted(p) for p in _representatives(like)]
     if not copies:

@@ -50,7 +50,7 @@ def test_eight_threads_take_a_hundred_norms_each(dtype):
 
 def test_runs_in_threads_are_the_runs_one_after_another(lane):
     def work(seed):
-        return decisions("adaptive", torch.bfloat16, seed=seed, size=70_000)
+        return repr(decisions("adaptive", torch.bfloat16, seed=seed, size=20_000, steps=32))
 
     alone = [work(seed) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
@@ -148,7 +148,7 @@ def test_a_norm_in_inference_mode_leaves_a_buffer_that_can_be_used_outside():
             return float(tensor_norms([gradient])[0])
 
     with ThreadPoolExecutor(1) as pool:  # a new thread, whose buffer is not made yet
-        assert [pool.submit(work, inference).result() for inference in (True, False)] == [2**8.5, 2**8.5]
+        assert [pool.submit(work, inference).result() for inference in (True, False)] == pytest.approx([2**8.5] * 2)
 
 
 # -- kinds of gradients ----------------------------------------------------------------------------------------------

@@ -15,10 +15,20 @@ from hf_adaclip.gradients.transfer import HOST, copy_into, moved
 PACKAGE = Path(hf_adaclip.__file__).parent
 TRANSFER = PACKAGE / "gradients" / "transfer.py"
 # Of `torch`, what makes a tensor out of nothing or of numbers of the host.
-FACTORIES = (
-    "arange empty empty_strided eye full linspace logspace ones rand randint randn randperm range scalar_tensor tensor "
-    "as_tensor asarray zeros"
-).split()
+FACTORIES = {
+    "arange",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+}
+FACTORIES |= {"randperm", "scalar_tensor", "tensor", "as_tensor", "asarray", "zeros"}
 
 
 def calls(path):
