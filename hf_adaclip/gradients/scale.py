@@ -20,6 +20,8 @@ def scale_(gradients: list[Tensor], coefficient: Value) -> None:
         coefficient: float32; shape `[]` for one factor on all, `[len(gradients)]` for one each. A tensor is never read by the host;
             a number in host memory that is exactly 1 saves the whole pass.
     """
+    if isinstance(coefficient, np.ndarray) and not coefficient.ndim:
+        coefficient = coefficient[()]  # one factor on all, of a run whose other numbers are arrays
     if not isinstance(coefficient, Tensor | np.ndarray) and coefficient == 1:
         return
     gradients = [local_part(g) for g in gradients]  # of a DTensor this rank scales what it holds
