@@ -180,9 +180,9 @@ class AdaptiveClipper:
             raise StateError(
                 "`clip_` must be called before `close`, but this clipper was closed. Make a new one for a new run."
             )
+        check_loss(loss)
         if self._follower is not None:
             return self._follower.follow(lambda total: self._observe(loss, total.device))
-        check_loss(loss)
         gradients = collect(parameters).required()
         if self._port is not None:
             if not self._port.syncs_now:

@@ -160,7 +160,8 @@ class AdaptiveClipConfig(HyperParameters):
     def __post_init__(self) -> None:
         if isinstance(self.parameter_rules, str):
             object.__setattr__(self, "parameter_rules", json_or_text(self.parameter_rules))
-        if self.static_threshold == "inf":  # as `to_dict` writes it, because JSON has no infinity
+        threshold: Any = self.static_threshold
+        if threshold == "inf":  # as `to_dict` writes it, because JSON has no infinity
             object.__setattr__(self, "static_threshold", math.inf)
         problems = type_problems(self)
         if not problems:

@@ -6,6 +6,8 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hf_adaclip.gradients.transfer import HOST, moved
+
 COLUMNS: Final = ("norm", "threshold", "coefficient", "pace", "reason", "loss", "loss_scale", "reach", "applied_norm")
 _APPLIED: Final = COLUMNS.index("applied_norm")
 
@@ -98,7 +100,7 @@ class HostRing:
             self._norms.append(norms.tolist())
 
     def set_applied(self, norm: Tensor) -> None:
-        self._rows[-1][_APPLIED] = float(norm.numpy())
+        self._rows[-1][_APPLIED] = float(moved(norm, HOST).numpy())
 
     def drain(self) -> Rows:
         rows = Rows(self._rows, self._norms or None)

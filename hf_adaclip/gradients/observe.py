@@ -7,19 +7,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_adaclip.controllers.ops import Ops, Value, tensor_ops
+from hf_adaclip.controllers.ops import Ops, TensorOps, Value, tensor_ops
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.sharding import is_sharded, summed_part
 from hf_adaclip.gradients.transfer import HOST, moved
 
 
 def to_value(tensor: Tensor, ops: Ops) -> Value:
-    """A float32 tensor as the kind of number that `ops` works on.
+    """A float32 tensor as the kind of number that `ops` works on, where a run keeps them.
 
-    Numbers of the host come from memory of the host: of a tensor that is elsewhere (a loss scale beside offloaded gradients) the copy is
-    waited for.
+    That is where the first gradient was in its first step. In a model that is partly in host memory (an embedding) another gradient may
+    be the first later, or the loss scale be elsewhere.
     """
-    return moved(tensor, HOST).numpy()[()] if ops.on_host else tensor
+    if isinstance(ops, TensorOps):
+        return moved(tensor, ops.device)
+    return moved(tensor, HOST).numpy()[()]
 
 
 def check_loss(loss: Any) -> None:

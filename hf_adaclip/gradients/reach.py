@@ -96,6 +96,7 @@ class ReachEstimate:
         way = self._start - self._look(self._parameters)
         g = self._look([there.get(position) for position in self._order])
         pace = self.pace if isinstance(self.pace, Tensor) else float(self.pace)
+        norm = moved(norm, self._device)
         weight = pace * pace * self._rate / (norm + _TINY)
         usable = norm < math.inf
         # A NaN times 0 is a NaN: what is not usable has to be left out by choice.

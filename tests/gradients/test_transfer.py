@@ -2,13 +2,15 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import hf_adaclip
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.audit.ring import HostRing
+from hf_adaclip.controllers.ops import SCALAR, TensorOps
 from hf_adaclip.gradients.observe import to_value
 from hf_adaclip.gradients.transfer import HOST, copy_into, moved
 
@@ -96,19 +98,37 @@ class Elsewhere:
 
 
 def test_a_copy_to_the_host_is_waited_for_and_one_to_an_accelerator_is_not():
-    there = Elsewhere()
+    there: Any = Elsewhere()
     moved(there, HOST)
     moved(there, torch.device("cuda", 1))
     assert moved(there, torch.device("cuda", 0)) is there
-    here = Elsewhere("cpu")
+    here: Any = Elsewhere("cpu")
     moved(here, torch.device("cuda", 0))
     assert there.asked == [("cpu", False), ("cuda", True)]
     assert here.asked == [("cuda", True)]
 
 
 def test_a_number_for_the_host_is_fetched_from_where_it_is():
-    there = Elsewhere()
+    there: Any = Elsewhere()
     assert to_value(there, SCALAR) == np.float32(3)
+    assert there.asked == [("cpu", False)]
+
+
+def test_a_number_for_an_accelerator_is_brought_there():
+    """Another gradient may be the first one than in the first step, and be elsewhere: the run's numbers stay where they are."""
+    here: Any = Elsewhere("cpu")
+    value = to_value(here, TensorOps(torch.device("cuda", 0)))
+    assert value.device == torch.device("cuda", 0)
+    assert here.asked == [("cuda", True)]
+    assert to_value(value, TensorOps(torch.device("cuda", 0))) is value
+
+
+def test_a_measured_norm_is_fetched_too():
+    ring = HostRing(4)
+    ring.append((np.float32(1),) * 8)
+    there: Any = Elsewhere()
+    ring.set_applied(there)
+    assert ring.drain().values[0][-1] == 3.0
     assert there.asked == [("cpu", False)]
 
 
@@ -132,7 +152,12 @@ def test_gradients_of_several_kinds_are_fetched_in_one_copy_for_each_kind(monkey
     from hf_adaclip.gradients import norms
 
     copies = []
-    monkeypatch.setattr(norms, "moved", lambda tensor, device: copies.append(tensor.shape) or tensor)
+
+    def noting(tensor, device):
+        copies.append(tuple(tensor.shape))
+        return tensor
+
+    monkeypatch.setattr(norms, "moved", noting)
     gradients = [torch.ones(n, dtype=t) for n in (1, 2, 3) for t in (torch.float32, torch.bfloat16, torch.float64)]
     found = norms.tensor_norms(gradients)
     assert found.tolist() == pytest.approx([n**0.5 for n in (1, 2, 3) for _ in range(3)])
