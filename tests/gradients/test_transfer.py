@@ -101,7 +101,8 @@ def test_a_copy_to_the_host_is_waited_for_and_one_to_an_accelerator_is_not():
     there: Any = Elsewhere()
     moved(there, HOST)
     moved(there, torch.device("cuda", 1))
-    assert moved(there, torch.device("cuda", 0)) is there
+    same: Any = moved(there, torch.device("cuda", 0))
+    assert same is there
     here: Any = Elsewhere("cpu")
     moved(here, torch.device("cuda", 0))
     assert there.asked == [("cpu", False), ("cuda", True)]
