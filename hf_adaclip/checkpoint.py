@@ -11,11 +11,13 @@ from torch import Tensor
 
 from hf_adaclip.audit.anchors import global_step_of
 from hf_adaclip.audit.records import new_fields, revisions, state_problem
+from hf_adaclip.audit.schema import plain
 from hf_adaclip.audit.tail import HASH
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import build_controller
 from hf_adaclip.controllers.ops import SCALAR
 from hf_adaclip.errors import ConfigError, StateError
+from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.statistics import RunStatistics
 
 STATE_FILE: Final = "clip_state.safetensors"
@@ -49,8 +51,12 @@ def write_state(path: Path, tensors: dict[str, Tensor], config: AdaptiveClipConf
 
     folder = _TRAINER_FOLDER.fullmatch(path.parent.name)
     metadata = {**metadata, **revisions(config), "trainer_step": None if folder is None else int(folder.group(1))}
-    text = {"schema": str(STATE_SCHEMA), "config": json.dumps(config.to_dict()), "metadata": json.dumps(metadata)}
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(path), metadata=text)
+    text = {
+        "schema": str(STATE_SCHEMA),
+        "config": json.dumps(config.to_dict()),
+        "metadata": json.dumps(plain(metadata)),
+    }
+    save_file({k: moved(v.detach(), HOST).contiguous().clone() for k, v in tensors.items()}, str(path), metadata=text)
 
 
 class SavedState(NamedTuple):
@@ -241,7 +247,8 @@ def _compare(path: Path, saved: AdaptiveClipConfig, config: AdaptiveClipConfig) 
     if {saved.on_trouble, config.on_trouble} == {"continue", "stop"}:
         changed.remove("on_trouble")  # the two decide alike and differ only in what is done about it
     if changed:
-        lines = "; ".join(f"`{k}` was {before[k]!r} and is {now[k]!r}" for k in changed)
+        names = {"static_threshold": "`static_threshold` (in a Trainer `max_grad_norm`)"}
+        lines = "; ".join(f"{names.get(k, f'`{k}`')} was {before[k]!r} and is {now[k]!r}" for k in changed)
         raise StateError(
             f"`clip` must be as it was when the checkpoint was written, but {lines}. Pass the config of the checkpoint, "
             f"or delete {path} to start the controller afresh."

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_adaclip.accelerator import AcceleratorPort, Slot
 from hf_adaclip.alerts import Alerts
 from hf_adaclip.checkpoint import state_file
-from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
+from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.controllers import leaves_out
 from hf_adaclip.controllers.base import coefficient_of, is_finite_norm
 from hf_adaclip.controllers.ops import Value
@@ -25,6 +25,7 @@ from hf_adaclip.events import ClipEvent
 from hf_adaclip.following import EngineFollower
 from hf_adaclip.gradients import (
     Guards,
+    check_loss,
     collect,
     global_norm,
     observe_loss,
@@ -33,7 +34,8 @@ from hf_adaclip.gradients import (
     to_value,
 )
 from hf_adaclip.gradients.fold import scale_of
-from hf_adaclip.gradients.norms import Parameters
+from hf_adaclip.gradients.norms import Parameters, as_tensors
+from hf_adaclip.gradients.reach import check_rates
 from hf_adaclip.lifetime import detach, let_go, weakly
 from hf_adaclip.per_parameter import PerParameter
 from hf_adaclip.ranks import RankCheck
@@ -100,7 +102,7 @@ class AdaptiveClipper:
     ) -> None:
         config = AdaptiveClipConfig.resolve(clip).resolved()
         if static_threshold is not None:
-            config = config.replace(static_threshold=float(static_threshold))
+            config = config.replace(static_threshold=as_number(static_threshold))
         if ledger != "auto":
             config = config.replace(ledger=None if ledger is None else str(ledger))
         optimizers = (
@@ -169,7 +171,7 @@ class AdaptiveClipper:
 
         Args:
             parameters: Any iterable of parameters, or one tensor.
-            loss: Training loss of this step, a scalar. Recorded; needed by `divergence_spreads`.
+            loss: Training loss of this step, one real number. Recorded; needed by `divergence_spreads`.
             measure: Whether to measure and record the norm that really reaches the optimizer (one more read of the gradients, on
                 the device). By default once in 50 steps.
 
@@ -177,9 +179,9 @@ class AdaptiveClipper:
             The norm before clipping, float32, shape `[]`, on the gradients' device.
 
         Raises:
-            ConfigError: There is no parameter, or none has a gradient.
-            UnsupportedSetupError: A gradient is sparse, or on a device that is not supported.
-            UnsupportedSetupError: Two sets of parameters take turns within one step.
+            ConfigError: `parameters` are no tensors, or none has a gradient; or `loss` is not one real number.
+            UnsupportedSetupError: A gradient is sparse, of a dtype that has no norm, or on a device that is not supported; or two sets
+                of parameters take turns within one step.
             StateError: The state was loaded from, or made for, other parameters.
             NonFiniteGradientError: Too many steps in a row were not finite (noticed when the rows are read).
         """
@@ -187,6 +189,7 @@ class AdaptiveClipper:
             raise StateError(
                 "`clip_` must be called before `close`, but this clipper was closed. Make a new one for a new run."
             )
+        check_loss(loss)
         if self._follower is not None:
             return self._follower.follow(lambda total: self._observe(loss, total.device))
         gradients = collect(parameters).required()
@@ -282,8 +285,7 @@ class AdaptiveClipper:
         """
         if parameters is None:
             parameters = self._guards.parameters
-        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        check_on_a_copy(self.config, self._run.static_threshold, given)
+        check_on_a_copy(self.config, self._run.static_threshold, as_tensors(parameters))
         if self._follower is not None:
             self._follower.attach()
         elif self._port is not None:
@@ -394,6 +396,8 @@ def _check_optimizer(config: AdaptiveClipConfig, optimizers: tuple[Any, ...], ac
             f"`optimizer` must be given when `max_pace` > 1 (it is {config.max_pace}), but is None instead: "
             "the pace multiplies its learning rate."
         )
+    if config.max_pace > 1:
+        check_rates(optimizers)
     if config.works_on == "element" and not optimizers and accelerator is None:
         raise ConfigError(
             f"`optimizer` must be given with controller '{config.controller}', but is None instead: its bound follows from the "

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -45,7 +46,7 @@ class AdaptiveClipConfig(HyperParameters):
         default=None,
         metadata={
             "help": "Largest gradient norm allowed while the controller warms up, in shadow mode, and as long as `ceiling_share` holds. "
-            "Unset: `max_grad_norm` of the Trainer, 1.0 elsewhere."
+            "Unset: `max_grad_norm` of the Trainer, 1.0 elsewhere. 'inf' never acts."
         },
     )
     shadow: bool = field(
@@ -159,6 +160,9 @@ class AdaptiveClipConfig(HyperParameters):
     def __post_init__(self) -> None:
         if isinstance(self.parameter_rules, str):
             object.__setattr__(self, "parameter_rules", json_or_text(self.parameter_rules))
+        threshold: Any = self.static_threshold
+        if threshold == "inf":  # as `to_dict` writes it, because JSON has no infinity
+            object.__setattr__(self, "static_threshold", math.inf)
         problems = type_problems(self)
         if not problems:
             problems = range_problems(self)
@@ -290,7 +294,12 @@ class AdaptiveClipConfig(HyperParameters):
         return cls(**bitsandbytes_fields(percentile_clipping))
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All fields, ready for strict JSON: an infinite threshold is the string "inf"."""
+        values = dataclasses.asdict(self)
+        for fields in (values, *(values["parameter_rules"] or {}).values()):
+            if isinstance(fields, dict) and fields.get("static_threshold") == math.inf:
+                fields["static_threshold"] = "inf"
+        return values
 
     def to_json(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -298,6 +307,16 @@ class AdaptiveClipConfig(HyperParameters):
     def replace(self, **changes: Any) -> "AdaptiveClipConfig":
         """A copy with some fields changed; the copy is validated like any other config."""
         return dataclasses.replace(self, **changes)
+
+
+def as_number(value: Any) -> Any:
+    """What was given as a number, as a float; what is none, text among it, stays as it is for the checks of types to report."""
+    if isinstance(value, str | bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return value
 
 
 ClipArgument: TypeAlias = str | Path | AdaptiveClipConfig

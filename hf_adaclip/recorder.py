@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_adaclip.audit.ledger import Ledger
 from hf_adaclip.audit.records import Summary, revisions, state_to_json, step_record
 from hf_adaclip.audit.ring import COLUMNS, DeviceRing, HostRing, Ring
+from hf_adaclip.audit.schema import plain
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.controllers.ops import Ops, Value
@@ -224,7 +225,7 @@ def ledger_header(
         "controller": config.controller,
         **revisions(config),
         "exact": exact,
-        "static_threshold": static_threshold,
+        "static_threshold": plain(static_threshold),
         "device": device.type,
         "world_size": torch.distributed.get_world_size() if distributed else 1,
         "seed": torch.initial_seed(),

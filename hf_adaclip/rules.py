@@ -54,7 +54,7 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
 )
 # The same for fields that may be None.
 _OPTIONAL_RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
-    ("static_threshold", 0.0, math.inf, False, False),
+    ("static_threshold", 0.0, math.inf, False, True),
     ("pace_start", 1, math.inf, True, False),
     ("freeze_after", 0, math.inf, True, False),
     ("min_threshold", 0.0, math.inf, False, False),

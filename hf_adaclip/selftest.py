@@ -23,14 +23,20 @@ from hf_adaclip.gradients.guard import NOT_UNSCALED
 
 SPIKE = 1000.0
 """How many times the calm norm the planted spike has."""
+PLANTED = 256.0
+"""Every number of the copies: all dtypes hold it and what clipping leaves of it. The norm is reckoned up to the threshold's size."""
+USUAL = 1e-3, 1e15
+"""A threshold outside is tested as 1. Above, its spike or the square of that is no float32, so no norm would get there; below, the small
+constants that methods add to a norm or a spread let every spike through, which is theirs to do."""
 TOLERANCE = 0.01
 """Relative difference of two norms of the same gradient that rounding explains (bfloat16: 1 in 256)."""
 _MAX_CALM_STEPS = 300
 _MAX_NUMBERS = 4096
+_NUMBERS = 64
 
 
 def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: Sequence[Tensor]) -> None:
-    """Plant a spike on copies of a few small parameters, one of every device and dtype, and see it cut.
+    """Plant a spike on small tensors, one of every device, dtype and kind that parameters have, and see it cut.
 
     The controller is a new one under the same config, fed with a calm series first. Neither the parameters nor any state of the
     run are touched.
@@ -45,28 +51,30 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
     """
     if CONTROLLERS[config.controller].fine:
         return  # no threshold of its own; the measurement in the first step covers it
-    copies = [torch.ones_like(p, requires_grad=False) for p in _representatives(like)]
+    level = max(static_threshold, config.min_threshold or 0.0)
+    if not USUAL[0] <= level <= USUAL[1]:
+        config, static_threshold, level = config.replace(min_threshold=None, static_threshold=1.0), 1.0, 1.0
+    copies = [_planted(p) for p in _representatives(like)]
     if not copies:
         return
     controller = build_controller(config)
     device = copies[0].device
     ops = ops_for(device, ())
     state = controller.init(ops, ())
-    calm = max(static_threshold, config.min_threshold or 0.0) / 2
-    static = ops(static_threshold)
+    calm, static = level / 2, ops(static_threshold)
+    # What one unit of the copies' norm stands for.
+    unit = SPIKE * calm / (PLANTED * math.sqrt(sum(c.numel() for c in copies)))
     with torch.no_grad(), np.errstate(all="ignore"):
-        unit = float(global_norm(tensor_norms(copies)))
         for _ in range(min(config.warmup_observations, _MAX_CALM_STEPS) + 1):
             seen = Observation(ops(calm), ops(math.nan), static)
             _, state = controller.update(state, seen)
-        scale_(copies, ops(SPIKE * calm / unit))
-        planted = to_value(global_norm(tensor_norms(copies)), ops)
+        planted = to_value(global_norm(tensor_norms(copies)), ops) * ops(unit)
         decision, _ = controller.update(
             state, Observation(planted, ops(math.nan), static, is_finite_norm(planted, ops))
         )
         scale_(copies, decision.coefficient)
         # By another way than the one that is under test.
-        left = math.sqrt(sum(float(_whole(c).double().square().sum()) for c in copies))
+        left = unit * math.sqrt(sum(float(_whole(c).abs().double().square().sum()) for c in copies))
     allowed = float(decision.threshold) * (1 + TOLERANCE)
     if not left <= allowed or not left < SPIKE * calm / 10:
         raise ClippingDefeatedError(
@@ -76,17 +84,23 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
 
 
 def _representatives(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The largest parameter of moderate size for every device and dtype."""
+    """One trainable parameter for every device, dtype and kind: the largest of moderate size, or else the smallest."""
     chosen: dict[Any, Tensor] = {}
     for p in parameters:
         key = (p.device, p.dtype, type(p).__name__)
-        if (
-            p.requires_grad
-            and 0 < p.numel() <= _MAX_NUMBERS
-            and (key not in chosen or p.numel() > chosen[key].numel())
-        ):
-            chosen[key] = p.detach()
+        if p.requires_grad and p.numel() and not p.is_meta:
+            sizes = [q.numel() for q in (p, chosen.get(key, p))]
+            moderate = [size for size in sizes if size <= _MAX_NUMBERS]
+            if key not in chosen or sizes[0] == (max(moderate) if moderate else min(sizes)):
+                chosen[key] = p.detach()
     return list(chosen.values())
+
+
+def _planted(parameter: Tensor) -> Tensor:
+    """A tensor like this one, and small if it is a plain one: of others the shape may matter, such as for how ranks share it."""
+    if type(parameter) is Tensor:
+        return torch.full((_NUMBERS,), PLANTED, dtype=parameter.dtype, device=parameter.device)
+    return torch.full_like(parameter, PLANTED, requires_grad=False)
 
 
 def _whole(tensor: Tensor) -> Tensor:

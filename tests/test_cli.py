@@ -91,7 +91,7 @@ def test_the_gauntlet_on_norms_of_ones_own(tmp_path, capsys):
     assert found["stream"].endswith("clip_ledger.jsonl")
     assert set(found["verdicts"]) == {"static", "adaptive"}
     assert main(["gauntlet", "--controllers", "static", *stream, "--max-grad-norm", "0"]) == 2
-    assert "`--max-grad-norm` must be finite and above 0" in capsys.readouterr().err
+    assert "`--max-grad-norm` must be above 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["gauntlet", "--seeds", "none"])
     assert main(["gauntlet", "--controllers", "static", "--seeds", "0"]) == 2

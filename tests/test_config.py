@@ -28,7 +28,6 @@ def test_every_problem_is_reported_at_once_with_field_rule_and_value():
         ("decay", float("nan")),
         ("max_pace", float("inf")),
         ("static_threshold", 0.0),
-        ("static_threshold", float("inf")),
         ("history", 9),
         ("ring_capacity", 0),
         ("accept_after", 1),

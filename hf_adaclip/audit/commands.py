@@ -312,7 +312,8 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _positive(given: float | None, recorded: Any) -> float:
+    recorded = math.inf if recorded == "inf" else recorded
     value = given if given is not None else (recorded if isinstance(recorded, int | float) else 1.0)
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"`--max-grad-norm` must be finite and above 0, but is {value} instead.")
+    if not value > 0:
+        raise ConfigError(f"`--max-grad-norm` must be above 0, but is {value} instead.")
     return float(value)

@@ -12,6 +12,7 @@ from hf_adaclip.audit.schema import number, number_or_null, parse_number
 from hf_adaclip.controllers import CONTROLLERS, Controller, Reason, build_controller
 from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.ops import ARRAY, SCALAR, Ops, Shape, Value, ops_of
+from hf_adaclip.gradients.transfer import HOST, moved
 
 
 def step_record(step: int, row: dict[str, float], seconds: float, norms: list[float] | None) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def state_fields(state: tuple[Value, ...]) -> dict[str, Value]:
 def state_to_tensors(state: tuple[Value, ...]) -> dict[str, Tensor]:
     """The values of a state by name, as tensors."""
     return {
-        name: torch.as_tensor(np.asarray(v)) if not isinstance(v, Tensor) else v
+        name: torch.from_numpy(np.array(v)) if not isinstance(v, Tensor) else v
         for name, v in state_fields(state).items()
     }
 
@@ -174,13 +175,13 @@ def state_from_tensors(
             raise ValueError(
                 f"`{name}` of the state has shape {list(value.shape)}, these parameters need {list(want)}"
             )
-        if problem := state_problem(name, value.cpu(), first):
+        if problem := state_problem(name, moved(value, HOST), first):
             raise ValueError(problem)
         if ops.on_host:
-            array = value.cpu().numpy().copy()
+            array = moved(value, HOST).numpy().copy()
             values.append(array if want else array[()])
         else:
-            values.append(value.to(device))
+            values.append(moved(value, device))
     return type(template)(*values)  # type: ignore[no-any-return]
 
 
@@ -203,8 +204,8 @@ def state_from_json(controller: Controller[Any], values: dict[str, Any], ops: Op
     def convert(value: Any) -> Any:
         return [convert(v) for v in value] if isinstance(value, list) else parse_number(value)
 
-    tensors = {name: torch.tensor(convert(value), dtype=torch.float32) for name, value in values.items()}
-    return state_from_tensors(controller, tensors, ops, shape, torch.device("cpu"))
+    tensors = {name: torch.tensor(convert(value), dtype=torch.float32, device=HOST) for name, value in values.items()}
+    return state_from_tensors(controller, tensors, ops, shape, HOST)
 
 
 def state_bytes(state: tuple[Value, ...]) -> bytes:

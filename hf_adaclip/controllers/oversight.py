@@ -197,7 +197,9 @@ class GovernedController(Controller[Any]):
         best = ops.where(started, ops.minimum(mine.loss_best, mean), mean)
         bad = ops.where(mean > best + ops(self.divergence_spreads) * spread, mine.bad + one, zero)
 
-        sane = ~finite | ((threshold > zero) & (threshold < ops(float("inf"))))
+        # Infinite is what a static threshold may be that never acts, and nothing else.
+        endless = (threshold == ops(float("inf"))) & (observation.static_threshold < threshold)
+        sane = ~finite | ((threshold > zero) & ~endless)
         trouble = ops.where(sane, zero, ops(float(Reason.TROUBLE_STATISTICS)))
         if self.divergence_spreads > 0:
             # Again after every further M steps: a run that is resumed into its divergence is not left alone.

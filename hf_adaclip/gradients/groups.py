@@ -15,6 +15,7 @@ from hf_adaclip.controllers.ops import Ops, Value
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.observe import to_value
+from hf_adaclip.gradients.transfer import moved
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -199,7 +200,9 @@ class GroupNorms:
             places = self._member_of[gradients.present]
             absent = ~np.isin(np.arange(self._size), places)
             on_host = (places, absent)
-            self._index, self._absent = on_host if ops.on_host else (torch.from_numpy(a).to(device) for a in on_host)
+            self._index, self._absent = (
+                on_host if ops.on_host else (moved(torch.from_numpy(a), device) for a in on_host)
+            )
         return self._index
 
 

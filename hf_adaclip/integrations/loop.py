@@ -24,6 +24,7 @@ from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.convergence.energy import open_meter
 from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, Point, Stopwatch, append_point, read_points, write_points
+from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.integrations.script import ClipArguments, Ingredients
 from hf_adaclip.integrations.trainer import LEDGER_FILE, pace_start
 
@@ -180,7 +181,7 @@ class _Loop:
 
     def train(self) -> dict[str, float]:
         step = self._resume()
-        total = torch.zeros((), device=self._accelerator.device)
+        total = torch.zeros((), dtype=torch.float32, device=self._accelerator.device)
         begun, done = step, step >= self._steps
         bar = tqdm(
             total=self._steps,
@@ -249,8 +250,8 @@ class _Loop:
             losses.append(self._accelerator.gather_for_metrics(outputs.loss.detach().repeat(rows)))
             if self._parts.compute_metrics is not None:
                 both = self._accelerator.gather_for_metrics((outputs.logits, batch["labels"]))
-                scores.append(both[0].float().cpu())
-                labels.append(both[1].cpu())
+                scores.append(moved(both[0].float(), HOST))
+                labels.append(moved(both[1], HOST))
         self.model.train()
         metrics = {"eval_loss": float(torch.cat(losses).float().mean())}
         if self._parts.compute_metrics is not None:

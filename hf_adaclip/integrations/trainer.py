@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_adaclip.audit.run_report import clipping_section, load_run
 from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.clipper import AdaptiveClipper
-from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
+from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.convergence.callback import ConvergenceCallback
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError, TrainingTroubleError, UnsupportedSetupError
 from hf_adaclip.events import ClipEvent
@@ -99,7 +99,7 @@ class AdaptiveClipMixin(_Base):
                 one_step_late=True
             )  # what is not possible there is refused here, not at the first step
         if config.static_threshold is None:
-            config = config.replace(static_threshold=float(self.args.max_grad_norm))
+            config = config.replace(static_threshold=as_number(self.args.max_grad_norm))
         return config
 
     # -- the run -------------------------------------------------------------------------------------------------
@@ -306,10 +306,15 @@ def _check_seam() -> None:
         )
 
 
-def _check_max_grad_norm(value: float | None) -> None:
+def _check_max_grad_norm(value: Any) -> None:
+    if isinstance(value, bool) or (value is not None and not isinstance(as_number(value), float)):
+        raise ConfigError(
+            f"`max_grad_norm` must be a number, but is {value!r} instead: pass 1.0, or `inf` for a threshold that never acts. "
+            "'auto' belongs into a DeepSpeed JSON, which takes the Trainer's number for it."
+        )
     if value is None or not value > 0:
         raise ConfigError(
             f"`max_grad_norm` must be above 0 under adaptive clipping, but is {value} instead: transformers would never call the "
             "clipping seam. It is the threshold of the warm-up, and the ceiling where it cut most of that: keep the default 1.0, or "
-            "set one that never acts, such as 1e9."
+            "set `inf`, which never acts."
         )
