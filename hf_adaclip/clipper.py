@@ -178,8 +178,7 @@ class AdaptiveClipper:
 
         Raises:
             ConfigError: There is no parameter, or none has a gradient.
-            UnsupportedSetupError: A gradient is sparse, or on a device that is not supported.
-            UnsupportedSetupError: Two sets of parameters take turns within one step.
+            UnsupportedSetupError: A gradient is sparse or on a device that is not supported, or two sets of parameters take turns.
             StateError: The state was loaded from, or made for, other parameters.
             NonFiniteGradientError: Too many steps in a row were not finite (noticed when the rows are read).
         """
