@@ -134,7 +134,7 @@ class Guards:
             # Every optimizer passes over parameters without a gradient: no weight, moment or counter of theirs moves.
             _drop([gradients.parameters[i] for i in gradients.present])
         if self._guards:
-            self._strangers.watch([gradients.parameters[i] for i in gradients.present])
+            self._strangers.watch(gradients.parameters)
 
         def take_measure() -> None:
             tensors = [g for i in gradients.present if (g := gradients.parameters[i].grad) is not None]
@@ -242,7 +242,7 @@ class _Strangers:
             self._ids = {id(p) for p in self._parameters}
         if theirs.isdisjoint(self._ids):
             return
-        waiting = [p for p in guards._untouched(self._parameters) if id(p) in theirs]
+        waiting = [p for p in guards._untouched(self._parameters) if id(p) in theirs and p.grad is not None]
         if waiting:
             if bool(guards._skip):  # a host read, where a device has the flag
                 _drop(waiting)
