@@ -300,7 +300,7 @@ SETTINGS: dict[str, Setting] = {
     "padded batches and accumulation": Setting(
         {"gradient_accumulation_steps": 2}, data=lambda: Rows(ragged=True), more=_ragged
     ),
-    "two loader processes": Setting({"dataloader_num_workers": 2, "dataloader_persistent_workers": True}),
+    "two loader processes": Setting({"dataloader_num_workers": 2}),
     "an iterable dataset": Setting(data=Stream),
     "a retry with a smaller batch": Setting(
         {"auto_find_batch_size": True, "per_device_train_batch_size": 5, "max_grad_norm": 0.95}, base=_SmallMemory
