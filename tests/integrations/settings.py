@@ -85,6 +85,7 @@ class Setting:
         model: Builds the model.
         data: Builds the data, to train on and to evaluate on.
         base: The Trainer class.
+        of_trl: It is TRL's for supervised fine-tuning instead, which is imported only here.
         more: Further arguments of the Trainer, made for a model and its arguments.
         resume: The run is cut off half way and gone on with from its checkpoint, by another Trainer.
         cut: How many of the steps `max_grad_norm` cuts: some, all or none.
@@ -95,6 +96,7 @@ class Setting:
     model: Callable[[], Any] = llama
     data: Callable[[], Any] = Rows
     base: type[Trainer] = Trainer
+    of_trl: bool = False
     more: Callable[[Any, Any], dict[str, Any]] = lambda model, args: {}
     resume: bool = False
     cut: str = "some"
@@ -122,15 +124,21 @@ def arguments(folder: Path, kind: type = TrainingArguments, **changes: Any) -> A
 def play(setting: Setting, folder: Path, wrap: Callable[[type[Trainer]], type[Trainer]], **clip: Any) -> Trainer:
     """Train once; `wrap` makes the class of the Trainer from the setting's own, and `clip` is what that class takes beside."""
 
+    base, of_arguments = setting.base, TrainingArguments
+    if setting.of_trl:
+        import trl
+
+        base, of_arguments = trl.SFTTrainer, trl.SFTConfig
+
     def trainer(**changes: Any) -> Trainer:
         set_seed(0)
-        args = arguments(folder, **{**setting.args, **changes})
+        args = arguments(folder, of_arguments, **{**setting.args, **changes})
         model = setting.model()
-        made = wrap(setting.base)(
+        made = wrap(base)(
             model=model,
             args=args,
             train_dataset=setting.data(),
-            eval_dataset=Rows(16),
+            eval_dataset=None if setting.of_trl else Rows(16),
             **setting.more(model, args),
             **clip,
         )
@@ -221,6 +229,19 @@ def _ragged(model: Any, args: Any) -> dict[str, Any]:
         return {k: torch.tensor([row[k] + [v] * (most - len(row[k])) for row in rows]) for k, v in fill.items()}
 
     return {"data_collator": padded}
+
+
+def _texts() -> Any:
+    from datasets import Dataset
+
+    texts = ["".join("abcdefghij klm"[t % 14] for t in row["input_ids"]) for row in (Rows()[i] for i in range(ROWS))]
+    return Dataset.from_dict({"text": texts})
+
+
+def _tokenizer(model: Any, args: Any) -> dict[str, Any]:
+    from tests.integrations.test_setups import tokenizer
+
+    return {"processing_class": tokenizer()}
 
 
 class _OwnLoss(Trainer):
@@ -375,6 +396,14 @@ SETTINGS: dict[str, Setting] = {
     "NEFTune": Setting({"neftune_noise_alpha": 5.0, "max_grad_norm": 0.43}),
     "a compute_loss of its own": Setting(base=_OwnLoss),
     "a compute_loss_func": Setting(more=lambda model, args: {"compute_loss_func": _sum_loss}),
+    "SFTTrainer of TRL": Setting(
+        {"bf16": False, "gradient_accumulation_steps": 2, "max_length": 16, "max_grad_norm": 0.95},
+        model=lambda: llama(vocab_size=64),
+        data=_texts,
+        of_trl=True,
+        more=_tokenizer,
+        needs="trl",
+    ),
     "a training_step of its own": Setting({"max_grad_norm": 1.45}, base=_Doubling),
     # The threshold
     "a threshold that always acts": Setting({"max_grad_norm": 1e-3}, cut="all"),
