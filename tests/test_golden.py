@@ -26,7 +26,7 @@ def test_every_controller_is_recorded_and_every_file_is_of_a_run():
 
 def test_most_of_what_can_be_decided_occurs():
     """A golden file pins only what happens in it."""
-    seen = set()
+    seen: set[str] = set()
     for path in FOLDER.glob("*.json"):
         recorded = json.loads(path.read_text())
         place = recorded["step_fields"].index("reason")

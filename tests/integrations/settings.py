@@ -245,7 +245,9 @@ def _tokenizer(model: Any, args: Any) -> dict[str, Any]:
 
 
 class _OwnLoss(Trainer):
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         outputs = model(**inputs)
         loss = outputs["loss"] + 1e-2 * outputs["logits"].square().mean()
         return (loss, outputs) if return_outputs else loss

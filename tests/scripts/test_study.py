@@ -47,7 +47,7 @@ def test_every_task_is_a_command_that_its_script_understands(task, data, tmp_pat
 
 
 def test_what_judges_is_not_what_rules_were_chosen_on(tmp_path):
-    data = {"development": set(), "confirmation": set()}
+    data: dict[str, set[str]] = {"development": set(), "confirmation": set()}
     for task in TASKS.values():
         command = task.command(Place(tmp_path, tmp_path / "base"))
         data[task.group].update(v for k, v in itertools.pairwise(command) if k.endswith("_file"))
