@@ -88,8 +88,8 @@ def test_static_and_shadow_are_the_stock_trainer(name, tmp_path):
     for clip in ("static", SHADOW):
         folder = tmp_path / str(getattr(clip, "controller", clip))
         trainer = play(setting, folder, ours, clip=clip)
-        found = trace(trainer)
-        assert not differences(stock, found), f"under {clip}"
+        different = differences(stock, trace(trainer))
+        assert different == [], f"under {clip}"
         report = verify_ledger(folder / "clip_ledger.jsonl")
         assert report.ok, report.findings
         clipper = getattr(trainer, "clipper")  # noqa: B009 - a class made on the spot has it
