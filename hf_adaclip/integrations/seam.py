@@ -23,6 +23,11 @@ _SEAMS: Final = (
 
 
 def check_seam() -> None:
+    """Whether this transformers has the methods that clipping hangs on.
+
+    Raises:
+        UnsupportedSetupError: One is missing.
+    """
     missing = [name for name in _SEAMS if not callable(getattr(Trainer, name, None))]
     if missing:
         raise UnsupportedSetupError(
@@ -32,6 +37,11 @@ def check_seam() -> None:
 
 
 def check_instance(trainer: Trainer) -> None:
+    """Before adaptive clipping is attached: a method that was put on the object before would go past it.
+
+    Raises:
+        ConfigError: There is one.
+    """
     replaced = [name for name in _SEAMS if name in vars(trainer)]
     if replaced:
         raise ConfigError(
@@ -52,6 +62,11 @@ def warn_of_own_clipping(kind: type, mixin: type) -> None:
 
 
 def check_max_grad_norm(value: float | None) -> None:
+    """Whether transformers calls the seam for this value, at construction and in every step.
+
+    Raises:
+        ConfigError: It does not, or the value is no threshold.
+    """
     if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
         raise ConfigError(
             f"`max_grad_norm` must be above 0 and finite under adaptive clipping, but is {value!r} instead: at 0 transformers never calls "

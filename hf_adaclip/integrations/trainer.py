@@ -128,7 +128,6 @@ class AdaptiveClipMixin(_Base):
                 f"`{type(self).__name__}.__init__` must call `super().__init__(...)`, but it went past AdaptiveClipMixin: nothing would be "
                 "clipped adaptively."
             )
-        check_instance(self)
         # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
         self.clipper = self._step_loss = self._loss_sum = None
         trial = inspect.signature(super()._inner_training_loop).bind(*args, **kwargs).arguments.get("trial")

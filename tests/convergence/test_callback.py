@@ -37,7 +37,13 @@ def test_evaluation_is_not_training_time(tmp_path):
 
 def test_tokens_and_samples_are_counted(tmp_path):
     args = arguments(tmp_path, include_num_input_tokens_seen="all", **EVAL)
-    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=dataset().select(range(16)))
+    trainer = build(
+        AdaptiveClipTrainer,
+        tmp_path,
+        args=args,
+        eval_dataset=dataset().select(range(16)),
+        callbacks=[ConvergenceCallback()],
+    )
     run(trainer)
     point = read_points(tmp_path / "convergence.jsonl")[1]
 
@@ -62,11 +68,11 @@ def test_the_time_between_an_evaluation_and_the_checkpoint_is_not_lost(tmp_path)
         tmp_path, save_strategy="steps", save_steps=25, eval_strategy="steps", eval_steps=20, max_steps=40
     )
     few = dataset().select(range(16))
-    run(build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few))
+    run(build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few, callbacks=[ConvergenceCallback()]))
     whole = read_points(tmp_path / "convergence.jsonl")
     saved = json.loads((tmp_path / "checkpoint-25/convergence_state.json").read_text())
     run(
-        build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few),
+        build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few, callbacks=[ConvergenceCallback()]),
         resume_from_checkpoint=str(tmp_path / "checkpoint-25"),
     )
     resumed = read_points(tmp_path / "convergence.jsonl")
@@ -78,12 +84,12 @@ def test_the_time_between_an_evaluation_and_the_checkpoint_is_not_lost(tmp_path)
 def test_a_damaged_file_is_kept_under_another_name(tmp_path, caplog):
     args = arguments(tmp_path, save_strategy="steps", save_steps=20, **EVAL)
     few = dataset().select(range(16))
-    run(build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few))
+    run(build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few, callbacks=[ConvergenceCallback()]))
     path = tmp_path / "convergence.jsonl"
     damaged = path.read_text().replace('"step"', '"stp"', 1)
     path.write_text(damaged)
     run(
-        build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few),
+        build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few, callbacks=[ConvergenceCallback()]),
         resume_from_checkpoint=str(tmp_path / "checkpoint-20"),
     )
 
@@ -93,9 +99,23 @@ def test_a_damaged_file_is_kept_under_another_name(tmp_path, caplog):
 
 def test_a_resumed_run_goes_on_and_a_new_one_starts_over(tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=20, **EVAL)
-    run(build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=dataset().select(range(16))))
+    run(
+        build(
+            AdaptiveClipTrainer,
+            tmp_path,
+            args=args,
+            eval_dataset=dataset().select(range(16)),
+            callbacks=[ConvergenceCallback()],
+        )
+    )
     first = read_points(tmp_path / "convergence.jsonl")
-    again = build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=dataset().select(range(16)))
+    again = build(
+        AdaptiveClipTrainer,
+        tmp_path,
+        args=args,
+        eval_dataset=dataset().select(range(16)),
+        callbacks=[ConvergenceCallback()],
+    )
     run(again, resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     second = read_points(tmp_path / "convergence.jsonl")
 
@@ -103,12 +123,22 @@ def test_a_resumed_run_goes_on_and_a_new_one_starts_over(tmp_path):
     assert second[:2] == first[:2]
     assert second[2].train_seconds > second[1].train_seconds
     assert [p.metrics["eval_loss"] for p in second] == [p.metrics["eval_loss"] for p in first]
-    run(build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=dataset().select(range(16))))
+    run(
+        build(
+            AdaptiveClipTrainer,
+            tmp_path,
+            args=args,
+            eval_dataset=dataset().select(range(16)),
+            callbacks=[ConvergenceCallback()],
+        )
+    )
     assert [p.step for p in read_points(tmp_path / "convergence.jsonl")] == [10, 20, 30, 40]
 
 
 def test_an_evaluation_outside_of_training_is_not_recorded(tmp_path):
-    trainer = build(AdaptiveClipTrainer, tmp_path, eval_dataset=dataset().select(range(16)))
+    trainer = build(
+        AdaptiveClipTrainer, tmp_path, eval_dataset=dataset().select(range(16)), callbacks=[ConvergenceCallback()]
+    )
     trainer.evaluate()
 
     assert not (tmp_path / "convergence.jsonl").exists()
