@@ -1,5 +1,6 @@
 """`convergence.jsonl`: what had been spent when each evaluation was made, and when a target was reached."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -142,10 +143,15 @@ def append_point(path: Path, point: Point) -> None:
 def write_points(path: Path, points: Sequence[Point]) -> None:
     """Replace the file's content in one move, so that a kill leaves the old points or the new ones."""
     unfinished = path.with_suffix(".part")
-    unfinished.write_text("", encoding="utf-8")
-    for point in points:
-        append_point(unfinished, point)
-    unfinished.replace(path)
+    try:
+        unfinished.write_text("", encoding="utf-8")
+        for point in points:
+            append_point(unfinished, point)
+        unfinished.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def point_from(values: dict[str, Any]) -> Point:
