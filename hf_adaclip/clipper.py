@@ -221,7 +221,7 @@ class AdaptiveClipper:
         checks = self._check.pending and bool(self._guards) and bool(gradients.tensors)
         # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
         fold = scale_of(applied, ops) if self._why_not_folded is None and not checks else None
-        if fold is None:
+        if fold is None and gradients.tensors:
             scale_(gradients.tensors, applied)
         if checks and (warning := self._check.clipped(gradients.tensors)):
             self.alerts.warn_once(warning)

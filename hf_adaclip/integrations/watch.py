@@ -1,8 +1,8 @@
 """What a Trainer's clipping is held to in every step: that the seam was reached, once, before the optimizer moves."""
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import TrainerCallback
 
 from hf_adaclip.errors import ClippingDefeatedError
@@ -91,9 +91,20 @@ class SeamWatch(TrainerCallback):
             inner = unwrap_optimizer(optimizer)
         except TypeError:  # an engine steps by itself
             return
-        # A `step` that calls `super().step()` runs torch's hooks once for each class.
-        self._once = sum("step" in vars(kind) for kind in type(inner).__mro__ if kind is not torch.optim.Optimizer)
+        self._once = _hooks_of_a_step(type(inner))
         self._handle = inner.register_step_post_hook(self._count)
 
     def _count(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._stepped += 1
+
+
+def _hooks_of_a_step(kind: type) -> int:
+    """How often torch runs its hooks in one `step`: once for each class whose `step` calls `super().step()`, and once more."""
+    steps = dict.fromkeys(inspect.unwrap(vars(k)["step"]) for k in kind.__mro__ if "step" in vars(k))
+    count = 1
+    for step in list(steps)[:-1]:
+        code = getattr(step, "__code__", None)
+        if code is None or "__class__" not in code.co_freevars or "step" not in code.co_names:
+            break
+        count += 1
+    return count
