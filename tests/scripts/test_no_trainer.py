@@ -29,7 +29,11 @@ def flags(folder, text, **changes):  # noqa: F811
         "do_train": True,
         "do_eval": True,
         "max_steps": 30,
+        "eval_strategy": "steps",
         "eval_steps": 10,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
         "learning_rate": 3e-3,
         "use_cpu": True,
         "disable_tqdm": True,
@@ -73,7 +77,13 @@ def test_each_arm_trains_and_leaves_what_the_trainer_leaves(here, tmp_path, text
 
 
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(here, tmp_path, text):  # noqa: F811
-    settings = {"save_steps": 7, "gradient_accumulation_steps": 2, "clip": "adaptive", "warmup_observations": 10}
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 7,
+        "gradient_accumulation_steps": 2,
+        "clip": "adaptive",
+        "warmup_observations": 10,
+    }
     here("run_clm_no_trainer", flags(tmp_path / "whole", text, **settings))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for name in ("checkpoint-28", "checkpoint-21"):
