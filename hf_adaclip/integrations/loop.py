@@ -69,7 +69,8 @@ def run_loop(
         if parts.processor is not None:
             parts.processor.save_pretrained(output)
         loop.only_record("README.md", lambda: _write_card(output, results))
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.wait_for_everyone()
     return results
 

@@ -1,7 +1,7 @@
 """What the loop of the `*_no_trainer.py` scripts is told: the `TrainingArguments` of the scripts with a Trainer."""
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Final
+from typing import Any, Final
 
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
@@ -53,9 +53,15 @@ class LoopArguments(TrainingArguments):
             for f in fields(TrainingArguments)
             if f.init
             and f.name not in FOLLOWED
-            and getattr(self, f.name) != (f.default if f.default_factory is MISSING else f.default_factory())
+            and _given(getattr(self, f.name))
+            != _given(f.default if f.default_factory is MISSING else f.default_factory())
         ]
         super().__post_init__()
+
+
+def _given(value: Any) -> Any:
+    # An argument parser writes "nothing" in other ways than the dataclass does.
+    return None if value in ("", "no", "none", False, [], {}) else value
 
 
 def make_accelerator(arguments: LoopArguments) -> Accelerator:
