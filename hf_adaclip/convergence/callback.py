@@ -195,7 +195,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
             try:
                 found[name] = float(value)
             except OverflowError:
-                found[name] = math.copysign(math.inf, value)
+                found[name] = math.inf if value > 0 else -math.inf
     return found
 
 
