@@ -33,6 +33,7 @@ from hf_adaclip.gradients import (
     tensor_norms,
     to_value,
 )
+from hf_adaclip.gradients.absence import AbsenceCheck, norms_of
 from hf_adaclip.gradients.fold import scale_of
 from hf_adaclip.gradients.norms import Parameters, as_tensors
 from hf_adaclip.gradients.reach import check_rates
@@ -43,7 +44,7 @@ from hf_adaclip.recorder import is_rank_zero
 from hf_adaclip.run import Run
 from hf_adaclip.selftest import FirstStepCheck, check_on_a_copy
 from hf_adaclip.statistics import RunStatistics
-from hf_adaclip.support import check_capture
+from hf_adaclip.support import check_capture, check_optimizer_given
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,9 @@ class AdaptiveClipper:
         optimizers = (
             () if optimizer is None else tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
         )
-        _check_optimizer(config, optimizers, accelerator)
+        check_optimizer_given(config, optimizers, accelerator)
+        if config.max_pace > 1:
+            check_rates(optimizers)
         self._port = None if accelerator is None else AcceleratorPort(accelerator)
         in_engine = self._port is not None and self._port.steps_in_engine
         if in_engine:
@@ -122,6 +125,7 @@ class AdaptiveClipper:
         self._leaves_out = leaves_out(config)
         self._follower = EngineFollower(self._port, self._run) if in_engine and self._port is not None else None
         self._check = FirstStepCheck(enabled=config.self_test)
+        self._absence = AbsenceCheck(self.alerts.warn_once)
         self._models = [] if model is None else [model]
         port, models = self._port, self._models
         self._per_parameter = PerParameter(
@@ -176,10 +180,11 @@ class AdaptiveClipper:
                 the device). By default once in 50 steps.
 
         Returns:
-            The norm before clipping, float32, shape `[]`, on the gradients' device.
+            The norm before clipping, float32, shape `[]`, on the gradients' device. A step in which no parameter has a gradient (every
+            label masked, no `backward`) is one of norm 0, from which nothing is learnt.
 
         Raises:
-            ConfigError: `parameters` are no tensors, or none has a gradient; or `loss` is not one real number.
+            ConfigError: `parameters` are no tensors, or none has had a gradient in the first 10 steps; or `loss` is not one real number.
             UnsupportedSetupError: A gradient is sparse, of a dtype that has no norm, or on a device that is not supported; or two sets
                 of parameters take turns within one step.
             StateError: The state was loaded from, or made for, other parameters.
@@ -192,19 +197,20 @@ class AdaptiveClipper:
         check_loss(loss)
         if self._follower is not None:
             return self._follower.follow(lambda total: self._observe(loss, total.device))
-        gradients = collect(parameters).required()
+        gradients = collect(parameters)
         if self._port is not None:
             if not self._port.syncs_now:
-                return global_norm(tensor_norms(gradients.tensors))
+                return global_norm(norms_of(gradients))
             self._guards.adopt(self._port.only_optimizer())
             self._port.unscale(self._optimizers)
-        check_capture(gradients.tensors[0].device)
+        self._absence.look(gradients)
+        norms = norms_of(gradients)
+        check_capture(norms.device)
         run, kept = self._run, self._per_parameter
         if not kept.begun:
             run.ranks = self._rank_check()
-        gradients = kept.place(gradients, gradients.tensors[0].device)
-        norms = tensor_norms(gradients.tensors)
-        total = global_norm(norms)
+        total = global_norm(norms)  # in the order given, which decides the last bit
+        gradients, norms = kept.place(gradients, norms)
         if self._guards.changed():
             self._check.again()
             kept.look_again(gradients)
@@ -222,17 +228,17 @@ class AdaptiveClipper:
 
         applied = decision.coefficient
         if self.config.shadow:
-            applied = ops.where(finite, coefficient_of(norm, ops(run.static_threshold), ops), ops(1.0))
+            applied = ops.where(finite, coefficient_of(norm, run.static, ops), ops(1.0))
         elif left is not None:
             applied = ops(1.0)  # done already
         else:
             applied = scope.coefficients(gradients, applied, total.device, ops)
             if self._leaves_out:
                 finite = finite & (applied > ops(0.0))
-        checks = self._check.pending and self._guards.in_use
+        checks = self._check.pending and self._guards.in_use and bool(gradients.tensors)
         # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
         fold = scale_of(applied, ops) if kept.why_not_folded is None and not checks else None
-        if fold is None:
+        if fold is None and gradients.tensors:
             scale_(gradients.tensors, applied)
         if checks:
             self._check.clipped(gradients.tensors)
@@ -267,6 +273,16 @@ class AdaptiveClipper:
         self._run.recorder.set_applied(global_norm(tensor_norms(gradients)))
         if warning := self._check.stepping(gradients):
             self.alerts.warn_once(warning)
+
+    def set_static_threshold(self, value: float) -> None:
+        """From the next step on another static threshold: of `static`, of a warm-up, and of a ceiling that is held.
+
+        What a schedule of `max_grad_norm` needs; the ledger holds it beside each step.
+
+        Raises:
+            ConfigError: It is not above 0 and finite, or the step is an engine's (DeepSpeed), which has its own threshold.
+        """
+        self._run.set_static_threshold(value, in_engine=self._follower is not None)
 
     # -- checking, reading, ending -------------------------------------------------------------------------------
 
@@ -310,18 +326,20 @@ class AdaptiveClipper:
         self.flush()
         return self.statistics.metrics()
 
-    def close(self, *, clean: bool = True) -> None:
+    def close(self, *, clean: bool = True, counted_steps: int | None = None) -> None:
         """Write what is left, end the ledger with a footer, and let go of the optimizer. May be called twice.
 
         Args:
             clean: Whether the run ended as it should; a ledger without a footer says that it did not.
+            counted_steps: Optimizer steps that the loop has counted itself, for the footer: where they are more than those decided on,
+                clipping was not reached in all of them, and `verify` says so.
         """
         if self._closed:
             return
         self._closed = True
         self._at_end.detach()
         try:
-            self._run.close(clean=clean)
+            self._run.close(clean=clean, counted_steps=counted_steps)
         finally:
             detach(self._guards, self._follower, self._handles)
 
@@ -388,18 +406,3 @@ class AdaptiveClipper:
     def _load_or_start_afresh(self, folder: str | Path) -> None:
         if not self.load_state(folder):
             logger.info("%s has no %s: the controller starts afresh.", folder, self._state_file)
-
-
-def _check_optimizer(config: AdaptiveClipConfig, optimizers: tuple[Any, ...], accelerator: Any) -> None:
-    if config.max_pace > 1 and not optimizers:
-        raise ConfigError(
-            f"`optimizer` must be given when `max_pace` > 1 (it is {config.max_pace}), but is None instead: "
-            "the pace multiplies its learning rate."
-        )
-    if config.max_pace > 1:
-        check_rates(optimizers)
-    if config.works_on == "element" and not optimizers and accelerator is None:
-        raise ConfigError(
-            f"`optimizer` must be given with controller '{config.controller}', but is None instead: its bound follows from the "
-            "optimizer's state."
-        )

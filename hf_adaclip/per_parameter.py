@@ -64,12 +64,12 @@ class PerParameter:
         """Make everything anew at the next step, from the state that was loaded."""
         self._roster = self._scope = self.reach = None
 
-    def place(self, gradients: Gradients, device: torch.device) -> Gradients:
-        """The gradients of a step, each in the place of its parameter; whatever is kept for a parameter has followed it.
+    def place(self, gradients: Gradients, norms: Tensor) -> tuple[Gradients, Tensor]:
+        """The gradients of a step and their norms, each in the place of its parameter; what is kept for a parameter has followed it.
 
         Args:
             gradients: As they were collected.
-            device: Where norms are computed.
+            norms: Of each of them.
 
         Raises:
             ConfigError: Names are needed and not known.
@@ -80,16 +80,17 @@ class PerParameter:
             config = self._config
             required = config.works_on != "global" or bool(config.parameter_rules) or config.max_pace > 1
             self._roster = Roster(self._models(), self._run.loaded_parameters or (), required=required)
-        gradients, change = self._roster.place(gradients)
+        gradients, order, change = self._roster.place(gradients)
+        norms = norms if order is None else norms[order]
         if self._scope is None:
-            self._begin(gradients, device, change)
+            self._begin(gradients, norms.device, change)
         elif change is not None:
             self._follow(gradients, change)
         else:
-            return gradients
+            return gradients, norms
         trained = [p for p in gradients.parameters if p.requires_grad]
         self.why_not_folded = why_not_folded(self._config, self._guards, trained, self._run.ops)
-        return gradients
+        return gradients, norms
 
     def look_again(self, gradients: Gradients) -> None:
         """The optimizers are others, or somebody has hooked into them."""

@@ -22,7 +22,8 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Decision, Observation, build_controller
 from hf_adaclip.controllers.ops import Ops, Value, ops_for
 from hf_adaclip.controllers.states import Keeping, carry_over
-from hf_adaclip.errors import StateError
+from hf_adaclip.errors import ConfigError, StateError
+from hf_adaclip.events import ClipEvent
 from hf_adaclip.gradients.groups import Grouping
 from hf_adaclip.ranks import RankCheck
 from hf_adaclip.recorder import Recorder, start_recorder
@@ -57,6 +58,7 @@ class Run:
         self._state: tuple[Value, ...] | None = None
         self._ops: Ops | None = None
         self._device = torch.device("cpu")
+        self._static: tuple[float, Value] | None = None
         self.recorder: Recorder | None = None
         self._loaded: dict[str, Tensor] | None = None
         self._loaded_keeping: Keeping | None = None
@@ -90,6 +92,23 @@ class Run:
     def num_tensors(self) -> int:
         """Tensors, or groups of them, that have a norm of their own; 0 when only the global norm counts."""
         return len(self._keeping.groups)
+
+    @property
+    def static(self) -> Value:
+        """The static threshold as a number of the run's kind. Not one of the constants that are kept: a schedule has one for every step."""
+        if self._static is None or self._static[0] != self.static_threshold:
+            self._static = self.static_threshold, self.ops.full((), self.static_threshold)[()]
+        return self._static[1]
+
+    def set_static_threshold(self, value: float, *, in_engine: bool) -> None:
+        """See `AdaptiveClipper.set_static_threshold`."""
+        if not value > 0:
+            raise ConfigError(f"`static_threshold` must be above 0, but is {value}.")
+        if in_engine:
+            raise ConfigError(
+                f"`static_threshold` must stay what the DeepSpeed config says, but is to become {value:g}: the engine clips."
+            )
+        self.static_threshold = value
 
     def begin(
         self,
@@ -228,10 +247,9 @@ class Run:
         assert self._state is not None
         assert self._ops is not None
         assert self.recorder is not None
-        if self.recorder.full:
-            self.flush()  # before the state moves on: a ledger that cannot be written keeps the one after its last row
+        self._look()  # before the state moves on: a ledger that cannot be written keeps the one after its last row
         with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
-            seen = Observation(observed, loss, self._ops(self.static_threshold), finite, left, reach)
+            seen = Observation(observed, loss, self.static, finite, left, reach)
             decision, self._state = self._keeping.controller.update(self._state, seen)
             summary = Summary(*decision) if not self.num_tensors else summarise(norm, observed, *decision)
         if self.ranks is not None:
@@ -240,7 +258,14 @@ class Run:
             if self._ops.on_host:
                 self.ranks.require()
         self.recorder.record(
-            norm, summary, loss, loss_scale=loss_scale, scaled=self._scaled, norms=observed, reach=reach
+            norm,
+            summary,
+            loss,
+            loss_scale=loss_scale,
+            scaled=self._scaled,
+            norms=observed,
+            reach=reach,
+            static_threshold=self.static_threshold,
         )
         return decision, summary.pace
 
@@ -257,14 +282,27 @@ class Run:
             return
         if self.ranks is not None:
             self.ranks.require()
-        events = self.recorder.flush(lambda: state_to_json(self._state or ()))
+        self._act_on(self.recorder.flush(lambda: state_to_json(self._state or ())))
+
+    def _look(self) -> None:
+        """Look at the steps before this one as soon as that is cheap: what ends a run must not wait for a log line."""
+        assert self.recorder is not None
+        if self.recorder.full:
+            self.flush()
+        elif self.recorder.due:
+            self._act_on(self.recorder.look())
+
+    def _act_on(self, events: list[ClipEvent]) -> None:
+        assert self.recorder is not None
         self.alerts.tell(events)
+        if self.recorder.altered is not None:
+            self.alerts.warn_once(self.recorder.altered)
         self.statistics.stop_if_hopeless(
             self.config.max_consecutive_nonfinite, last_step=self.step - 1, checkpoint=self._checkpoint
         )
         self.alerts.stop_on_trouble(self.config.on_trouble, events)
 
-    def close(self, *, clean: bool) -> None:
+    def close(self, *, clean: bool, counted_steps: int | None = None) -> None:
         """Write what is left; a ledger of a run that did not end as it should gets no footer."""
         try:
             self.flush()
@@ -277,6 +315,8 @@ class Run:
                     "counts": self.statistics.counts_by_name(),
                     "final_state": state_to_json(self._state),
                 }
+                if counted_steps is not None:
+                    footer["counted_steps"] = counted_steps
                 self.recorder.ledger.close(footer if clean else None)
 
     def save(self, path: Path, beside: dict[str, Tensor] | None = None) -> None:

@@ -15,7 +15,9 @@ from hf_adaclip.controllers.ops import ARRAY, SCALAR, Ops, Shape, Value, ops_of
 from hf_adaclip.gradients.transfer import HOST, moved
 
 
-def step_record(step: int, row: dict[str, float], seconds: float, norms: list[float] | None) -> dict[str, Any]:
+def step_record(
+    step: int, row: dict[str, float], seconds: float, norms: list[float] | None, static: float | None = None
+) -> dict[str, Any]:
     """One step as it stands in the ledger.
 
     Args:
@@ -23,6 +25,7 @@ def step_record(step: int, row: dict[str, float], seconds: float, norms: list[fl
         row: A row of the ring, by column name.
         seconds: Wall-clock time since the clipper was made.
         norms: Norm of every tensor, NaN where it has no gradient; None when the granularity is global.
+        static: The static threshold of the step, where it is another than the header's.
     """
     record: dict[str, Any] = {"step": step}
     record.update((key, number(row[key])) for key in ("norm", "threshold", "coefficient", "pace"))
@@ -30,6 +33,8 @@ def step_record(step: int, row: dict[str, float], seconds: float, norms: list[fl
     record.update((key, number_or_null(row[key])) for key in ("loss", "loss_scale"))
     if row["reach"] == row["reach"]:
         record["reach"] = number(row["reach"])  # only where there is a pace
+    if static is not None:
+        record["static_threshold"] = number(static)
     record["time"] = round(seconds, 3)
     record["applied_norm"] = number_or_null(row["applied_norm"])
     if norms is not None:

@@ -47,7 +47,8 @@ class Segment:
         self.restarted = None if restarted is None else [str(name) for name in restarted]
         self._shape = (self._num_tensors,) if self._num_tensors else ()
         self._ops = ARRAY if self._shape else SCALAR
-        self._static = np.float32(header["static_threshold"])
+        self._header_static = header["static_threshold"]
+        self._static = np.float32(self._header_static)
         self._next_step: int = header["first_step"]
         self._counts: Counter[str] = Counter(header["counts"])
         self.parent = _mapping(header["parent"], sha256=str, step=int)
@@ -118,6 +119,8 @@ class Segment:
         try:
             recorded = {k: parse_number(record[k]) for k in ("norm", "threshold", "coefficient", "pace", "loss")}
             recorded["reach"] = parse_number(record.get("reach"))
+            # A schedule of `max_grad_norm` has one beside each step; otherwise the header's holds.
+            self._static = np.float32(parse_number(record.get("static_threshold", self._header_static)))
             applied = parse_number(record["applied_norm"])
             norms = [parse_number(n) for n in record["norms"]] if self._num_tensors else None
             problems += self._compare_time(parse_number(record["time"]))
@@ -167,6 +170,12 @@ class Segment:
         self.closed = True
         if record.get("steps") != self._next_step:
             problems.append(f"the footer counts {record.get('steps')!r} steps, the records {self._next_step}.")
+        counted = record.get("counted_steps", record.get("steps"))
+        if counted != record.get("steps"):
+            problems.append(
+                f"the training loop counted {counted!r} optimizer steps, but clipping decided on {record.get('steps')!r}: it was not "
+                "called once in each."
+            )
         if record.get("counts") != {k: v for k, v in self._counts.items() if v}:
             problems.append("the footer's counts by reason are not those of the records.")
         if record.get("lost", 0) != self.lost:

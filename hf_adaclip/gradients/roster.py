@@ -91,8 +91,12 @@ class Roster:
         """Whether the set has been another one in each of the last calls: most likely two sets that should not share a clipper."""
         return self._turned >= _TO_AND_FRO
 
-    def place(self, gradients: Gradients) -> tuple[Gradients, Change | None]:
-        """The same gradients by place, and what has changed; None where the set is that of the call before.
+    def place(self, gradients: Gradients) -> tuple[Gradients, list[int] | None, Change | None]:
+        """The same gradients by place, the order in which they stand now, and what has changed.
+
+        Returns:
+            The gradients; per gradient its position in those that were given, None where nothing was moved; the change, None where the
+            set is that of the call before.
 
         Raises:
             UnsupportedSetupError: Two sets take turns within one optimizer step.
@@ -105,12 +109,13 @@ class Roster:
         else:
             self._turned = 0
         if self._order is None:
-            return gradients, change
+            return gradients, None, change
+        places = [self._order[i] for i in gradients.present]
+        order = sorted(range(len(places)), key=places.__getitem__)
         parameters = self.parameters
-        placed = sorted(zip((self._order[i] for i in gradients.present), gradients.tensors, strict=True), key=_first)
         for place, parameter in zip(self._order, gradients.parameters, strict=True):
             parameters[place] = parameter
-        return Gradients(parameters, [place for place, _ in placed], [tensor for _, tensor in placed]), change
+        return Gradients(parameters, [places[i] for i in order], [gradients.tensors[i] for i in order]), order, change
 
     def remember(self, gradients: Gradients) -> None:
         """Called when the gradients are as clipping leaves them: if these are still there at the next call, it came too early."""
@@ -194,7 +199,3 @@ class Roster:
                 "their norms would be mixed into one range. Make one AdaptiveClipper for each of them; under `install`, which cannot "
                 "tell them apart, keep the stock clipping."
             )
-
-
-def _first(pair: tuple[int, Tensor]) -> int:
-    return pair[0]
