@@ -32,7 +32,7 @@ class Recorder:
         statistics: Counts to go on with.
         first_step: Step of the first row, counted from 0.
         ledger: Where records go, or None.
-        max_pace: The config's limit on the pace.
+        events: What makes events of the rows.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class Recorder:
         statistics: RunStatistics,
         first_step: int,
         ledger: Ledger | None,
-        max_pace: float = 1.0,
+        events: EventTracker | None = None,
     ) -> None:
-        self._events = EventTracker(max_pace)
+        self._events = EventTracker() if events is None else events
         self._ring: Ring = HostRing(capacity) if ops.on_host else DeviceRing(capacity, num_tensors, device)
         self._ops, self._num_tensors = ops, num_tensors
         self._statistics = statistics
@@ -109,8 +109,9 @@ class Recorder:
         for position, (values, seconds) in enumerate(zip(rows.values, times, strict=True)):
             row = dict(zip(COLUMNS, values, strict=True))
             reason = Reason(int(row["reason"]))
-            self._statistics.add(row, reason)
-            events.extend(self._events.feed(self._next_record, row, reason))
+            found = list(self._events.feed(self._next_record, row, reason))
+            self._statistics.add(row, reason, spike=any(event.kind == "spike" for event in found))
+            events.extend(found)
             if self.ledger is not None:
                 norms = None if rows.norms is None else rows.norms[position]
                 records.append(step_record(self._next_record, row, seconds, norms))
@@ -151,7 +152,7 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
         device=run["device"],
         statistics=run["statistics"],
         first_step=run["first_step"],
-        max_pace=config.max_pace,
+        events=EventTracker.of_run(config.to_dict(), run["num_tensors"]),
         ledger=ledger,
     )
 

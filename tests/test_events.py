@@ -38,6 +38,7 @@ def test_every_adjustment_is_an_event_with_step_before_after_and_reason(tmp_path
     lowered = next(e for e in heard if e.kind == "pace_lowered")
 
     assert {"widened", "tightened", "spike", "skipped", "pace_raised", "pace_lowered"} <= set(kinds)
+    assert spike.quantity == "norm"
     assert spike.before > 20 * spike.after
     assert spike.reason == Reason.SPIKE.sentence
     assert (skipped.step, skipped.until) == (60, 61)
