@@ -69,7 +69,9 @@ class Alerts:
         # Who only listens does not end a training.
         if listener not in self._failed:
             self._failed.append(listener)
-            logger.exception("The listener %r of adaptive clipping has raised; training goes on, and it is called again.", listener)
+            logger.exception(
+                "The listener %r of adaptive clipping has raised; training goes on, and it is called again.", listener
+            )
 
     def warn_once(self, message: str) -> None:
         """Log a warning, the first time only."""

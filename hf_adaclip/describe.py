@@ -58,7 +58,9 @@ def describe(
         lines.append(f"limits      {', '.join(limits)}")
     if leaves_out(config):
         done = "would be left out as a whole (shadow: it is not)" if config.shadow else "is left out as a whole"
-        lines.append(f"spikes      a step that the controller itself would cut {done}; what the static threshold or a limit cuts is scaled")
+        lines.append(
+            f"spikes      a step that the controller itself would cut {done}; what the static threshold or a limit cuts is scaled"
+        )
     rules = config.parameter_rules if isinstance(config.parameter_rules, dict) else {}
     for pattern, rule in rules.items():
         lines.append(f"rule        {pattern}: {rule}")
@@ -77,11 +79,7 @@ def describe(
 def _ceiling(config: AdaptiveClipConfig, static_threshold: float, held: bool | None) -> str:
     """What the static threshold still does after the warm-up."""
     far = (2 + INNER_EDGE) / (2 - INNER_EDGE)
-    beyond = (
-        f"; an edge beyond {far:.3g} x the level is never above it either"
-        if config.max_edge > INNER_EDGE
-        else ""
-    )
+    beyond = f"; an edge beyond {far:.3g} x the level is never above it either" if config.max_edge > INNER_EDGE else ""
     share, static = config.ceiling_share, f"{static_threshold:g}"
     if share >= 1:
         return f"none for the range as a whole (`ceiling_share` is 1), static threshold {static}{beyond}"

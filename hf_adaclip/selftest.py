@@ -103,7 +103,7 @@ class FirstStepCheck:
     def __init__(self, *, enabled: bool) -> None:
         self._pending = enabled
         self._left: Tensor | None = None
-        self._attempts = 0
+        self._waiting: list[Tensor] = []  # what clipping left in steps after which no optimizer was seen to step
 
     @property
     def pending(self) -> bool:
@@ -112,14 +112,17 @@ class FirstStepCheck:
 
     def clipped(self, gradients: list[Tensor]) -> str | None:
         """Remember the norm that clipping left. Returns a warning when the optimizer that was named never seems to step."""
-        self._attempts += 1
-        if self._attempts <= _PATIENCE:
+        if len(self._waiting) == _PATIENCE:
+            # A step that is not finite is left out, and says nothing about who steps.
+            self._waiting = [left for left in self._waiting if math.isfinite(float(left))]
+        if len(self._waiting) < _PATIENCE:
             self._left = global_norm(tensor_norms(gradients))
+            self._waiting.append(self._left)
             return None
         self._pending = False
         return (
-            f"`optimizer` must be the one that steps on these gradients, but its `step` was not called in {_PATIENCE} steps: it cannot "
-            "leave out a step that is not finite, nor be paced."
+            f"`optimizer` must be the one that steps on these gradients, but its `step` was not called in {_PATIENCE} steps with a finite "
+            "norm: it cannot leave out a step that is not finite, nor be paced."
         )
 
     def stepping(self, gradients: list[Tensor]) -> None:

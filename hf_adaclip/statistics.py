@@ -9,7 +9,6 @@ from typing import Any, Final
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import NonFiniteGradientError
 
-
 TEXT_METRICS: Final = ("clip/phase",)
 """Those of the metrics that are words. `clip/phase_id` says the same as a number."""
 

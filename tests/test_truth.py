@@ -36,6 +36,8 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "one step late": {"one_step_late": True, "on_spike": "clip", "granularity": "global"},
     "paced": {"max_pace": 4.0, "pace_start": 10},
     "paced in shadow": {"max_pace": 4.0, "pace_start": 10, "shadow": True},
+    "norms that scatter": {},
+    "norms that scatter, ceiling off": {"static_threshold": 0.4},
     "huge norms": {"max_skipped": 50, "static_threshold": 1e38},
     "per tensor": {"granularity": "tensor", "on_spike": "clip"},
     "per tensor, limited": {"granularity": "tensor", "on_spike": "clip", "max_threshold": 0.1, "freeze_after": 200},
@@ -73,6 +75,8 @@ def drive(config, situation):
     """The rows of a run of 400 steps."""
     rng = np.random.default_rng(3)
     norms, loss, reach = eventful(rng), losses(rng), reaches(rng)
+    if situation.startswith("norms that scatter"):
+        norms = (0.3 * np.exp(0.6 * rng.standard_normal(400))).astype(np.float32)
     if situation == "huge norms":
         norms = np.full(400, 3.2e38, np.float32)
     if situation == "divergence":
@@ -86,7 +90,9 @@ def drive(config, situation):
     with np.errstate(all="ignore"):
         for step, norm in enumerate(norms):
             seen = norm
-            if split:  # three tensors: two alike, one without a gradient now and then, one a hundred times smaller in a while
+            if (
+                split
+            ):  # three tensors: two alike, one without a gradient now and then, one a hundred times smaller in a while
                 third = np.nan if step % 7 == 0 else norm * (0.01 if 100 < step < 110 else 1)
                 seen = np.array([norm, norm * 0.5, third], np.float32)
                 norm = np.float32(np.sqrt(np.nansum(np.square(seen, dtype=np.float64)))) if np.isfinite(norm) else norm
@@ -132,16 +138,14 @@ CLAIMS = {
     Reason.NEW_LEVEL: lambda r, c: r.state.level != r.before.level and r.norm <= r.threshold * (1 + 1e-5),
     Reason.LIMIT_FLOOR: lambda r, c: close(r.threshold, c.min_threshold),
     Reason.LIMIT_CEILING: lambda r, c: close(r.threshold, c.max_threshold),
-    Reason.LIMIT_WIDENING: lambda r, c: (
-        any(
-            close(r.threshold, float(edge) * factor)
-            for edge, factor in (
-                (r.before.oversight_edge, c.max_widening_step),
-                (r.before.oversight_anchor, c.max_widening_100),
-            )
+    Reason.LIMIT_WIDENING: lambda r, c: any(
+        close(r.threshold, float(edge) * factor)
+        for edge, factor in (
+            (r.before.oversight_edge, c.max_widening_step),
+            (r.before.oversight_anchor, c.max_widening_100),
         )
     ),
-    Reason.HELD: lambda r, c: r.norm > r.static and reaching(r),
+    Reason.HELD: lambda r, c: r.norm > r.static and close(r.threshold, r.static),
     Reason.CLIPPED: lambda r, c: reaching(r),
     Reason.SPIKE: lambda r, c: r.norm > r.before.level and reaching(r),
     Reason.FALLBACK: lambda r, c: close(r.threshold, clamped(r, c)) or close(r.threshold, r.static),
@@ -210,9 +214,9 @@ def check_event(e, own, rows, config):
     assert f"{e.quantity} " in e.change, text
     if e.quantity == "norm":
         worst = [r for r in own if r.norm == e.before or (math.isnan(e.before) and math.isnan(r.norm))]
-        assert any(
-            e.after == pytest.approx(0 if left_out(r) else r.norm * r.coefficient, rel=1e-6) for r in worst
-        ), text
+        assert any(e.after == pytest.approx(0 if left_out(r) else r.norm * r.coefficient, rel=1e-6) for r in worst), (
+            text
+        )
         if e.kind != "vanishing" and math.isfinite(e.before):
             assert e.before == max(r.norm for r in finite), text
         assert e.after <= e.before or not math.isfinite(e.before), text
