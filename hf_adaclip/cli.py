@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from hf_adaclip.audit.commands import add_commands as add_audit_commands
 from hf_adaclip.convergence.commands import add_commands as add_convergence_commands
 from hf_adaclip.convergence.commands import show_comparison
 from hf_adaclip.errors import HfAdaclipError
+from hf_adaclip.hints import near, near_flag
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,8 +41,29 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says which flag or name was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            flags = list(_flags(self))
+            given = message.removeprefix("unrecognized arguments: ").split()
+            message += "".join(near_flag(text, flags) for text in given if text.startswith("-"))
+        elif choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += near(choice[1], [name.strip(" '") for name in choice[2].split(",")], "'")
+        super().error(message)
+
+
+def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """All flags, those of the commands included."""
+    for action in parser._actions:
+        yield from action.option_strings
+        for command in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from _flags(command)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-adaclip",
         description="Adaptive gradient clipping for Hugging Face training: compare it, and check what it did.",
     )

@@ -69,7 +69,10 @@ def near_controller(name: object, names: Iterable[str]) -> str:
 
 def near_flag(flag: str, flags: Iterable[str]) -> str:
     """The same for a flag of the command line, with or without a value behind `=`."""
-    return near(flag.split("=", 1)[0], flags)
+    given, known = flag.split("=", 1)[0], list(flags)
+    # Parsers of transformers know every flag twice, with - and with _: it is told as it was meant.
+    alike = [f for f in known if ("-" in f.lstrip("-")) == ("-" in given.lstrip("-"))]
+    return near(given, alike) or near(given, known)
 
 
 def _plain(name: str) -> str:

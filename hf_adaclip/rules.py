@@ -137,6 +137,15 @@ def foreign_problems(config: Any) -> list[str]:
     return problems
 
 
+def own_settings(controller: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of some settings that mean something to a controller: its hyperparameters, and all that is none."""
+    kind = CONTROLLERS.get(controller)
+    if kind is None:
+        return values
+    others = {f.name for f in dataclasses.fields(HyperParameters)} - {f.name for f in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name not in others - COMMON}
+
+
 def _controllers_of(rules: Any) -> list[str]:
     values = rules.values() if isinstance(rules, dict) else ()
     named = [rule.get("controller") if isinstance(rule, dict) else rule for rule in values]

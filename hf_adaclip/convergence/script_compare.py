@@ -17,6 +17,7 @@ from hf_adaclip.convergence.summary import Judged, summarise
 from hf_adaclip.convergence.tracker import Target
 from hf_adaclip.convergence.tuning import TUNING_SEEDS, early
 from hf_adaclip.errors import ConfigError
+from hf_adaclip.hints import near_controller
 
 TUNED: Final = "tuned"
 SUFFIX: Final = f"-{TUNED}"
@@ -117,7 +118,8 @@ def _check(study: ScriptStudy) -> None:
         name = STOCK if arm == TUNED else arm.removesuffix(SUFFIX)
         if name not in KNOWN and name not in study.extra:
             problems.append(
-                f"`--arms` must be among {', '.join([*KNOWN, TUNED, *study.extra])}, or one of these with {SUFFIX!r}, but {arm!r} is not. "
+                f"`--arms` must be among {', '.join([*KNOWN, TUNED, *study.extra])}, or one of these with {SUFFIX!r}, but {arm!r} is not."
+                f"{near_controller(arm, [*KNOWN, TUNED, *study.extra])} "
                 "`--arm 'NAME=FLAGS'` makes one of your own."
             )
     if problems:
