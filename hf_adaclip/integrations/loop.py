@@ -15,7 +15,6 @@ from accelerate.utils import DataLoaderConfiguration
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import EvalPrediction, get_scheduler, set_seed
 
 from hf_adaclip.audit.run_report import clipping_section, load_run
@@ -23,6 +22,7 @@ from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.convergence.energy import open_meter
+from hf_adaclip.convergence.progress import Progress
 from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, Point, Stopwatch, append_point, read_points, write_points
 from hf_adaclip.integrations.script import ClipArguments, Ingredients
 from hf_adaclip.integrations.trainer import LEDGER_FILE, pace_start
@@ -182,7 +182,7 @@ class _Loop:
         step = self._resume()
         total = torch.zeros((), device=self._accelerator.device)
         begun, done = step, step >= self._steps
-        bar = tqdm(
+        bar = Progress(
             total=self._steps,
             initial=step,
             disable=self._arguments.disable_tqdm or not self._accelerator.is_main_process,

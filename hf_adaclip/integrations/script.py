@@ -170,7 +170,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         if path.suffix == ".json":
             values = json.loads(text)
         else:
-            import yaml
+            import yaml  # type: ignore[import-untyped]
 
             values = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError) as error:

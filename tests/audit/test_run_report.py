@@ -43,15 +43,20 @@ def write_interesting_run(folder):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_works_in_a_browser_and_shows_a_hostile_name_as_text(tmp_path):
+@pytest.mark.parametrize("interactive", [False, True])
+def test_the_page_works_in_a_browser_and_shows_a_hostile_name_as_text(tmp_path, interactive):
     folder = write_interesting_run(tmp_path / "<script>alert(1)<b>&\"'")
-    assert main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    flags = ["--interactive"] if interactive else []
+    assert main(["report", str(folder), "--output", str(tmp_path / "page.html"), *flags]) == 0
     dom, console = open_in_browser(tmp_path / "page.html", tmp_path)
 
     assert console == []
-    assert len(re.findall(r'class="main-svg"', dom)) >= 4 * 2  # norms, phases, pace, loss: drawn, not only asked for
+    drawn = 'class="main-svg"' if interactive else '<svg class="chart"'
+    # Norms, phases, pace, loss: drawn, not only asked for.
+    assert len(re.findall(drawn, dom)) >= (4 * 2 if interactive else 4)
     assert "<script>alert(1)" not in dom
     assert "&lt;script&gt;alert(1)&lt;b&gt;" in dom
+    assert (tmp_path / "page.html").stat().st_size < (6_000_000 if interactive else 150_000)
     assert re.search(r"verified\. 120 steps", dom)
     assert "The norm left the range upward" in dom
 
@@ -137,19 +142,23 @@ def test_what_holds_neither_is_refused(tmp_path, capsys):
 
 
 def test_a_million_steps_stay_a_page(tmp_path):
-    from hf_adaclip.audit.figures import norms_figure
+    from hf_adaclip.audit.chart import svg
+    from hf_adaclip.audit.figures import interactive, norms_chart
 
     n = 1_000_000
     steps, values = np.arange(n), np.exp(0.1 * np.random.default_rng(0).standard_normal(n)).astype(np.float32)
     values[777_777] = 500.0
     coefficients = np.ones(n, np.float32)
     coefficients[777_777] = 0.01
-    figure = norms_figure(steps, values, np.full(n, 2.0, np.float32), coefficients, np.array([5]))
+    chart = norms_chart(steps, values, np.full(n, 2.0, np.float32), coefficients, np.array([5]))
 
-    assert len(figure.data[0].x) <= 4000
-    assert 777_777 in figure.data[0].x
-    assert figure.data[2].x[0] == 777_777
+    figure = interactive(chart)
+    for line, mark in ((chart.lines[0], chart.marks[0]), (figure.data[0], figure.data[2])):
+        assert len(line.x) <= 4000
+        assert 777_777 in line.x
+        assert mark.x[0] == 777_777
     assert len(figure.to_json()) < 1_000_000
+    assert len(svg(chart)) < 60_000
 
 
 def test_live_in_trackio(tmp_path):

@@ -19,7 +19,7 @@ def parse(*argv):
     [
         (["--max_pase", "3"], "`--max_pase` is no flag of this script. Did you mean `--max_pace`?"),
         (["--max_pase=3"], "Did you mean `--max_pace`?"),
-        (["--z-treshold", "3"], "Did you mean `--z_threshold`?"),
+        (["--z-treshold", "3"], "Did you mean `--z-threshold`?"),
         (["--lerning_rate", "3"], "Did you mean `--learning_rate`?"),
         (["--clip", "zclip"], "zclip is here 'zscore'"),
         (["--clip", "adaptve"], "Did you mean 'adaptive'?"),
