@@ -70,7 +70,8 @@ _TEMPLATE = """<!doctype html>
 <body>
 <h1>{{ title }}</h1>
 <p class="soft">{{ subtitle }}</p>
-{% macro table(part) %}<div class="scroll{{ ' tall' if part.rows | length > 14 }}"><table class="{{ 'facts' if not part.labels else 'wide' if part.labels | length > 2 }}"><tbody>
+{% macro table(part) %}<div class="scroll{{ ' tall' if part.rows | length > 14 }}">
+<table class="{{ 'facts' if not part.labels else 'wide' if part.labels | length > 2 }}"><tbody>
 {% if part.labels %}<tr class="head">{% for label in part.labels %}
 <th{{ ' class="words"' | safe if label in part.words }}>{{ label }}</th>{% endfor %}</tr>
 {% endif %}{% for row in part.rows %}<tr{{ ' class="marked"' | safe if loop.index0 in part.marked }}>{% for cell in row %}

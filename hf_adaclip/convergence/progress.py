@@ -28,18 +28,15 @@ class Progress(tqdm):  # type: ignore[type-arg]
             kwargs.update(ncols=0, ascii=True, leave=True)
         super().__init__(*args, **kwargs)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Show the bar, or write a line if one is due."""
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Show the bar, or write a line if one is due: the first, one a minute, and the last, for which `close` disables the bar."""
         if not self._in_lines:
-            return bool(super().display(msg, pos))
-        if (
-            self.disable or self._clock() - self._last >= EVERY
-        ):  # `close` disables the bar before it shows it for the last time
+            super().display(msg, pos)
+        elif self.disable or self._clock() - self._last >= EVERY:
             line = str(self).strip() if msg is None else msg.strip()
             if line and line != self._shown:
                 print(line, file=self.fp, flush=True)
             self._last, self._shown = self._clock(), line
-        return True
 
     def clear(self, nolock: bool = False) -> None:
         if not self._in_lines:
@@ -51,7 +48,7 @@ class Progress(tqdm):  # type: ignore[type-arg]
         elif not getattr(self, "disable", True):
             self.disable = True
             self.display()
-            self._decr_instances(self)
+            self._decr_instances(self)  # type: ignore[attr-defined]
 
 
 def _is_terminal(stream: Any) -> bool:

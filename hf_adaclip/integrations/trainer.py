@@ -22,6 +22,7 @@ from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.convergence.callback import ConvergenceCallback
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError, TrainingTroubleError, UnsupportedSetupError
 from hf_adaclip.events import ClipEvent
+from hf_adaclip.statistics import for_reporters
 from hf_adaclip.support import (
     check_accelerator,
     check_device,
@@ -50,8 +51,8 @@ class AdaptiveClipMixin(_Base):
     cut most of that, the ceiling afterwards (`ceiling_share`).
 
     Args:
-        clip (`str`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
-            Name of a controller, a config, or the path of a config's JSON.
+        clip (`str`, `dict`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
+            Name of a controller, a config or its fields, or the path of a config's JSON.
         args, kwargs:
             What the Trainer takes.
 
@@ -193,7 +194,7 @@ class AdaptiveClipMixin(_Base):
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if self.clipper is not None and "loss" in logs:
-            logs = {**logs, **self.clipper.metrics()}
+            logs = {**logs, **for_reporters(self.clipper.metrics(), self.callback_handler.callbacks)}
         super().log(logs, *args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -222,8 +223,9 @@ class AdaptiveClipMixin(_Base):
             return
         if self.clipper is not None:
             self.clipper.flush()
+        section = clipping_section(load_run(ledger), find_tail(ledger).sha256, learning_rate=self.args.learning_rate)
         text = ModelCard.load(card)
-        text.text = f"{text.text.rstrip()}\n\n{clipping_section(load_run(ledger), find_tail(ledger).sha256)}"
+        text.text = f"{text.text.rstrip()}\n\n{section}"
         tags = text.data.tags or []
         text.data.tags = [*([tags] if isinstance(tags, str) else tags), "hf_adaclip"]
         text.save(card)
@@ -252,13 +254,14 @@ class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
     """`transformers.Trainer` with adaptive clipping: everything else is Trainer.
 
     Args:
-        clip (`str`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
-            Name of a controller, a config, or the path of a config's JSON.
+        clip (`str`, `dict`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
+            Name of a controller, a config or its fields, or the path of a config's JSON.
         args, kwargs:
             What the Trainer takes.
 
     Writes `clip_ledger.jsonl` and `convergence.jsonl` into `args.output_dir`, `clip_state.safetensors` into every checkpoint, and logs
-    `clip/threshold`, `clip/coefficient`, `clip/fraction`, `clip/pace`, `clip/phase` and `clip/skipped` beside `grad_norm`.
+    `clip/threshold`, `clip/coefficient`, `clip/fraction`, `clip/norm_max`, `clip/spikes`, `clip/skipped`, `clip/pace`, `clip/phase` and
+    more beside `grad_norm` (see `RunStatistics.metrics`).
     """
 
 
