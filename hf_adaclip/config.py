@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError
@@ -167,15 +167,17 @@ class AdaptiveClipConfig(HyperParameters):
         },
     )
 
-    def __new__(cls, *args: Any, **fields: Any) -> "AdaptiveClipConfig":
-        """Refuse unknown names with a hint, before Python does it without one."""
-        names = [f.name for f in dataclasses.fields(cls)]
-        if unknown := [_unknown_field(key, names) for key in fields if key not in names]:
-            raise ConfigError(unknown)
-        made = super().__new__(cls)
-        # A parser of flags hands over every field, and another flag (`--clip`) may yet name the controller: `resolve` looks then.
-        object.__setattr__(made, "_of_parser", len(fields) == len(names))
-        return made
+    if not TYPE_CHECKING:  # which is to see the fields, and not `Any`
+
+        def __new__(cls, *args, **fields):
+            """Refuse unknown names with a hint, before Python does it without one."""
+            names = [f.name for f in dataclasses.fields(cls)]
+            if unknown := [_unknown_field(key, names) for key in fields if key not in names]:
+                raise ConfigError(unknown)
+            made = super().__new__(cls)
+            # A parser of flags hands over every field, and another flag (`--clip`) may yet name the controller: `resolve` looks then.
+            object.__setattr__(made, "_of_parser", len(fields) == len(names))
+            return made
 
     def __post_init__(self) -> None:
         if isinstance(self.parameter_rules, str):

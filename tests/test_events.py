@@ -240,7 +240,8 @@ def test_those_who_take_only_numbers_are_called_so_in_transformers():
 def test_a_listener_that_raises_ends_nothing_and_is_called_again(tmp_path, caplog):
     model, optimizer = make()
     clipper = AdaptiveClipper(CONFIG, optimizer=optimizer)
-    heard, calls = [], []
+    heard: list[ClipEvent] = []
+    calls: list[ClipEvent] = []
 
     def broken(event):
         calls.append(event)

@@ -8,7 +8,7 @@ import numpy as np
 from hf_adaclip.audit import page
 from hf_adaclip.audit.figures import norms_chart
 from hf_adaclip.audit.ingest import load_series
-from hf_adaclip.audit.run_report import left_out
+from hf_adaclip.audit.run_facts import left_out
 from hf_adaclip.convergence.arms import STOCK
 from hf_adaclip.convergence.plots import curves_chart
 from hf_adaclip.convergence.present import baseline, columns, heading, notes, table_rows

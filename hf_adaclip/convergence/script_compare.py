@@ -246,9 +246,9 @@ def _short_title(script: Sequence[str]) -> str:
         flag, equals, value = text.partition("=")
         if flag in _NAMING:
             value = value if equals else (script[position + 1] if position + 1 < len(script) else "")
-            named.append(Path(value).name)
+            named += [Path(value).name] if value else []
     stem = Path(script[0]).stem
-    title = f"{stem}: {', '.join(dict.fromkeys(filter(None, named)))}" if named else stem
+    title = f"{stem}: {', '.join(dict.fromkeys(named))}" if named else stem
     return title if len(title) <= MAX_TITLE else stem[:MAX_TITLE]
 
 

@@ -320,6 +320,7 @@ def test_the_card_says_threshold_pace_and_effective_rate(tmp_path):
         json.dumps({"log_history": [{"step": 101, "learning_rate": 5e-4}, {"loss": 1, "step": 2}]})
     )
     report = load_run(folder)
+    assert report.series.paces is not None
     rate = 5e-4 * float(report.series.paces[100])
     assert summary(report)["effective_rate"] == pytest.approx(rate)
     assert f"at most {rate:.3g} in a logged step" in clipping_section(report, "abc")

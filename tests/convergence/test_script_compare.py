@@ -266,7 +266,11 @@ def test_the_loss_has_one_column(quality, there):
         **dict.fromkeys(
             ("median_step", "median_train_seconds", "median_energy_wh", "ratio_step", "ratio_train_seconds")
         ),
-        "arm": "stock", "reached": 1, "seeds": [seed], "median_final_eval_loss": 0.5, "median_quality": 0.5,
+        "arm": "stock",
+        "reached": 1,
+        "seeds": [seed],
+        "median_final_eval_loss": 0.5,
+        "median_quality": 0.5,
     }
     labels = columns({"quality": quality})
     (row,) = table_rows({"quality": quality, "arms": [entry]})
