@@ -22,7 +22,7 @@ COLUMNS: Final = (
 )
 
 
-MAX_TITLE: Final = 60
+MAX_TITLE: Final = 90
 
 
 def title_of(task: dict[str, Any]) -> str:
@@ -30,7 +30,7 @@ def title_of(task: dict[str, Any]) -> str:
     title = " ".join(str(task["title"]).split())
     if len(title) <= MAX_TITLE:
         return title
-    return f"{str(task['task'])[:MAX_TITLE]}" if "--" in title else title[: MAX_TITLE - 3].rstrip() + "..."
+    return str(task["task"])[:MAX_TITLE] if "--" in title else title[: MAX_TITLE - 3].rstrip() + "..."
 
 
 def columns(task: dict[str, Any]) -> list[str]:
