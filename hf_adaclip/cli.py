@@ -2,17 +2,20 @@
 
 import argparse
 import json
+import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_adaclip.audit.commands import add_commands as add_audit_commands
 from hf_adaclip.convergence.commands import add_commands as add_convergence_commands
 from hf_adaclip.convergence.commands import show_comparison
-from hf_adaclip.errors import HfAdaclipError
+from hf_adaclip.errors import ConfigError, HfAdaclipError
+from hf_adaclip.hints import near, near_flag
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,8 +42,29 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says which flag or name was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            flags = list(_flags(self))
+            given = message.removeprefix("unrecognized arguments: ").split()
+            message += "".join(near_flag(text, flags) for text in given if text.startswith("-"))
+        elif choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += near(choice[1], [name.strip(" '") for name in choice[2].split(",")], "'")
+        super().error(message)
+
+
+def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """All flags, those of the commands included."""
+    for action in parser._actions:
+        yield from action.option_strings
+        for command in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from _flags(command)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-adaclip",
         description="Adaptive gradient clipping for Hugging Face training: compare it, and check what it did.",
     )
@@ -54,10 +78,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("source", type=Path, metavar="RUN_OR_COMPARISON", help="folder or clip_ledger.jsonl")
     report.add_argument(
-        "--format", choices=["html", "md", "png", "json"], default="html", help="what to make (default: %(default)s)"
+        "--format",
+        choices=["html", "md", "png", "json", "csv"],
+        default="html",
+        help="what to make (default: %(default)s)",
     )
     report.add_argument(
         "--output", type=Path, default=None, help="file to write (default: report.FORMAT beside the source)"
+    )
+    report.add_argument(
+        "--interactive",
+        action="store_true",
+        help="figures of the page by plotly, to zoom into; it is 4.8 MB larger for that (default: light drawings)",
     )
     report.set_defaults(run=_report)
     return parser
@@ -66,12 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
 def _report(arguments: argparse.Namespace) -> int:
     source: Path = arguments.source
     if (source / "comparison.json").is_file():
-        path = _report_comparison(source, arguments.format, arguments.output)
+        path = _report_comparison(source, arguments.format, arguments.output, arguments.interactive)
     else:
         from hf_adaclip.audit import run_report
 
-        writers = {
-            "html": run_report.write_html,
+        writers: dict[str, Callable[[Any, Path], Path]] = {
+            "html": partial(run_report.write_html, zoom=arguments.interactive),
+            "csv": run_report.write_csv,
             "md": run_report.write_markdown,
             "png": run_report.write_png,
             "json": run_report.write_json,
@@ -83,16 +116,18 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report_comparison(folder: Path, form: str, output: Path | None) -> Path:
+def _report_comparison(folder: Path, form: str, output: Path | None, zoom: bool) -> Path:
     from hf_adaclip.convergence.card import write_card
     from hf_adaclip.convergence.plots import draw_png
     from hf_adaclip.convergence.report import write_report
 
+    if form == "csv":
+        raise ConfigError("`--format` must be html, md, png or json for a comparison, but is 'csv' instead.")
     target = output or folder / f"report.{form}"
 
     def show(comparison: dict[str, Any], tuned: Any) -> Path:
         if form == "html":
-            return write_report(comparison, folder, tuned, target)
+            return write_report(comparison, folder, tuned, target, zoom=zoom)
         if form == "png":
             return draw_png(comparison, folder, target)
         if form == "md":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_adaclip.alerts import Alerts
 from hf_adaclip.config import AdaptiveClipConfig

@@ -43,7 +43,7 @@ class Recorder:
         statistics: Counts to go on with.
         first_step: Step of the first row, counted from 0.
         ledger: Where records go, or None.
-        max_pace: The config's limit on the pace.
+        events: What makes events of the rows.
         shadow: Whether the static threshold is what is applied.
         static_threshold: That of the ledger's header; a record holds it where it is another.
 
@@ -61,7 +61,7 @@ class Recorder:
         statistics: RunStatistics,
         first_step: int,
         ledger: Ledger | None,
-        max_pace: float = 1.0,
+        events: EventTracker | None = None,
         shadow: bool = False,
         static_threshold: float | None = None,
     ) -> None:
@@ -70,7 +70,7 @@ class Recorder:
         self._statics: list[float | None] = []
         self._waiting: list[dict[str, Any]] = []
         self.altered: str | None = None
-        self._events = EventTracker(max_pace)
+        self._events = EventTracker() if events is None else events
         self._ring: Ring = HostRing(capacity) if ops.on_host else DeviceRing(capacity, num_tensors, device)
         self._ops, self._num_tensors = ops, num_tensors
         self._statistics = statistics
@@ -153,8 +153,9 @@ class Recorder:
         for position, (values, seconds, static) in enumerate(zip(rows.values, times, statics, strict=True)):
             row = dict(zip(COLUMNS, values, strict=True))
             reason = Reason(int(row["reason"]))
-            self._statistics.add(row, reason)
-            events.extend(self._events.feed(self._next_record, row, reason))
+            found = list(self._events.feed(self._next_record, row, reason))
+            self._statistics.add(row, reason, spike=any(event.kind == "spike" for event in found))
+            events.extend(found)
             self._compare_applied(row, self._static_threshold if static is None else static)
             if self.ledger is not None:
                 norms = None if rows.norms is None else rows.norms[position]
@@ -226,7 +227,7 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
         device=run["device"],
         statistics=run["statistics"],
         first_step=run["first_step"],
-        max_pace=config.max_pace,
+        events=EventTracker.of_run(config.to_dict(), run["num_tensors"]),
         shadow=config.shadow,
         static_threshold=run["static_threshold"],
         ledger=ledger,

@@ -350,12 +350,17 @@ def test_metrics_names_and_fraction():
     metrics = clipper.metrics()
 
     assert set(metrics) == {
+        "clip/norm_max",
         "clip/threshold",
         "clip/coefficient",
         "clip/fraction",
+        "clip/spikes",
+        "clip/spikes_total",
         "clip/pace",
         "clip/phase",
+        "clip/phase_id",
         "clip/skipped",
+        "clip/skipped_total",
     }
     assert metrics["clip/fraction"] == 1.0
     assert metrics["clip/phase"] == "warmup"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_adaclip"
 # Lower layers first; a module imports only from its own layer and those before it.
 LAYERS = [
-    ("errors", "versions", "support"),
+    ("errors", "versions", "support", "hints"),
     ("controllers",),
     ("config", "fields", "rules", "migrate", "gradients", "ranks", "accelerator", "engine"),
     ("checkpoint", "statistics", "events", "audit"),

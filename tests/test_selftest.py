@@ -161,3 +161,22 @@ def test_the_wrong_optimizer_is_warned_of(caplog):
     train(model, optimizer, lambda m, _: clipper.clip_(m.parameters()), 40)
 
     assert sum("must be the one that steps on these gradients" in r.message for r in caplog.records) == 1
+
+
+def test_a_series_of_nan_is_not_blamed_on_the_optimizer(caplog):
+    model, optimizer = make()
+    clipper = AdaptiveClipper("adaptive", optimizer=optimizer)
+    bad = {step: float("nan") for step in range(30)}
+    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 33, factors=bad)
+
+    assert [r.message for r in caplog.records if "`step` was not called" in r.message] == []
+
+
+def test_an_optimizer_that_never_steps_is_still_found_after_nan(caplog):
+    model, optimizer = make()
+    clipper = AdaptiveClipper("adaptive", optimizer=make()[1])
+    bad = {step: float("nan") for step in range(5)}
+    with caplog.at_level("WARNING"):
+        train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 40, factors=bad)
+
+    assert len([r for r in caplog.records if "`step` was not called in 20 steps with a finite norm" in r.message]) == 1

@@ -66,6 +66,7 @@ def advise(series: Series, *, max_grad_norm: float | None = None) -> dict[str, A
         "static_always_on": always_on,
         "controllers": arms,
         "recommended": {"controller": "adaptive", "static_threshold": threshold},
+        "reasons": {r.name: n for r in Reason if (n := (series.reasons or []).count(r.name))},
         "verdict": _verdict(series, len(spikes), static_share, always_on, kept, arms["adaptive"], max_grad_norm),
         "uncertainty": _uncertainty(series, len(spikes)),
     }

@@ -200,10 +200,17 @@ def _replay(arguments: argparse.Namespace) -> int:
     from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, recorded_name, replay
     from hf_adaclip.audit.show import COUNTERFACTUAL, draw_replay, outcome_table
     from hf_adaclip.config import AdaptiveClipConfig
+    from hf_adaclip.rules import own_settings
 
     changes = dict(_setting(text) for text in arguments.set)
     names = arguments.controller or list(REPLAYABLE)
-    configs = [AdaptiveClipConfig.from_dict({"controller": name, **changes}) for name in names]
+    # Of several controllers, a setting counts for those that it belongs to.
+    own = {name: own_settings(name, changes) for name in names}
+    taken = {key for values in own.values() for key in values}
+    configs = [
+        AdaptiveClipConfig.from_dict({"controller": name, **(own[name] if taken == set(changes) else changes)})
+        for name in names
+    ]
     series = load_series(arguments.log)
     static = _positive(arguments.max_grad_norm, (series.header or {}).get("static_threshold"))
     spikes = find_spikes(series.norms)
