@@ -37,6 +37,7 @@ _KINDS: Final[dict[Reason, Kind]] = {
     Reason.LIMIT_CEILING: "limit",
     Reason.LIMIT_WIDENING: "limit",
     Reason.HELD: "held",
+    Reason.BOUNDED: "clipped",
     Reason.CLIPPED: "clipped",
     Reason.SPIKE: "spike",
     Reason.FALLBACK: "fallback",
