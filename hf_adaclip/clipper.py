@@ -253,7 +253,7 @@ class AdaptiveClipper:
         return scope
 
     def _observe(self, loss: Tensor | float | None, device: torch.device) -> Value:
-        if loss is None and self.config.looks_at_loss:
+        if loss is None and self.config.divergence_spreads > 0:
             self.alerts.warn_once("`divergence_spreads` > 0 needs the training loss: call `clip_(..., loss=loss)`.")
         return observe_loss(loss, device, self._run.ops, average=self.config.looks_at_loss)
 
