@@ -67,7 +67,7 @@ _SENTENCES = {
     Reason.BOUNDED: "The norm is above the bound that the given level, the loss and the static threshold set; it was scaled down to it.",
     Reason.CLIPPED: "The norm is above the threshold; the gradient was scaled down to it.",
     Reason.SPIKE: "The norm left the range upward; the gradient was cut back to near the level, or to what holds below it.",
-    Reason.FALLBACK: "The controller was put aside after trouble; the static threshold rules from here on.",
+    Reason.FALLBACK: "The controller was put aside after trouble; the static threshold, within the limits, rules from here on.",
     Reason.SCALER_SKIPPED: "The loss scaler found an overflow and skips the step; the controller learned nothing.",
     Reason.NONFINITE: "The norm is NaN or infinite; the step was skipped and nothing was learned from it.",
     Reason.TROUBLE_STATISTICS: "Trouble: the controller's threshold is not a positive number.",
