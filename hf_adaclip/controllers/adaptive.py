@@ -5,7 +5,7 @@
     x_t       = d(n_t, L_{t-1})
     far       = min(w_{t-1} S_{t-1}, max_edge)      the edge of the range; near = min(near_width S_{t-1}, max_near)
     edge      = max(u(min(far, 0.6), L), min(u(far, L), static))
-    top       = max(edge, u(0.6, C)) while a second level C is remembered, else edge; at most `bound`
+    top       = max(edge, u(max(far, 0.6), C)) while a second level C is remembered, else edge; at most `bound`
     over      = n_t > top                           an excursion upward; a spike where also x_t > far. Downward: x_t < -far
     threshold = min(u(near, L), bound) in a spike, else top
     L_t       = min(u(a clip(x_t, -far, far), L_{t-1}), bound)        a = max(1 / (count + 1), 1 - decay)
@@ -34,10 +34,11 @@ Lasting levels. `accept_after` norms in a row beyond min(far, 0.6) that agree wi
 level, not spikes: L jumps there and the step passes. Norms that keep growing do not agree with each other and are not accepted.
 
 Recurring levels. A second source of data comes back without ever coming six times in a row. Two rivals (a level and a number of hits,
-which fades by 0.3 % a step) are kept of what went over the top after a step that was not unusual: a norm within 0.75 of a rival is a hit
-and moves it; any other takes the place of the weaker one. Four hits make a rival C, the remembered level: norms up to u(0.6, C) pass from
-then on and teach C instead of L and S. It is forgotten 900 steps after its
-last norm. Spikes of differing sizes do not agree, and those of one size, hundreds of steps apart, have faded before there are four.
+which fades by 0.3 % a step) are kept of what went over the top when the step before did not, and of lasting levels, which are two
+hits: a norm within 0.75 of a rival is a hit and moves it; any other takes the place of the weaker one. Four hits make a rival C, the
+remembered level: norms up to max(far, 0.6) above it pass from then on and do not teach L and S; C follows those within 0.6 of it, and is
+forgotten 900 steps after the last of them. Spikes of differing sizes do not agree, and those of one size, hundreds of steps apart, have
+faded before there are four.
 
 Where norms scatter widely, the edge is far out. Beyond 1.86 times the level (a deviation of 0.6) it lets nothing pass that the static
 threshold would cut: what is unusual and too large for whoever set that threshold is cut to it, and no farther.
@@ -86,8 +87,9 @@ and by how much a new best of the loss lets the given level follow."""
 LOSS_BAR, OWN_BAR = 2.0, 4.0
 """Spreads above its best at which the loss speaks against a wider range: its mean, and that of the step itself."""
 
-HITS, FADE, ALIKE, FORGOTTEN = 4.0, 0.997, 0.75, 0.5
-"""Hits that make a rival the remembered level; what is left of them a step later; deviation that is a hit; hits that are none."""
+HITS, LASTING, FADE, ALIKE, FORGOTTEN = 4.0, 2.0, 0.997, 0.75, 0.5
+"""Hits that make a rival the remembered level; those of a lasting level; what is left of them a step later; deviation that is a hit; hits
+that are none."""
 
 REMEMBERED, FOLLOW = 60.0, 0.1
 """Hits that a remembered level starts with; part of the way that it moves to a norm."""
@@ -108,6 +110,7 @@ class AdaptiveState(NamedTuple):
         quiet: Threshold of the last step that was left as it was.
         crest, memory: The remembered second level, and what is left of its hits.
         rival, hits, other, other_hits: The two rivals.
+        above: 1 where the last usable norm was over the top, else 0.
         loss_mean, loss_spread, loss_best, loss_seen: See `hf_adaclip.controllers.trend`.
         pace, best_reach, pace_steps: See `hf_adaclip.controllers.pace`.
     """
@@ -130,6 +133,7 @@ class AdaptiveState(NamedTuple):
     hits: Value
     other: Value
     other_hits: Value
+    above: Value
     loss_mean: Value
     loss_spread: Value
     loss_best: Value
@@ -219,7 +223,7 @@ class AdaptiveController(Controller[AdaptiveState]):
     revision: ClassVar[int] = 2
     looks_at_loss: ClassVar[bool] = True
     new_fields: ClassVar[frozenset[str]] = frozenset(
-        {"given", "quiet", *_Memory._fields, "loss_mean", "loss_spread", "loss_best", "loss_seen"}
+        {"given", "quiet", *_Memory._fields, "above", "loss_mean", "loss_spread", "loss_best", "loss_seen"}
     )
 
     decay: float = 0.97
@@ -313,7 +317,7 @@ class AdaptiveController(Controller[AdaptiveState]):
         far = ops.minimum(state.width * state.spread, ops(self.max_edge))
         near = ops.minimum(ops(self.near_width) * state.spread, ops(self.max_near))
         edge = self._edge(level, far, observation, ops)
-        crest = ops.where(state.memory >= ops(HITS), _above(state.crest, inner, ops), edge)
+        crest = ops.where(state.memory >= ops(HITS), _above(state.crest, ops.maximum(far, inner), ops), edge)
         top = ops.minimum(ops.maximum(edge, crest), ceiling.bound)
         over = ready & (norm > top)
         high = over & (x > far)
@@ -439,6 +443,7 @@ class AdaptiveController(Controller[AdaptiveState]):
             hits=ops.where(j.ready, memory.hits, state.hits),
             other=ops.where(j.ready, memory.other, state.other),
             other_hits=ops.where(j.ready, memory.other_hits, state.other_hits),
+            above=ops.where(usable, ops.where(j.over, one, zero), state.above),
             loss_mean=ops.where(usable, trend.mean, state.loss_mean),
             loss_spread=ops.where(usable, trend.spread, state.loss_spread),
             loss_best=ops.where(usable, trend.best, state.loss_best),
@@ -450,16 +455,17 @@ class AdaptiveController(Controller[AdaptiveState]):
         j, one, zero, alike = judged, ops(1.0), ops(0.0), ops(ALIKE)
         fade, norm = ops(FADE), judged.norm
         hits, other_hits = state.hits * fade, state.other_hits * fade
-        # Only after a usual step: norms that go on growing are unusual all along.
-        event = j.over & ceiling.trusted & ~(state.run > zero)
+        # Only the first in a row: norms that go on growing are over the top all along. A whole run that agrees counts once more.
+        event = j.over & ceiling.trusted & (j.accepted | ~(state.above > zero))
+        weight = ops.where(j.accepted, ops(LASTING), one)
         first = event & (hits >= ops(FORGOTTEN)) & (abs(_deviation(norm, state.rival, ops)) <= alike)
         second = event & ~first & (other_hits >= ops(FORGOTTEN))
         second = second & (abs(_deviation(norm, state.other, ops)) <= alike)
         new = event & ~first & ~second
         weaker = hits < other_hits
         into, instead = new & weaker, new & ~weaker
-        hits = ops.where(into, one, ops.where(first, hits + one, hits))
-        other_hits = ops.where(instead, one, ops.where(second, other_hits + one, other_hits))
+        hits = ops.where(into, weight, ops.where(first, hits + weight, hits))
+        other_hits = ops.where(instead, weight, ops.where(second, other_hits + weight, other_hits))
         moved = state.rival + (norm - state.rival) / ops.maximum(hits, one)
         rival = ops.where(into, norm, ops.where(first, moved, state.rival))
         moved = state.other + (norm - state.other) / ops.maximum(other_hits, one)

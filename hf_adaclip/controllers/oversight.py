@@ -159,7 +159,7 @@ class GovernedController(Controller[Any]):
             reason = ops.where(aside & finite, ops(float(Reason.FALLBACK)), reason)
 
         threshold, limited, floors = self._bound(wanted, reason, mine, known=~warm, ops=ops)
-        reason = ops.where(finite, limited, reason)
+        reason = ops.where(finite & ~aside, limited, reason)
         coefficient = ops.where((threshold != wanted) & finite, cut_to(norm, threshold, ops), coefficient)
         reason = ops.where(trouble > zero, trouble, reason)
 

@@ -62,7 +62,7 @@ class AdaptiveReference:
         self.level, self.spread, self.width, self.count = None, min_spread, far_width, 0
         self.excursions = []
         self.given, self.quiet, self.trend = None, None, TrendReference(2.0, 0.0)
-        self.crest, self.memory = 0.0, 0.0
+        self.crest, self.memory, self.was_over = 0.0, 0.0, False
         self.rivals = [[0.0, 0.0], [0.0, 0.0]]  # level, hits
         self.pace, self.best, self.taken = 1.0 if max_pace == 1 else 1 / self.pace_start, 0.0, 0
 
@@ -78,7 +78,7 @@ class AdaptiveReference:
         bound = self.bound(level, loss)
         top = self.edge(level, far) if math.isfinite(level) else math.nan
         if self.memory >= 4:
-            top = max(top, above(self.crest, 0.6))
+            top = max(top, above(self.crest, max(far, 0.6)))
         top = min(top, bound)
         if not math.isfinite(norm) or norm == 0:
             self._pace(reach, left_out=norm != 0)
@@ -97,7 +97,7 @@ class AdaptiveReference:
             return self.static_threshold, min(1.0, self.static_threshold / (norm + 1e-6)), self.pace, "WARMUP"
 
         given = level if self.given is None else self.given
-        over, low, usual_before = norm > top, x < -far, not self.excursions
+        over, low = norm > top, x < -far
         mean, accepted = norm, False
         if abs(x) > min(far, 0.6):
             agrees = bool(self.excursions) and abs(deviation(norm, sum(self.excursions) / len(self.excursions))) <= far
@@ -142,7 +142,9 @@ class AdaptiveReference:
         if accepted and mean <= bound:
             self.excursions = []
 
-        self._remember(norm, far, event=over and usual_before and not self.speaks_against())
+        counts = over and (accepted or not self.was_over) and not self.speaks_against()
+        self._remember(norm, far, weight=(2.0 if accepted else 1.0) if counts else 0.0)
+        self.was_over = over
         if accepted:
             self.level = mean
         elif not recurring:
@@ -175,17 +177,17 @@ class AdaptiveReference:
             factor = 1.25 if fine else 1.0
         return max(min(self.static_threshold, 50 * given), factor * given)
 
-    def _remember(self, norm, far, *, event):
+    def _remember(self, norm, far, *, weight):
         for rival in self.rivals:
             rival[1] *= 0.997
         won = None
-        if event:
+        if weight:
             hit = next((r for r in self.rivals if r[1] >= 0.5 and abs(deviation(norm, r[0])) <= 0.75), None)
             if hit is None:
                 weaker = self.rivals[0] if self.rivals[0][1] < self.rivals[1][1] else self.rivals[1]
-                weaker[:] = [norm, 1.0]
+                weaker[:] = [norm, weight]
             else:
-                hit[1] += 1
+                hit[1] += weight
                 hit[0] += (norm - hit[0]) / hit[1]
                 won = hit if hit[1] >= 4 else None
         known = self.memory >= 4
