@@ -6,9 +6,8 @@
     E_t     = threshold of the controller from state s, were a norm like min(n_t, D_t.threshold) to come again
 
 E_0 is the static threshold, within the limits. A step that is not finite teaches nothing, so E_t = E_{t-1} there. What the controller
-learns is the same
-as without the delay; only what is applied is older. So a spike is bounded by the edge of the range, not cut back to its level: the
-engine has to be told one number for calm steps and spikes alike.
+learns is the same as without the delay; only what is applied is older. So a spike is bounded by the edge of the range, not cut back to
+its level: the engine has to be told one number for calm steps and spikes alike.
 """
 
 from collections import namedtuple

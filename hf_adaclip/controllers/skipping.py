@@ -4,8 +4,7 @@
     coefficient = 0,  reason = SKIPPED        where D_t cuts (reason CLIPPED or SPIKE, coefficient < 1)
 
 What is learned is what the controller learns. A step that a limit cut (ceiling, floor, bound, fall-back), or the static threshold in the
-warm-up
-or as a held ceiling, is not left out. Only for the norm of all gradients together: a step is left out as a whole or not at all.
+warm-up or as a held ceiling, is not left out. Only for the norm of all gradients together: a step is left out as a whole or not at all.
 """
 
 from dataclasses import dataclass
