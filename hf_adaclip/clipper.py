@@ -285,7 +285,7 @@ class AdaptiveClipper:
         What a schedule of `max_grad_norm` needs; the ledger holds it beside each step.
 
         Raises:
-            ConfigError: It is not above 0 and finite, or the step is an engine's (DeepSpeed), which has its own threshold.
+            ConfigError: It is not above 0, or the step is an engine's (DeepSpeed), which has its own threshold.
         """
         self._run.set_static_threshold(value, in_engine=self._follower is not None)
 
@@ -375,8 +375,8 @@ class AdaptiveClipper:
             yield self
 
     def _take_script_threshold(self, max_norm: float) -> None:
-        if self.config.static_threshold is None and self._run.recorder is None and self._follower is None:
-            self._run.static_threshold = max_norm
+        if self.config.static_threshold is None and self._follower is None:
+            self.set_static_threshold(max_norm)
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_adaclip import AdaptiveClipper, ConfigError, UnsupportedSetupError
+from hf_adaclip.audit import verify_ledger
 
 
 def prepared(count=1):
@@ -81,6 +82,20 @@ def test_a_max_norm_that_would_destroy_gradients_is_refused_and_nothing_is_chang
         with pytest.raises(ConfigError, match="`max_norm` must be above 0"):
             accelerator.clip_grad_norm_(model.parameters(), max_norm)
         assert torch.equal(model.weight.grad, before)
+
+
+def test_a_max_norm_that_changes_is_followed(tmp_path):
+    accelerator, [model], optimizer = prepared()
+    left = []
+    with AdaptiveClipper("static", accelerator=accelerator, ledger=tmp_path / "l.jsonl").install():
+        for max_norm in (1.0, 1.0, 0.1, 0.1, 0.5):
+            accelerator.backward(model(torch.ones(2, 4)).square().sum() * 100)
+            accelerator.clip_grad_norm_(model.parameters(), max_norm)
+            left.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert left == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.5], rel=1e-5)
+    assert verify_ledger(tmp_path / "l.jsonl").ok
 
 
 def test_two_models_that_are_clipped_apart_are_not_mixed():
