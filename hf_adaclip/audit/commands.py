@@ -289,8 +289,11 @@ def _gauntlet(arguments: argparse.Namespace) -> int:
     if arguments.json:
         setting = {"noise": arguments.noise, "seeds": arguments.seeds, "static_threshold": static}
         print(json.dumps(plain({**setting, "stream": own and own.path, "verdicts": found}), indent=1))
-    elif arguments.plot is not None:
-        print(f"Picture: {arguments.plot}")
+    else:
+        if own is None:
+            print("\n" + gauntlet.trial_table({text: verdict["streams"] for text, verdict in found.items()}))
+        if arguments.plot is not None:
+            print(f"Picture: {arguments.plot}")
     return 0
 
 

@@ -3,7 +3,8 @@
 Streams are n_t = 0.3 exp(noise_t) with 2000 steps of burn-in. Noise: normal with sd 0.15, or Student-t with 5 degrees of freedom and scale
 0.12 (heavy tails, as gradient norms have them). Four stories: nothing happens; one spike of 100 times the norm and another three steps
 later; a lasting rise to three times the level; a slow decay to an eighth. Three ways to fail show here: always on (alters what is calm),
-self-masking (the second spike passes), lock-in (a lasting rise is never accepted).
+self-masking (the second spike passes), lock-in (a lasting rise is never accepted). The streams of `trials.py` come on top: growth that
+does not end, sources that are mixed, restarts, spikes of many sizes, tiny and constant norms.
 """
 
 import dataclasses
@@ -16,11 +17,14 @@ import numpy as np
 
 from hf_adaclip.audit.ingest import Series
 from hf_adaclip.audit.replay import REPLAYABLE
+from hf_adaclip.audit.trials import run_stream, run_trials, trial_table
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Controller, Observation, build_controller
-from hf_adaclip.controllers.ops import ARRAY, SCALAR
+from hf_adaclip.controllers.ops import SCALAR
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.rules import json_or_text
+
+__all__ = ["judge", "judge_config", "run_stream", "trial_table"]
 
 CALM_LEVEL: Final = 0.3
 BURN_IN: Final = 2000
@@ -44,6 +48,7 @@ class Verdict:
         altered_decay: Share of steps altered while norms fall, in percent.
         state_numbers: Numbers that the rule keeps per norm.
         update_microseconds: Time of one decision on the host, median.
+        streams: The figures of `TRIALS`, by name.
     """
 
     altered_calm: float
@@ -53,25 +58,10 @@ class Verdict:
     altered_decay: float
     state_numbers: int
     update_microseconds: float
+    streams: dict[str, float]
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def run_stream(
-    controller: Controller[Any], norms: np.ndarray, static_threshold: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Drive a batch of streams, shape `[steps, streams]`; returns coefficients and thresholds of that shape."""
-    values = norms.astype(np.float32)
-    state = controller.init(ARRAY, (norms.shape[1],))
-    nan, static = np.float32("nan"), np.float32(static_threshold)
-    coefficients, thresholds = [], []
-    with np.errstate(all="ignore"):
-        for row in values:
-            decision, state = controller.update(state, Observation(row, nan, static))
-            coefficients.append(decision.coefficient)
-            thresholds.append(decision.threshold)
-    return np.stack(coefficients), np.stack(thresholds)
 
 
 def judge(controller: Controller[Any], noise: str, seeds: int) -> Verdict:
@@ -123,6 +113,7 @@ def judge(controller: Controller[Any], noise: str, seeds: int) -> Verdict:
         altered_decay=100.0 * float((coefficient[BURN_IN:] < 1).mean()),
         state_numbers=sum(np.size(value) for value in controller.init(SCALAR, ())),
         update_microseconds=_time_update(controller, calm[:500, 0]),
+        streams=run_trials(controller, seeds),
     )
 
 

@@ -22,7 +22,7 @@ to 17). So there the static threshold stays the ceiling, and the range works bel
 
 The bound. Norms that agree with each other prove nothing about the training: those of a divergence do so too.
 
-    g_t   = level at the end of the warm-up; min(L_t, static) while held; then max(g, min(L_t, 1.03 g)) where the loss has a new best
+    g_t   = level at the end of the warm-up; min(L_t, static) while held; then max(g, min(1.5 L_t, 1.03 g)) at a new best of the loss
     bound = max(min(static, 50 g), k g)             k = 8 as long as fewer than 20 losses are known
                                                     k = 1.25 while the loss is near its best, and that of the step is not far above it
                                                     k = 1 otherwise: more than 2 (the mean) or 4 (the step) spreads above (`trend.py`)
@@ -34,11 +34,11 @@ Lasting levels. `accept_after` norms in a row beyond min(far, 0.6) that agree wi
 level, not spikes: L jumps there and the step passes. Norms that keep growing do not agree with each other and are not accepted.
 
 Recurring levels. A second source of data comes back without ever coming six times in a row. Two rivals (a level and a number of hits,
-which fades by 0.3 % a step) are kept of what went over the top when the step before did not, and of lasting levels, which are two
-hits: a norm within 0.75 of a rival is a hit and moves it; any other takes the place of the weaker one. Four hits make a rival C, the
-remembered level: norms up to max(far, 0.6) above it pass from then on and do not teach L and S; C follows those within 0.6 of it, and is
-forgotten 900 steps after the last of them. Spikes of differing sizes do not agree, and those of one size, hundreds of steps apart, have
-faded before there are four.
+which fades by 0.3 % a step) are kept. Counted are norms beyond min(far, 0.6) above L where the one before was not, and lasting levels,
+as two: a norm within 0.75 of a rival is a hit and moves it; any other that is over the top takes the place of the weaker one. Four hits
+make a rival C, the remembered level: norms up to max(far, 0.6) above it pass from then on and do not teach L and S; C follows those
+within 0.6 of it, and is forgotten 900 steps after the last of them. Spikes of differing sizes do not agree, and those of one size,
+hundreds of steps apart, have faded before there are four.
 
 Where norms scatter widely, the edge is far out. Beyond 1.86 times the level (a deviation of 0.6) it lets nothing pass that the static
 threshold would cut: what is unusual and too large for whoever set that threshold is cut to it, and no farther.
@@ -80,9 +80,9 @@ RELEASE = 0.2
 PACE_START = 50
 """Steps of the pace's start where nothing says how long the run is."""
 
-ALLOWANCE, WITH_LOSS, REACH, RENEWAL = 8.0, 1.25, 50.0, 1.03
+ALLOWANCE, WITH_LOSS, REACH, RENEWAL, HEADROOM = 8.0, 1.25, 50.0, 1.03, 1.5
 """How far the range may leave the given level beyond the static threshold, where no loss is known and where one is; how far below it;
-and by how much a new best of the loss lets the given level follow."""
+by how much a new best of the loss lets the given level follow, and how far above the running one."""
 
 LOSS_BAR, OWN_BAR = 2.0, 4.0
 """Spreads above its best at which the loss speaks against a wider range: its mean, and that of the step itself."""
@@ -110,7 +110,7 @@ class AdaptiveState(NamedTuple):
         quiet: Threshold of the last step that was left as it was.
         crest, memory: The remembered second level, and what is left of its hits.
         rival, hits, other, other_hits: The two rivals.
-        above: 1 where the last usable norm was over the top, else 0.
+        above: 1 where the last usable norm was unusual upward, else 0.
         loss_mean, loss_spread, loss_best, loss_seen: See `hf_adaclip.controllers.trend`.
         pace, best_reach, pace_steps: See `hf_adaclip.controllers.pace`.
     """
@@ -161,7 +161,7 @@ class _Judgement(NamedTuple):
         finite, usable, warm, ready: Finite; and above zero; in the warm-up; usable and after it.
         level, x, far, near, edge, top: See the formulas.
         over, low, recurring: Above the top; below the range; above the edge and let through by the remembered level.
-        unusual, accepted, spike: Beyond the inner edge; the last of a run that is a new level; cut back to near the level.
+        unusual, upward, accepted, spike: Beyond the inner edge; upward; the last of a run that is a new level; cut back to near the level.
         candidate, run: Of the run, with this norm.
     """
 
@@ -181,6 +181,7 @@ class _Judgement(NamedTuple):
     low: Value
     recurring: Value
     unusual: Value
+    upward: Value
     accepted: Value
     spike: Value
     candidate: Value
@@ -346,6 +347,7 @@ class AdaptiveController(Controller[AdaptiveState]):
             low=ready & (x < -far),
             recurring=ready & ~over & (norm > edge) & ~accepted,
             unusual=unusual,
+            upward=unusual & (x > zero),
             accepted=accepted,
             spike=high & ~accepted,
             candidate=candidate,
@@ -419,8 +421,8 @@ class AdaptiveController(Controller[AdaptiveState]):
         loss = ops.expand(observation.loss, ops.shape(observation.norm))
         trend = follow_loss(before, loss, LOSS_BAR, 0.0, ops)
         better = known_trend(before, ops) & (trend.best < before.best)
-        renewed = ops.maximum(ceiling.given, ops.minimum(level, ceiling.given * ops(RENEWAL)))
-        given = ops.where(better, renewed, ceiling.given)
+        renewed = ops.minimum(level * ops(HEADROOM), ceiling.given * ops(RENEWAL))
+        given = ops.where(better, ops.maximum(ceiling.given, renewed), ceiling.given)
         given = ops.where(ceiling.held, ops.minimum(level, observation.static_threshold), given)
         memory = self._remember(state, j, ceiling, ops)
         usable = j.usable
@@ -443,7 +445,7 @@ class AdaptiveController(Controller[AdaptiveState]):
             hits=ops.where(j.ready, memory.hits, state.hits),
             other=ops.where(j.ready, memory.other, state.other),
             other_hits=ops.where(j.ready, memory.other_hits, state.other_hits),
-            above=ops.where(usable, ops.where(j.over, one, zero), state.above),
+            above=ops.where(usable, ops.where(j.upward, one, zero), state.above),
             loss_mean=ops.where(usable, trend.mean, state.loss_mean),
             loss_spread=ops.where(usable, trend.spread, state.loss_spread),
             loss_best=ops.where(usable, trend.best, state.loss_best),
@@ -455,13 +457,13 @@ class AdaptiveController(Controller[AdaptiveState]):
         j, one, zero, alike = judged, ops(1.0), ops(0.0), ops(ALIKE)
         fade, norm = ops(FADE), judged.norm
         hits, other_hits = state.hits * fade, state.other_hits * fade
-        # Only the first in a row: norms that go on growing are over the top all along. A whole run that agrees counts once more.
-        event = j.over & ceiling.trusted & (j.accepted | ~(state.above > zero))
+        # Only the first in a row: norms that go on growing are unusual all along. A whole run that agrees counts once more.
+        event = j.upward & ceiling.trusted & (j.accepted | ~(state.above > zero))
         weight = ops.where(j.accepted, ops(LASTING), one)
         first = event & (hits >= ops(FORGOTTEN)) & (abs(_deviation(norm, state.rival, ops)) <= alike)
         second = event & ~first & (other_hits >= ops(FORGOTTEN))
         second = second & (abs(_deviation(norm, state.other, ops)) <= alike)
-        new = event & ~first & ~second
+        new = event & j.over & ~first & ~second
         weaker = hits < other_hits
         into, instead = new & weaker, new & ~weaker
         hits = ops.where(into, weight, ops.where(first, hits + weight, hits))

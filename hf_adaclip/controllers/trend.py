@@ -3,13 +3,13 @@
     off_t    = loss_t - m_{t-1}
     s        = max(spread_{t-1}, 1e-3 |m_{t-1}|, 1e-30)
     m_t      = m + off / (t + 1),  spread the mean of |off|,  best = m             in the first 20 known losses
-    m_t      = min(m + 0.1 min(off, 20 s), best + (bar + 4) s + slack)             afterwards
+    m_t      = min(m + 0.1 clip(off, -20 s, 20 s), best + (bar + 4) s + slack)     afterwards
     best_t   = min(best_{t-1}, m_t)
-    spread_t = spread + 0.02 (min(|off|, 5 s) - spread)                            while m_{t-1} <= best_{t-1} + 2 s
+    spread_t = spread + 0.02 (min(|off|, 2 s) - spread)                            while m_{t-1} <= best_{t-1} + 1.5 s
     far      = m_t > best_t + max(bar s, slack)
 
-A rising loss is far from its best before its spread has grown: above two spreads nothing is learned of the spread, and below it grows
-by at most 8 % a step. One loss, however large, moves the mean by two spreads, and the mean stays within sight of its best, so that a
+slack is a part of |best|. A rising loss is far from its best before its spread has grown: beyond 1.5 spreads nothing is learned of the
+spread, and below it grows by at most 2 % a step. One loss, however large, moves the mean by two spreads, and the mean stays within sight of its best, so that a
 burst is over when the losses are. Losses that are not finite teach nothing, and forget nothing.
 """
 
@@ -60,7 +60,7 @@ def follow_loss(trend: LossTrend, loss: Value, bar: float, slack: float, ops: Op
     size = abs(off)
 
     first_mean = trend.mean + off / (trend.seen + one)
-    mean = trend.mean + ops(_KEEP_UP) * ops.minimum(off, ops(_LEAP) * s)
+    mean = trend.mean + ops(_KEEP_UP) * ops.minimum(ops.maximum(off, ops(-_LEAP) * s), ops(_LEAP) * s)
     mean = ops.minimum(mean, trend.best + ops(bar + _IN_SIGHT) * s + ops(slack) * abs(trend.best))
     mean = ops.where(begun, ops.where(early, first_mean, mean), loss)
 

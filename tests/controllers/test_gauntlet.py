@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from hf_adaclip.audit.gauntlet import BURN_IN, CALM_LEVEL, NOISES, judge, run_stream
+from hf_adaclip.audit.trials import TRIALS, run_trials
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS, Observation
+from hf_adaclip.controllers import CONTROLLERS, Observation, build_controller
 from hf_adaclip.controllers.ops import SCALAR
 
 SEEDS = 24
@@ -27,6 +28,20 @@ def test_adaptive_meets_the_bar(noise):
     assert verdict.second_spike <= spike
     assert verdict.accepted_after <= accept
     assert verdict.altered_decay <= decay
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["clip", "skip"])
+def test_adaptive_meets_the_bar_of_every_trial(skip):
+    config = AdaptiveClipConfig(on_spike="skip" if skip else "clip")
+    found = run_trials(build_controller(config), 4)
+    assert {t.name: found[t.name] for t in TRIALS if not found[t.name] <= t.bar} == {}
+
+
+def test_the_trials_find_the_faults_that_they_are_for():
+    """A rule that follows whatever agrees, and one that knows one level only."""
+    found = run_trials(controller("quantile"), 2)
+    assert found["growth 5% a step"] > 1e6
+    assert run_trials(controller("zscore"), 2)["a source of 10%"] > 50
 
 
 @pytest.mark.parametrize("noise", NOISES)

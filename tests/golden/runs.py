@@ -60,7 +60,7 @@ RULES = {
 }
 LIMITS = {
     "min_threshold": 1.2,
-    "max_threshold": 6.0,
+    "max_threshold": 3.0,
     "max_widening_step": 1.05,
     "max_widening_100": 2.5,
     "max_skipped": 2,

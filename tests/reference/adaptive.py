@@ -62,7 +62,7 @@ class AdaptiveReference:
         self.level, self.spread, self.width, self.count = None, min_spread, far_width, 0
         self.excursions = []
         self.given, self.quiet, self.trend = None, None, TrendReference(2.0, 0.0)
-        self.crest, self.memory, self.was_over = 0.0, 0.0, False
+        self.crest, self.memory, self.was_upward = 0.0, 0.0, False
         self.rivals = [[0.0, 0.0], [0.0, 0.0]]  # level, hits
         self.pace, self.best, self.taken = 1.0 if max_pace == 1 else 1 / self.pace_start, 0.0, 0
 
@@ -142,9 +142,10 @@ class AdaptiveReference:
         if accepted and mean <= bound:
             self.excursions = []
 
-        counts = over and (accepted or not self.was_over) and not self.speaks_against()
-        self._remember(norm, far, weight=(2.0 if accepted else 1.0) if counts else 0.0)
-        self.was_over = over
+        upward = bool(x > min(far, 0.6))
+        counts = upward and (accepted or not self.was_upward) and not self.speaks_against()
+        self._remember(norm, far, weight=(2.0 if accepted else 1.0) if counts else 0.0, over=over)
+        self.was_upward = upward
         if accepted:
             self.level = mean
         elif not recurring:
@@ -157,7 +158,7 @@ class AdaptiveReference:
         if ceiling < math.inf:
             given = min(self.level, self.static_threshold)
         elif known and self.trend.best < best:
-            given = max(given, min(self.level, 1.03 * given))
+            given = max(given, min(1.5 * self.level, 1.03 * given))
         self.given = given
         self._pace(reach, spike=over and x > far)
         if ceiling < math.inf:
@@ -177,16 +178,16 @@ class AdaptiveReference:
             factor = 1.25 if fine else 1.0
         return max(min(self.static_threshold, 50 * given), factor * given)
 
-    def _remember(self, norm, far, *, weight):
+    def _remember(self, norm, far, *, weight, over):
         for rival in self.rivals:
             rival[1] *= 0.997
         won = None
         if weight:
             hit = next((r for r in self.rivals if r[1] >= 0.5 and abs(deviation(norm, r[0])) <= 0.75), None)
-            if hit is None:
+            if hit is None and over:
                 weaker = self.rivals[0] if self.rivals[0][1] < self.rivals[1][1] else self.rivals[1]
                 weaker[:] = [norm, weight]
-            else:
+            elif hit is not None:
                 hit[1] += weight
                 hit[0] += (norm - hit[0]) / hit[1]
                 won = hit if hit[1] >= 4 else None

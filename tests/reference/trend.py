@@ -30,7 +30,7 @@ class TrendReference:
         else:
             s, off = self.s(), loss - self.mean
             healthy = self.mean <= self.best + 1.5 * s
-            self.mean += 0.1 * min(off, 20 * s)
+            self.mean += 0.1 * max(-20 * s, min(off, 20 * s))
             self.mean = min(self.mean, self.best + (self.bar + 4) * s + self.slack * abs(self.best))
             if healthy:
                 self.spread += 0.02 * (min(abs(off), 2 * s) - self.spread)
