@@ -175,7 +175,6 @@ def into_blocks(rows: Any, tokenizer: Any, columns: list[str], size: int) -> Any
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any, seed: int) -> Ingredients:
     """What is trained: blocks of tokens and a model. `first` is a context in which the main process goes ahead of the others."""
-    check_size_was_chosen(model_args.model_name_or_path, model_args.model_type, model_args.config_overrides, SMALL)
     train_rows, eval_rows = load_splits(data_args)
     columns = data_args.text_columns.split(",")
     missing = [c for c in columns if c not in train_rows.column_names]
@@ -183,6 +182,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any, se
         raise ValueError(
             f"`--text_columns` must be among {', '.join(train_rows.column_names)}, but {', '.join(missing)} is not."
         )
+    check_size_was_chosen(model_args.model_name_or_path, model_args.model_type, model_args.config_overrides, SMALL)
     with first:
         tokenizer = make_tokenizer(model_args, train_rows, columns)
         train_blocks = into_blocks(train_rows, tokenizer, columns, data_args.block_size)

@@ -194,8 +194,8 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, numbers.Real):
             try:
                 found[name] = float(value)
-            except OverflowError:
-                found[name] = math.inf if value > 0 else -math.inf
+            except OverflowError:  # a whole number beyond every float
+                found[name] = math.inf if int(value) > 0 else -math.inf
     return found
 
 

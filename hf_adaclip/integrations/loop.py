@@ -119,7 +119,7 @@ class _Loop:
                 optimizer,
                 num_warmup_steps=many * arguments.get_warmup_steps(self._steps),
                 num_training_steps=many * self._steps,
-                scheduler_specific_kwargs=arguments.lr_scheduler_kwargs or None,
+                scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
             )
         )
         self._clipper = self._make_clipper()
@@ -216,7 +216,8 @@ class _Loop:
         if strategy == "epoch":
             return step % self._per_epoch == 0 or step == self._steps
         every = math.ceil(every * self._steps) if every and every < 1 else every
-        return strategy == "steps" and bool(every) and step % int(every) == 0
+        steps = strategy == "steps" or what == "eval"  # `--eval_steps` alone says enough
+        return steps and bool(every) and step % int(every) == 0
 
     def _log(self, step: int, norm: Tensor | None, rate: float) -> None:
         """The line that a Trainer logs, on the screen and to the trackers of `--report_to`."""

@@ -56,7 +56,7 @@ class LoopArguments(TrainingArguments):
             and _given(getattr(self, f.name))
             != _given(f.default if f.default_factory is MISSING else f.default_factory())
         ]
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 def _given(value: Any) -> Any:
@@ -73,6 +73,6 @@ def make_accelerator(arguments: LoopArguments) -> Accelerator:
         mixed_precision=arguments.mixed_precision or chosen,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
-        log_with=list(arguments.report_to) or None,
+        log_with=[*arguments.report_to] or None,
         project_dir=arguments.output_dir,
     )

@@ -41,7 +41,7 @@ else:
 
 logger = logging.getLogger(__name__)
 # A default Trainer shows what is logged under `transformers`, warnings and above; of other packages it shows no more than that either.
-_shown = transformers_logging.get_logger("transformers.hf_adaclip")  # type: ignore[no-untyped-call]
+_shown = transformers_logging.get_logger("transformers.hf_adaclip")
 
 LEDGER_FILE = "clip_ledger.jsonl"
 PACE_START_SHARE = 0.1
@@ -340,7 +340,8 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
         UnsupportedSetupError: transformers or the distributed setup is not supported.
     """
     if not isinstance(trainer, Trainer):
-        what = f"the class {trainer.__name__}" if isinstance(trainer, type) else type(trainer).__name__
+        given: Any = trainer
+        what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
         raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {what} instead.")
     if isinstance(trainer, AdaptiveClipMixin):
         raise ConfigError("`trainer` must not have adaptive clipping yet, but it has: attach once, before `train()`.")

@@ -240,7 +240,7 @@ def test_a_sensor_that_fails_midway_leaves_the_energy_unknown(tmp_path, monkeypa
     _trains(tmp_path, monkeypatch, break_it)
     points = read_points(tmp_path / "convergence.jsonl")
     assert points[0].energy_wh is not None
-    assert points[-1].energy_wh is points[-1].energy_source is points[-1].energy_measured is None
+    assert (points[-1].energy_wh, points[-1].energy_source, points[-1].energy_measured) == (None, None, None)
     assert len([r for r in caplog.records if "The energy of this run is not known" in r.getMessage()]) == 1
 
 

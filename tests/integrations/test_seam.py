@@ -236,7 +236,12 @@ def test_one_that_is_replaced_on_the_object_during_training_is_noticed_too(tmp_p
 def test_a_wrapper_around_the_seam_is_left_alone(tmp_path):
     trainer = build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_steps=5), clip=CONFIG)
     inner, calls = trainer._clip_grad_norm, []
-    trainer._clip_grad_norm = lambda model: calls.append(1) or inner(model)
+
+    def wrapper(model):
+        calls.append(1)
+        return inner(model)
+
+    trainer._clip_grad_norm = wrapper
     run(trainer)
     assert (len(calls), trainer.clipper.step) == (5, 5)
 
@@ -286,8 +291,8 @@ def test_an_optimizer_whose_step_calls_that_of_its_base_steps_once(tmp_path, cap
 
 
 def test_clipping_twice_in_a_step_is_warned_of(tmp_path, caplog):
-    twice = Does(lambda model, o: trainer._clip_grad_norm(model))
-    trainer = build(AdaptiveClipTrainer, tmp_path, callbacks=[twice], clip="static")
+    trainer = build(AdaptiveClipTrainer, tmp_path, clip="static")
+    trainer.add_callback(Does(lambda model, o: trainer._clip_grad_norm(model)))
     run(trainer)
     assert any("clipping was called more than once in a step" in r.message for r in caplog.records)
     assert not verify_ledger(tmp_path / "clip_ledger.jsonl").ok
@@ -325,7 +330,12 @@ def test_trouble_and_a_storm_of_nan_are_acted_on_at_once_whatever_logging_steps_
     )
     trainer.bad = range(20, 200)
     before = []
-    trainer.add_callback(Schedule(lambda s: before.append(weights(trainer)) or 1.0))
+
+    class Keeps(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            before.append(weights(trainer))
+
+    trainer.add_callback(Keeps())
     with pytest.raises(NonFiniteGradientError):
         run(trainer)
     assert 25 <= trainer.state.global_step <= 24 + late
@@ -338,7 +348,7 @@ def test_trouble_and_a_storm_of_nan_are_acted_on_at_once_whatever_logging_steps_
 def test_a_mixin_that_stands_last_is_refused_as_the_class_is_made():
     with pytest.raises(ConfigError, match=r"Write `class M\(AdaptiveClipMixin, Trainer\)`"):
 
-        class M(Trainer, AdaptiveClipMixin):
+        class M(Trainer, AdaptiveClipMixin):  # type: ignore[misc]
             pass
 
     class Own(Trainer):
@@ -357,9 +367,7 @@ def test_a_mixin_that_stands_last_is_refused_as_the_class_is_made():
 
     sft = pytest.importorskip("trl").SFTTrainer
     with pytest.raises(ConfigError, match="must stand before SFTTrainer"):
-
-        class Last(sft, AdaptiveClipMixin):
-            pass
+        type("Last", (sft, AdaptiveClipMixin), {})
 
 
 def test_an_init_that_goes_past_the_mixin_is_refused(tmp_path):
@@ -425,7 +433,7 @@ def test_an_optimizer_made_on_the_object_is_the_one_that_is_guarded(tmp_path):
 
 
 def test_attach_during_training_and_to_a_class_is_refused_and_after_training_said(tmp_path, caplog):
-    caught = []
+    caught: list[str] = []
 
     class Attaches(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -444,7 +452,7 @@ def test_attach_during_training_and_to_a_class_is_refused_and_after_training_sai
     run(trainer)
     assert trainer.clipper.step == 3
     with pytest.raises(ConfigError, match="but is the class Trainer"):
-        attach(Trainer)
+        attach(Trainer)  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize(
@@ -460,7 +468,12 @@ def test_a_transformers_in_which_a_method_has_another_name_is_refused(tmp_path, 
 def test_the_trial_is_found_by_position_too(tmp_path, monkeypatch, by):
     asked = []
     trainer = build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_steps=2), clip=CONFIG)
-    monkeypatch.setattr(trainer, "_complete_config", lambda trial: asked.append(trial) or CONFIG)
+
+    def complete(trial):
+        asked.append(trial)
+        return CONFIG
+
+    monkeypatch.setattr(trainer, "_complete_config", complete)
     monkeypatch.setattr(
         Trainer, "_inner_training_loop", lambda self, batch_size=None, args=None, resume=None, trial=None: None
     )
@@ -536,7 +549,7 @@ def test_the_effective_learning_rate_is_logged_where_there_is_a_pace(tmp_path):
 
 
 def test_a_default_trainer_shows_one_line_on_what_clips(tmp_path, monkeypatch):
-    said = []
+    said: list[str] = []
     monkeypatch.setattr(trainer_module._shown, "warning", said.append)
     run(build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_steps=2), clip="zscore"))
     assert len(said) == 1

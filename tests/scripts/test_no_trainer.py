@@ -29,7 +29,6 @@ def flags(folder, text, **changes):  # noqa: F811
         "do_train": True,
         "do_eval": True,
         "max_steps": 30,
-        "eval_strategy": "steps",
         "eval_steps": 10,
         "logging_steps": 10,
         "save_strategy": "no",
@@ -175,5 +174,7 @@ def test_files_and_sizes_that_are_no_choice_are_refused(here, tmp_path, script):
         here(script, ["--train_file", tmp_path / "README.md", *common])
     with pytest.raises(ValueError, match=r"`--train_file` must be a file, but .*gone\.parquet is not there"):
         here(script, ["--train_file", tmp_path / "gone.parquet", *common])
+    rows = "text,label\n" + "a few words,0\nand some more,1\n" * 40
+    (tmp_path / "rows.csv").write_text(rows)
     with pytest.raises(ValueError, match="`--model_name_or_path` or `--config_overrides` must be given"):
-        here(script, ["--train_file", tmp_path / "gone.parquet", *common[:3]])
+        here(script, ["--train_file", tmp_path / "rows.csv", *common[:3]])
