@@ -39,19 +39,20 @@ def attach_by_environment(trainer: Any) -> None:
     kind = type(trainer).__name__
     if isinstance(trainer, AdaptiveClipMixin):
         if not getattr(trainer, "_attached_by_environment", False):
-            _tell(trainer, f"{kind} clips adaptively by itself ({trainer.clip_config.controller}): left as it is")
+            say(trainer, f"{kind} clips adaptively by itself ({trainer.clip_config.controller}): left as it is")
         return
     try:
         attach(trainer, clip=clip_from_text(os.environ[VARIABLE]))
     except HfAdaclipError as error:
-        _tell(trainer, f"{kind} is refused: {error}")
+        say(trainer, f"{kind} is refused: {error}")
         raise
     trainer._attached_by_environment = True
     config = trainer.clip_config
-    _tell(trainer, f"attached to {kind}: controller {config.controller}, ledger {config.ledger}")
+    say(trainer, f"attached to {kind}: controller {config.controller}, ledger {config.ledger}")
 
 
-def _tell(trainer: Any, text: str) -> None:
+def say(trainer: Any, text: str) -> None:
+    """A line on stderr, from the main process only, and a note to the launcher where there is one."""
     if not trainer.is_world_process_zero():
         return
     print(f"hf-adaclip: {text}", file=sys.stderr, flush=True)
