@@ -19,6 +19,8 @@ from hf_adaclip.errors import (
 from hf_adaclip.events import ClipEvent
 
 if TYPE_CHECKING:
+    from hf_adaclip.convergence.callback import ConvergenceCallback
+    from hf_adaclip.integrations.script import ClipArguments, make_trainer
     from hf_adaclip.integrations.trainer import AdaptiveClipMixin, AdaptiveClipTrainer, attach
 
 __version__ = "0.1.0"
@@ -27,7 +29,10 @@ __version__ = "0.1.0"
 _LAZY = {
     "AdaptiveClipMixin": "hf_adaclip.integrations.trainer",
     "AdaptiveClipTrainer": "hf_adaclip.integrations.trainer",
+    "ConvergenceCallback": "hf_adaclip.convergence.callback",
+    "ClipArguments": "hf_adaclip.integrations.script",
     "attach": "hf_adaclip.integrations.trainer",
+    "make_trainer": "hf_adaclip.integrations.script",
 }
 
 __all__ = [
@@ -36,9 +41,11 @@ __all__ = [
     "AdaptiveClipMixin",
     "AdaptiveClipTrainer",
     "AdaptiveClipper",
+    "ClipArguments",
     "ClipEvent",
     "ClippingDefeatedError",
     "ConfigError",
+    "ConvergenceCallback",
     "HfAdaclipError",
     "LedgerError",
     "NonFiniteGradientError",
@@ -47,6 +54,7 @@ __all__ = [
     "TrainingTroubleError",
     "UnsupportedSetupError",
     "attach",
+    "make_trainer",
 ]
 
 

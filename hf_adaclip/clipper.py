@@ -31,6 +31,7 @@ from hf_adaclip.gradients import (
     tensor_norms,
     to_value,
 )
+from hf_adaclip.gradients.absence import AbsenceCheck, norms_of
 from hf_adaclip.gradients.fold import scale_of, why_not_folded
 from hf_adaclip.gradients.norms import Parameters
 from hf_adaclip.gradients.reach import ReachEstimate
@@ -39,7 +40,7 @@ from hf_adaclip.run import Run
 from hf_adaclip.scope import Scope
 from hf_adaclip.selftest import FirstStepCheck, check_on_a_copy
 from hf_adaclip.statistics import RunStatistics
-from hf_adaclip.support import check_capture
+from hf_adaclip.support import check_capture, check_optimizer_given
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class AdaptiveClipper:
         optimizers = (
             () if optimizer is None else tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
         )
-        _check_optimizer(config, optimizers, accelerator)
+        check_optimizer_given(config, optimizers, accelerator)
         self._port = None if accelerator is None else AcceleratorPort(accelerator)
         in_engine = self._port is not None and self._port.steps_in_engine
         if in_engine:
@@ -118,6 +119,7 @@ class AdaptiveClipper:
         self._leaves_out = leaves_out(config)
         self._follower = EngineFollower(self._port, self._run) if in_engine and self._port is not None else None
         self._check = FirstStepCheck(enabled=config.self_test)
+        self._absence = AbsenceCheck(self.alerts.warn_once)
         self._models = [] if model is None else [model]
         self._scope: Scope | None = None
         self._reach: ReachEstimate | None = None
@@ -167,10 +169,11 @@ class AdaptiveClipper:
                 the device). By default once in 50 steps.
 
         Returns:
-            The norm before clipping, float32, shape `[]`, on the gradients' device.
+            The norm before clipping, float32, shape `[]`, on the gradients' device. A step in which no parameter has a gradient (every
+            label masked, no `backward`) is one of norm 0, from which nothing is learnt.
 
         Raises:
-            ConfigError: There is no parameter, or none has a gradient.
+            ConfigError: There is no parameter, or none has had a gradient in the first 10 steps.
             UnsupportedSetupError: A gradient is sparse, or on a device that is not supported.
             StateError: The state was loaded from, or made for, other parameters.
             NonFiniteGradientError: Too many steps in a row were not finite (noticed when the rows are read).
@@ -181,14 +184,15 @@ class AdaptiveClipper:
             )
         if self._follower is not None:
             return self._follower.follow(lambda total: self._observe(loss, total.device))
-        gradients = collect(parameters).required()
+        gradients = collect(parameters)
         if self._port is not None:
             if not self._port.syncs_now:
-                return global_norm(tensor_norms(gradients.tensors))
+                return global_norm(norms_of(gradients))
             self._guards.adopt(self._port.only_optimizer())
             self._port.unscale(self._optimizers)
-        check_capture(gradients.tensors[0].device)
-        run, norms = self._run, tensor_norms(gradients.tensors)
+        self._absence.look(gradients)
+        run, norms = self._run, norms_of(gradients)
+        check_capture(norms.device)
         total = global_norm(norms)
         if self._scope is None:
             self._scope = self._begin(gradients, total.device)
@@ -207,17 +211,17 @@ class AdaptiveClipper:
 
         applied = decision.coefficient
         if self.config.shadow:
-            applied = ops.where(finite, coefficient_of(norm, ops(run.static_threshold), ops), ops(1.0))
+            applied = ops.where(finite, coefficient_of(norm, run.static, ops), ops(1.0))
         elif left is not None:
             applied = ops(1.0)  # done already
         else:
             applied = scope.coefficients(gradients, applied, total.device, ops)
             if self._leaves_out:
                 finite = finite & (applied > ops(0.0))
-        checks = self._check.pending and bool(self._guards)
+        checks = self._check.pending and bool(self._guards) and bool(gradients.tensors)
         # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
         fold = scale_of(applied, ops) if self._why_not_folded is None and not checks else None
-        if fold is None:
+        if fold is None and gradients.tensors:
             scale_(gradients.tensors, applied)
         if checks and (warning := self._check.clipped(gradients.tensors)):
             self.alerts.warn_once(warning)
@@ -262,6 +266,16 @@ class AdaptiveClipper:
         self._run.recorder.set_applied(global_norm(tensor_norms(gradients)))
         self._check.stepping(gradients)
 
+    def set_static_threshold(self, value: float) -> None:
+        """From the next step on another static threshold: of `static`, of a warm-up, and of a ceiling that is held.
+
+        What a schedule of `max_grad_norm` needs; the ledger holds it beside each step.
+
+        Raises:
+            ConfigError: It is not above 0 and finite, or the step is an engine's (DeepSpeed), which has its own threshold.
+        """
+        self._run.set_static_threshold(value, in_engine=self._follower is not None)
+
     # -- checking, reading, ending -------------------------------------------------------------------------------
 
     def self_test(self, parameters: Parameters | None = None) -> None:
@@ -305,17 +319,19 @@ class AdaptiveClipper:
         self.flush()
         return self.statistics.metrics()
 
-    def close(self, *, clean: bool = True) -> None:
+    def close(self, *, clean: bool = True, counted_steps: int | None = None) -> None:
         """Write what is left, end the ledger with a footer, and let go of the optimizer. May be called twice.
 
         Args:
             clean: Whether the run ended as it should; a ledger without a footer says that it did not.
+            counted_steps: Optimizer steps that the loop has counted itself, for the footer: where they are more than those decided on,
+                clipping was not reached in all of them, and `verify` says so.
         """
         if self._closed:
             return
         self._closed = True
         try:
-            self._run.close(clean=clean)
+            self._run.close(clean=clean, counted_steps=counted_steps)
         finally:
             self._guards.detach()
             if self._follower is not None:
@@ -381,16 +397,3 @@ class AdaptiveClipper:
     def _load_or_start_afresh(self, folder: str | Path) -> None:
         if not self.load_state(folder):
             logger.info("%s has no %s: the controller starts afresh.", folder, self._state_file)
-
-
-def _check_optimizer(config: AdaptiveClipConfig, optimizers: tuple[Any, ...], accelerator: Any) -> None:
-    if config.max_pace > 1 and not optimizers:
-        raise ConfigError(
-            f"`optimizer` must be given when `max_pace` > 1 (it is {config.max_pace}), but is None instead: "
-            "the pace multiplies its learning rate."
-        )
-    if config.works_on == "element" and not optimizers and accelerator is None:
-        raise ConfigError(
-            f"`optimizer` must be given with controller '{config.controller}', but is None instead: its bound follows from the "
-            "optimizer's state."
-        )

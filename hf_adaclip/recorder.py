@@ -3,8 +3,9 @@
 import math
 import time
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +14,17 @@ from hf_adaclip.audit.records import Summary, state_to_json, step_record
 from hf_adaclip.audit.ring import COLUMNS, DeviceRing, HostRing, Ring
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
-from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.controllers.base import coefficient_of
+from hf_adaclip.controllers.ops import SCALAR, Ops, Value
 from hf_adaclip.events import ClipEvent, EventTracker
 from hf_adaclip.gradients import to_value
 from hf_adaclip.gradients.groups import Grouping
+from hf_adaclip.selftest import TOLERANCE
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.versions import environment
+
+LOOK_EVERY: Final = 25
+"""Steps on an accelerator after which rows are read at the latest, the same on every rank; in host memory it is every step."""
 
 
 class Recorder:
@@ -33,6 +39,11 @@ class Recorder:
         first_step: Step of the first row, counted from 0.
         ledger: Where records go, or None.
         max_pace: The config's limit on the pace.
+        shadow: Whether the static threshold is what is applied.
+        static_threshold: That of the ledger's header; a record holds it where it is another.
+
+    Attributes:
+        altered: In words, the first step whose gradient reached the optimizer otherwise than clipping had left it; None until then.
     """
 
     def __init__(
@@ -46,7 +57,14 @@ class Recorder:
         first_step: int,
         ledger: Ledger | None,
         max_pace: float = 1.0,
+        shadow: bool = False,
+        static_threshold: float | None = None,
     ) -> None:
+        self._capacity, self._due = capacity, 1 if ops.on_host else LOOK_EVERY
+        self._shadow, self._static_threshold = shadow, static_threshold
+        self._statics: list[float | None] = []
+        self._waiting: list[dict[str, Any]] = []
+        self.altered: str | None = None
         self._events = EventTracker(max_pace)
         self._ring: Ring = HostRing(capacity) if ops.on_host else DeviceRing(capacity, num_tensors, device)
         self._ops, self._num_tensors = ops, num_tensors
@@ -58,8 +76,13 @@ class Recorder:
 
     @property
     def full(self) -> bool:
-        """Whether the rows have to be read before another one fits."""
-        return self._ring.full
+        """Whether the rows have to be read and written before another one fits."""
+        return self._ring.full or len(self._waiting) + len(self._ring) >= self._capacity
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look at the rows."""
+        return len(self._ring) >= self._due
 
     def record(
         self,
@@ -71,6 +94,7 @@ class Recorder:
         scaled: bool,
         norms: Value,
         reach: Value | None = None,
+        static_threshold: float | None = None,
     ) -> None:
         """Add the row of one step.
 
@@ -82,6 +106,7 @@ class Recorder:
             scaled: Whether a loss scaler is active: then it is who leaves a step out that is not finite.
             norms: What the controller looked at; recorded too when the granularity is per tensor.
             reach: What the pace went by; None when it is off.
+            static_threshold: That of this step.
         """
         ops, reason = self._ops, summary.reason
         if scaled:
@@ -92,6 +117,7 @@ class Recorder:
         values = (norm, summary.threshold, summary.coefficient, summary.pace, reason, loss, scale, led)
         self._ring.append(values, norms if self._num_tensors else None)
         self._times.append(time.monotonic() - self._started)
+        self._statics.append(None if static_threshold == self._static_threshold else static_threshold)
 
     def set_applied(self, norm: Tensor) -> None:
         """The norm that really reached the optimizer in the newest step, if its row is still here."""
@@ -99,25 +125,46 @@ class Recorder:
             self._ring.set_applied(norm)
 
     def flush(self) -> list[ClipEvent]:
-        """Read all rows (one host read), count them, write them down; returns the events that they complete."""
+        """Look at all rows and write them down; returns the events that they complete."""
+        events = self.look()
+        waiting, self._waiting = self._waiting, []
+        if self.ledger is not None:
+            self.ledger.steps(waiting)
+        return events
+
+    def look(self) -> list[ClipEvent]:
+        """Read all rows (one host read) and count them; the ledger gets them with the next block. Returns the events they complete."""
         if not len(self._ring):
             return []
         events: list[ClipEvent] = []
         rows = self._ring.drain()
         times, self._times = self._times, []
-        records = []
-        for position, (values, seconds) in enumerate(zip(rows.values, times, strict=True)):
+        statics, self._statics = self._statics, []
+        for position, (values, seconds, static) in enumerate(zip(rows.values, times, statics, strict=True)):
             row = dict(zip(COLUMNS, values, strict=True))
             reason = Reason(int(row["reason"]))
             self._statistics.add(row, reason)
             events.extend(self._events.feed(self._next_record, row, reason))
+            self._compare_applied(row, self._static_threshold if static is None else static)
             if self.ledger is not None:
                 norms = None if rows.norms is None else rows.norms[position]
-                records.append(step_record(self._next_record, row, seconds, norms))
+                self._waiting.append(step_record(self._next_record, row, seconds, norms, static))
             self._next_record += 1
-        if self.ledger is not None:
-            self.ledger.steps(records)
         return events
+
+    def _compare_applied(self, row: dict[str, float], static: float | None) -> None:
+        norm, applied, coefficient = row["norm"], row["applied_norm"], row["coefficient"]
+        if self.altered is not None or not (math.isfinite(norm) and math.isfinite(applied)):
+            return
+        if self._shadow and static is not None:
+            coefficient = float(coefficient_of(np.float32(norm), np.float32(static), SCALAR))
+        intended = norm * coefficient
+        if not abs(applied - intended) <= TOLERANCE * max(applied, intended):
+            self.altered = (
+                f"the optimizer was given a gradient of norm {applied:.4g} in step {self._next_record}, where clipping had left "
+                f"{intended:.4g}: something changes it in between. Look at callbacks with `on_pre_optimizer_step` and at hooks on the "
+                "optimizer."
+            )
 
     def finish(self) -> list[ClipEvent]:
         """Events that were still going on when the run ended."""
@@ -152,6 +199,8 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
         statistics=run["statistics"],
         first_step=run["first_step"],
         max_pace=config.max_pace,
+        shadow=config.shadow,
+        static_threshold=run["static_threshold"],
         ledger=ledger,
     )
 

@@ -1,5 +1,6 @@
 """One run of a controller: its state, the record of its decisions, and both across checkpoints. No gradient is seen here."""
 
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,8 @@ from hf_adaclip.checkpoint import read_state, write_state
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Decision, Observation, build_controller
 from hf_adaclip.controllers.ops import Ops, Value, ops_for
-from hf_adaclip.errors import StateError
+from hf_adaclip.errors import ConfigError, StateError
+from hf_adaclip.events import ClipEvent
 from hf_adaclip.gradients.groups import Grouping
 from hf_adaclip.recorder import Recorder, start_recorder
 from hf_adaclip.statistics import RunStatistics
@@ -58,6 +60,7 @@ class Run:
         # Made at the first step, when device and number of tensors are known.
         self._state: tuple[Value, ...] | None = None
         self._ops: Ops | None = None
+        self._static: tuple[float, Value] | None = None
         self.recorder: Recorder | None = None
         self._loaded: dict[str, Tensor] | None = None
         self._parent: dict[str, Any] | None = None
@@ -84,6 +87,23 @@ class Run:
         """The kind of numbers that this run works with, known from the first step on."""
         assert self._ops is not None
         return self._ops
+
+    @property
+    def static(self) -> Value:
+        """The static threshold as a number of the run's kind. Not one of the constants that are kept: a schedule has one for every step."""
+        if self._static is None or self._static[0] != self.static_threshold:
+            self._static = self.static_threshold, self.ops.full((), self.static_threshold)[()]
+        return self._static[1]
+
+    def set_static_threshold(self, value: float, *, in_engine: bool) -> None:
+        """See `AdaptiveClipper.set_static_threshold`."""
+        if not 0 < value < math.inf:
+            raise ConfigError(f"`static_threshold` must be above 0 and finite, but is {value}.")
+        if in_engine:
+            raise ConfigError(
+                f"`static_threshold` must stay what the DeepSpeed config says, but is to become {value:g}: the engine clips."
+            )
+        self.static_threshold = value
 
     def begin(self, count: int, device: torch.device, grouping: Grouping | None = None) -> Ops:
         """Get ready for a step with this many tensors; all work is done in the first one.
@@ -166,14 +186,20 @@ class Run:
         assert self._state is not None
         assert self._ops is not None
         assert self.recorder is not None
+        self._look()
         with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
-            seen = Observation(observed, loss, self._ops(self.static_threshold), finite, left, reach)
+            seen = Observation(observed, loss, self.static, finite, left, reach)
             decision, self._state = self._controller.update(self._state, seen)
             summary = Summary(*decision) if not self.num_tensors else summarise(norm, observed, *decision)
-        if self.recorder.full:
-            self.flush()
         self.recorder.record(
-            norm, summary, loss, loss_scale=loss_scale, scaled=self._scaled, norms=observed, reach=reach
+            norm,
+            summary,
+            loss,
+            loss_scale=loss_scale,
+            scaled=self._scaled,
+            norms=observed,
+            reach=reach,
+            static_threshold=self.static_threshold,
         )
         return decision, summary.pace
 
@@ -185,16 +211,28 @@ class Run:
             TrainingTroubleError: Trouble was found and `on_trouble` is 'stop'.
             LedgerError: The ledger cannot be written and `ledger_required` is set.
         """
-        if self.recorder is None:
-            return
-        events = self.recorder.flush()
+        if self.recorder is not None:
+            self._act_on(self.recorder.flush())
+
+    def _look(self) -> None:
+        """Look at the steps before this one as soon as that is cheap: what ends a run must not wait for a log line."""
+        assert self.recorder is not None
+        if self.recorder.full:
+            self.flush()
+        elif self.recorder.due:
+            self._act_on(self.recorder.look())
+
+    def _act_on(self, events: list[ClipEvent]) -> None:
+        assert self.recorder is not None
         self.alerts.tell(events)
+        if self.recorder.altered is not None:
+            self.alerts.warn_once(self.recorder.altered)
         self.statistics.stop_if_hopeless(
             self.config.max_consecutive_nonfinite, last_step=self.step - 1, checkpoint=self._checkpoint
         )
         self.alerts.stop_on_trouble(self.config.on_trouble, events)
 
-    def close(self, *, clean: bool) -> None:
+    def close(self, *, clean: bool, counted_steps: int | None = None) -> None:
         """Write what is left; a ledger of a run that did not end as it should gets no footer."""
         try:
             self.flush()
@@ -207,6 +245,8 @@ class Run:
                     "counts": self.statistics.counts_by_name(),
                     "final_state": state_to_json(self._state),
                 }
+                if counted_steps is not None:
+                    footer["counted_steps"] = counted_steps
                 self.recorder.ledger.close(footer if clean else None)
 
     def save(self, path: Path, beside: dict[str, Tensor] | None = None) -> None:

@@ -61,6 +61,8 @@ class Scope:
         """
         if self._fine is None or step < self._first_step:
             return None
+        if not gradients.tensors:
+            return to_value(total, ops)
         return to_value(self._fine.limit_(gradients, total, self._excluded, act=not self._shadow), ops)
 
     def coefficients(self, gradients: Gradients, coefficient: Value, device: torch.device, ops: Ops) -> Value:

@@ -3,11 +3,12 @@
 Keys are the values of `accelerate.DistributedType`, and a few that Accelerate has no name for; nothing of it is imported here.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 
-from hf_adaclip.errors import UnsupportedSetupError
+from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 
 
 class Support(NamedTuple):
@@ -126,4 +127,22 @@ def check_capture(device: torch.device) -> None:
         raise UnsupportedSetupError(
             "`clip_` must not be captured into a CUDA graph, but the current stream is being captured instead. Capture forward and "
             "backward pass, and clip and step outside of the graph."
+        )
+
+
+def check_optimizer_given(config: Any, optimizers: Sequence[Any], accelerator: Any) -> None:
+    """Whether the optimizer is known where a setting needs it.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if config.max_pace > 1 and not optimizers:
+        raise ConfigError(
+            f"`optimizer` must be given when `max_pace` > 1 (it is {config.max_pace}), but is None instead: "
+            "the pace multiplies its learning rate."
+        )
+    if config.works_on == "element" and not optimizers and accelerator is None:
+        raise ConfigError(
+            f"`optimizer` must be given with controller '{config.controller}', but is None instead: its bound follows from the "
+            "optimizer's state."
         )

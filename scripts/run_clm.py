@@ -12,7 +12,6 @@ import math
 import sys
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
@@ -26,6 +25,9 @@ from transformers import (
 )
 
 from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, run_script, train_and_evaluate
+from hf_adaclip.integrations.script_checks import check_size_was_chosen, reader_of
+
+SMALL = "hidden_size=128,intermediate_size=256,num_hidden_layers=4,num_attention_heads=4,num_key_value_heads=4"
 
 
 @dataclass
@@ -87,10 +89,8 @@ def load_splits(data: DataArguments) -> tuple[Any, Any]:
         files = {"train": data.train_file}
         if data.validation_file is not None:
             files["validation"] = data.validation_file
-        kind = {"txt": "text", "jsonl": "json"}.get(
-            Path(data.train_file).suffix.lstrip("."), Path(data.train_file).suffix.lstrip(".")
-        )
-        splits = load_dataset(kind, data_files=files)
+        given = {"train_file": data.train_file, "validation_file": data.validation_file}
+        splits = load_dataset(reader_of(given, ("parquet", "json", "jsonl", "csv", "txt")), data_files=files)
     else:
         splits = load_dataset(data.dataset_name, data.dataset_config_name)
     if "validation" not in splits and "test" not in splits:
@@ -175,6 +175,7 @@ def into_blocks(rows: Any, tokenizer: Any, columns: list[str], size: int) -> Any
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any, seed: int) -> Ingredients:
     """What is trained: blocks of tokens and a model. `first` is a context in which the main process goes ahead of the others."""
+    check_size_was_chosen(model_args.model_name_or_path, model_args.model_type, model_args.config_overrides, SMALL)
     train_rows, eval_rows = load_splits(data_args)
     columns = data_args.text_columns.split(",")
     missing = [c for c in columns if c not in train_rows.column_names]

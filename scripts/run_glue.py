@@ -10,7 +10,6 @@ local `--model_name_or_path`, or no weights at all: `--model_type bert --config_
 import logging
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, run_script, train_and_evaluate
+from hf_adaclip.integrations.script_checks import check_size_was_chosen, reader_of
 from hf_adaclip.metrics import GLUE_METRICS, metric_path
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,9 @@ SENTENCES = {
     "stsb": ("sentence1", "sentence2"),
     "wnli": ("sentence1", "sentence2"),
 }
+
+
+SMALL = "hidden_size=64,num_hidden_layers=2,num_attention_heads=2,intermediate_size=128"
 
 
 @dataclass
@@ -92,8 +95,8 @@ def load_splits(data: DataArguments) -> tuple[Any, Any]:
     """Rows for training and for evaluation."""
     if data.train_file is not None:
         files = {"train": data.train_file, "validation": data.validation_file or data.train_file}
-        kind = Path(data.train_file).suffix.lstrip(".").replace("jsonl", "json")
-        splits = load_dataset(kind, data_files=files)
+        given = {"train_file": data.train_file, "validation_file": data.validation_file}
+        splits = load_dataset(reader_of(given, ("parquet", "json", "jsonl", "csv")), data_files=files)
     elif data.dataset_name is not None:
         splits = load_dataset(data.dataset_name)
     else:
@@ -139,6 +142,7 @@ def make_model(arguments: ModelArguments, num_labels: int, regression: bool) -> 
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any) -> Ingredients:
     """What is trained: rows, model, metrics. `first` is a context in which the main process goes ahead of the others."""
+    check_size_was_chosen(model_args.model_name_or_path, model_args.model_type, model_args.config_overrides, SMALL)
     train_rows, eval_rows = load_splits(data_args)
     train_rows = limit(train_rows, data_args.max_train_samples)
     eval_rows = limit(eval_rows, data_args.max_eval_samples)

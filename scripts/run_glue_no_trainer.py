@@ -12,7 +12,8 @@ import sys
 # Python puts the folder of a script first in its path, so that it finds its neighbour from anywhere.
 from run_glue import DataArguments, ModelArguments, prepare
 
-from hf_adaclip.integrations.loop import LoopArguments, make_accelerator, run_loop
+from hf_adaclip.integrations.loop import run_loop
+from hf_adaclip.integrations.loop_arguments import LoopArguments, make_accelerator
 from hf_adaclip.integrations.script import parse_arguments, run_script
 
 

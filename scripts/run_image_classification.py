@@ -24,7 +24,10 @@ from transformers import (
 )
 
 from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, run_script, train_and_evaluate
+from hf_adaclip.integrations.script_checks import check_size_was_chosen, reader_of
 from hf_adaclip.metrics import metric_path
+
+SMALL = "image_size=32,patch_size=4,hidden_size=64,num_hidden_layers=3,num_attention_heads=4,intermediate_size=128"
 
 
 @dataclass
@@ -83,7 +86,8 @@ def load_splits(data: DataArguments) -> tuple[Any, Any]:
         files = {"train": data.train_file}
         if data.validation_file is not None:
             files["validation"] = data.validation_file
-        splits = load_dataset("parquet", data_files=files)
+        given = {"train_file": data.train_file, "validation_file": data.validation_file}
+        splits = load_dataset(reader_of(given, ("parquet",)), data_files=files)
     else:
         splits = load_dataset(data.dataset_name)
     if "validation" not in splits and "test" not in splits:
@@ -156,6 +160,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def prepare(model_args: ModelArguments, data_args: DataArguments) -> Ingredients:
     """What is trained: images, model, accuracy."""
+    check_size_was_chosen(model_args.model_name_or_path, model_args.model_type, model_args.config_overrides, SMALL)
     train_rows, eval_rows = load_splits(data_args)
     if data_args.max_train_samples is not None:
         train_rows = train_rows.select(range(min(data_args.max_train_samples, len(train_rows))))

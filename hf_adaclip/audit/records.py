@@ -12,7 +12,9 @@ from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
 
 
-def step_record(step: int, row: dict[str, float], seconds: float, norms: list[float] | None) -> dict[str, Any]:
+def step_record(
+    step: int, row: dict[str, float], seconds: float, norms: list[float] | None, static: float | None = None
+) -> dict[str, Any]:
     """One step as it stands in the ledger.
 
     Args:
@@ -20,6 +22,7 @@ def step_record(step: int, row: dict[str, float], seconds: float, norms: list[fl
         row: A row of the ring, by column name.
         seconds: Wall-clock time since the clipper was made.
         norms: Norm of every tensor, NaN where it has no gradient; None when the granularity is global.
+        static: The static threshold of the step, where it is another than the header's.
     """
     record: dict[str, Any] = {"step": step}
     record.update((key, number(row[key])) for key in ("norm", "threshold", "coefficient", "pace"))
@@ -27,6 +30,8 @@ def step_record(step: int, row: dict[str, float], seconds: float, norms: list[fl
     record.update((key, number_or_null(row[key])) for key in ("loss", "loss_scale"))
     if row["reach"] == row["reach"]:
         record["reach"] = number(row["reach"])  # only where there is a pace
+    if static is not None:
+        record["static_threshold"] = number(static)
     record["time"] = round(seconds, 3)
     record["applied_norm"] = number_or_null(row["applied_norm"])
     if norms is not None:

@@ -44,7 +44,8 @@ class Segment:
         self._shape = (self._num_tensors,) if self._num_tensors else ()
         self._ops = ARRAY if self._shape else SCALAR
         self._state = state_from_json(self._controller, header["initial_state"], self._ops, self._shape)
-        self._static = np.float32(header["static_threshold"])
+        self._header_static = header["static_threshold"]
+        self._static = np.float32(self._header_static)
         self._next_step = int(header["first_step"])
         self._counts: Counter[str] = Counter(_counts(header["counts"]))
         self.parent = _mapping(header["parent"], sha256=str, step=int)
@@ -88,6 +89,8 @@ class Segment:
         try:
             recorded = {k: parse_number(record[k]) for k in ("norm", "threshold", "coefficient", "pace", "loss")}
             recorded["reach"] = parse_number(record.get("reach"))
+            # A schedule of `max_grad_norm` has one beside each step; otherwise the header's holds.
+            self._static = np.float32(parse_number(record.get("static_threshold", self._header_static)))
             applied = parse_number(record["applied_norm"])
             norms = [parse_number(n) for n in record["norms"]] if self._num_tensors else None
         except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -109,6 +112,12 @@ class Segment:
         problems = []
         if record.get("steps") != self._next_step:
             problems.append(f"the footer counts {record.get('steps')!r} steps, the records {self._next_step}.")
+        counted = record.get("counted_steps", record.get("steps"))
+        if counted != record.get("steps"):
+            problems.append(
+                f"the training loop counted {counted!r} optimizer steps, but clipping decided on {record.get('steps')!r}: it was not "
+                "called once in each."
+            )
         if record.get("counts") != {k: v for k, v in self._counts.items() if v}:
             problems.append("the footer's counts by reason are not those of the records.")
         if self._broken or not self._controller.exact:

@@ -1,7 +1,11 @@
 """`convergence.jsonl`: what had been spent when each evaluation was made, and when a target was reached."""
 
+import contextlib
+import errno
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +14,8 @@ from typing import Any, Final
 
 from hf_adaclip.audit.schema import plain
 from hf_adaclip.convergence.energy import EnergyMeter
+
+logger = logging.getLogger(__name__)
 
 CONVERGENCE_FILE: Final = "convergence.jsonl"
 
@@ -74,9 +80,12 @@ class Stopwatch:
 
     def __init__(self, meter: EnergyMeter | None = None, *, seconds: float = 0.0, energy_wh: float = 0.0) -> None:
         self._meter = meter
-        self._seconds = seconds
-        self._energy_wh = energy_wh
+        self.go_on(seconds=seconds, energy_wh=energy_wh)
         self._since: tuple[float, float] | None = None
+
+    def go_on(self, *, seconds: float, energy_wh: float) -> None:
+        """Count on from what a checkpoint holds."""
+        self._seconds, self._energy_wh = seconds, energy_wh
 
     def run(self) -> None:
         """Start or go on; running already, nothing changes."""
@@ -95,26 +104,54 @@ class Stopwatch:
         return self._seconds
 
     @property
+    def meter(self) -> EnergyMeter | None:
+        """The meter, None without one and after it has failed."""
+        return self._meter
+
+    @property
     def energy_wh(self) -> float | None:
         return None if self._meter is None else self._energy_wh
 
     def _counter(self) -> float:
-        return 0.0 if self._meter is None else self._meter.read_wh()
+        if self._meter is None:
+            return 0.0
+        try:
+            return self._meter.read_wh()
+        except Exception as error:  # a sensor that fails must not end what it measures
+            logger.warning("The energy of this run is not known: %s failed (%s).", self._meter.source, error)
+            self._meter = None
+            return 0.0
 
 
 def append_point(path: Path, point: Point) -> None:
-    """Add a line to `convergence.jsonl`; non-finite metrics become strings."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(plain(asdict(point)), allow_nan=False) + "\n")
+    """Add a line to `convergence.jsonl`; non-finite metrics become strings. A line that does not fit on the disk is taken back whole.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    line = (json.dumps(plain(asdict(point)), allow_nan=False) + "\n").encode("utf-8")
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def write_points(path: Path, points: Sequence[Point]) -> None:
     """Replace the file's content in one move, so that a kill leaves the old points or the new ones."""
     unfinished = path.with_suffix(".part")
-    unfinished.write_text("", encoding="utf-8")
-    for point in points:
-        append_point(unfinished, point)
-    unfinished.replace(path)
+    try:
+        unfinished.write_text("", encoding="utf-8")
+        for point in points:
+            append_point(unfinished, point)
+        unfinished.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def point_from(values: dict[str, Any]) -> Point:

@@ -132,7 +132,6 @@ def _train(spec: RunSpec, folder: Path, on_steps: Callable[[int], None] | None) 
         trainer = Trainer(**ingredients)
     else:
         trainer = AdaptiveClipTrainer(**ingredients, clip=AdaptiveClipConfig.from_dict(spec.clip))
-        trainer.remove_callback(ConvergenceCallback)  # ours estimates energy and reports steps
     trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
     trainer.train()

@@ -2,21 +2,21 @@
 
 import inspect
 import json
+import logging
 import math
 import re
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import EvalPrediction, get_scheduler, set_seed
+from transformers import EvalPrediction, get_scheduler
 
 from hf_adaclip.audit.run_report import clipping_section, load_run
 from hf_adaclip.audit.tail import find_tail
@@ -24,56 +24,13 @@ from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.convergence.energy import open_meter
 from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, Point, Stopwatch, append_point, read_points, write_points
+from hf_adaclip.integrations.loop_arguments import LoopArguments
 from hf_adaclip.integrations.script import ClipArguments, Ingredients
 from hf_adaclip.integrations.trainer import LEDGER_FILE, pace_start
 
+logger = logging.getLogger(__name__)
+
 CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
-
-
-@dataclass
-class LoopArguments:
-    """What a Trainer's `TrainingArguments` are to it, under the same names."""
-
-    output_dir: str = field(metadata={"help": "Folder for everything."})
-    do_train: bool = field(default=False, metadata={"help": "Train."})
-    do_eval: bool = field(default=False, metadata={"help": "Evaluate at the end, and every `--eval_steps`."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of a training batch on each device."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows of an evaluation batch."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches that make one optimizer step."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay, on all parameters."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training rows."})
-    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps in all; above 0 it overrides the epochs."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.0, metadata={"help": "Warm-up in steps; below 1, as a share of all steps."})
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Static threshold; with a controller, that of its warm-up."}
-    )
-    eval_steps: int | None = field(
-        default=None, metadata={"help": "Evaluate every so many steps (default: at the end)."}
-    )
-    save_steps: int | None = field(default=None, metadata={"help": "Write a checkpoint every so many steps."})
-    save_total_limit: int | None = field(default=None, metadata={"help": "Keep only so many checkpoints, the newest."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Checkpoint to go on from (default: the last one in `--output_dir`)."}
-    )
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16 (default: as `accelerate launch` says)."}
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
-    seed: int = field(default=42, metadata={"help": "Seed of everything."})
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
-
-
-def make_accelerator(arguments: LoopArguments) -> Accelerator:
-    """The accelerator of a loop; its sampler can be gone on with from the middle of an epoch."""
-    set_seed(arguments.seed)
-    return Accelerator(
-        cpu=arguments.use_cpu,
-        mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
-    )
 
 
 def run_loop(
@@ -95,7 +52,10 @@ def run_loop(
     Returns:
         All results, as in `all_results.json`.
     """
-    output = Path(arguments.output_dir)
+    output = Path(arguments.output_dir or ".")
+    if arguments.ignored:
+        flags = ", ".join(f"--{name}" for name in arguments.ignored)
+        logger.warning("This loop does not follow %s; the script with a Trainer does.", flags)
     output.mkdir(parents=True, exist_ok=True)
     loop = _Loop(accelerator, arguments, clip.resolve(config) or clip.clip, parts, output)
     results: dict[str, float] = {}
@@ -108,7 +68,9 @@ def run_loop(
         accelerator.unwrap_model(loop.model).save_pretrained(output)
         if parts.processor is not None:
             parts.processor.save_pretrained(output)
-        _write_card(output, results)
+        loop.only_record("README.md", lambda: _write_card(output, results))
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.wait_for_everyone()
     return results
 
@@ -131,11 +93,14 @@ class _Loop:
         )
         rows = [_without_unused(rows, parts.model) for rows in (parts.train_rows, parts.eval_rows)]
         size, eval_size = arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size
-        train = DataLoader(rows[0], shuffle=True, collate_fn=parts.collate, batch_size=size)
-        evaluation = DataLoader(rows[1], collate_fn=parts.collate, batch_size=eval_size)
+        workers = arguments.dataloader_num_workers
+        train = DataLoader(rows[0], shuffle=True, collate_fn=parts.collate, batch_size=size, num_workers=workers)
+        evaluation = DataLoader(rows[1], collate_fn=parts.collate, batch_size=eval_size, num_workers=workers)
         optimizer = torch.optim.AdamW(
             [p for p in parts.model.parameters() if p.requires_grad],
             lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
             weight_decay=arguments.weight_decay,
             fused=True,
         )
@@ -145,21 +110,26 @@ class _Loop:
         self._per_epoch = math.ceil(len(self._batches) / arguments.gradient_accumulation_steps)
         total = math.ceil(arguments.num_train_epochs * self._per_epoch)
         self._steps = arguments.max_steps if arguments.max_steps > 0 else total
-        warmup = arguments.warmup_steps
         # The scheduler is stepped once per process and step, so it counts in steps of all processes.
         many = accelerator.num_processes
         self._scheduler = accelerator.prepare(
             get_scheduler(
                 arguments.lr_scheduler_type,
                 optimizer,
-                num_warmup_steps=many * round(warmup if warmup >= 1 else warmup * self._steps),
+                num_warmup_steps=many * arguments.get_warmup_steps(self._steps),
                 num_training_steps=many * self._steps,
+                scheduler_specific_kwargs=arguments.lr_scheduler_kwargs or None,
             )
         )
         self._clipper = self._make_clipper()
-        self._meter = open_meter() if accelerator.is_main_process else None
-        self._watch = Stopwatch(self._meter)
+        self._watch = Stopwatch(open_meter() if accelerator.is_main_process else None)
+        self._warned: set[str] = set()
+        self._window = torch.zeros((), device=accelerator.device)  # losses since the last log line
+        self._logged = 0
         self.last_evaluation: dict[str, float] = {}
+        if arguments.report_to:
+            config = {k: v for k, v in arguments.to_sanitized_dict().items() if isinstance(v, int | float | str)}
+            accelerator.init_trackers(arguments.run_name or "hf_adaclip", config=config)
 
     def _make_clipper(self) -> AdaptiveClipper | None:
         if isinstance(self._clip, str):
@@ -170,23 +140,31 @@ class _Loop:
         if config.static_threshold is None:
             config = config.replace(static_threshold=self._arguments.max_grad_norm)
         if config.pace_start is None:
-            warmup = self._arguments.warmup_steps
-            config = config.replace(
-                pace_start=pace_start(self._steps, warmup if warmup >= 1 else warmup * self._steps)
-            )
+            warmup = self._arguments.get_warmup_steps(self._steps)
+            config = config.replace(pace_start=pace_start(self._steps, warmup))
         return AdaptiveClipper(
             config, accelerator=self._accelerator, optimizer=self._optimizer, model=self.model, ledger=config.ledger
         )
 
     def train(self) -> dict[str, float]:
         step = self._resume()
+        offset = 0 if self._clipper is None else step - self._clipper.step
+        try:
+            results = self._train(step)
+        except BaseException:
+            if self._clipper is not None:
+                self._clipper.close(clean=False)
+            raise
+        if self._clipper is not None:
+            self._clipper.close(counted_steps=self._steps - offset)
+        return results
+
+    def _train(self, step: int) -> dict[str, float]:
         total = torch.zeros((), device=self._accelerator.device)
-        begun, done = step, step >= self._steps
-        bar = tqdm(
-            total=self._steps,
-            initial=step,
-            disable=self._arguments.disable_tqdm or not self._accelerator.is_main_process,
-        )
+        begun, done, self._logged = step, step >= self._steps, step
+        hidden = self._arguments.disable_tqdm or not self._accelerator.is_main_process
+        # None: in a file, where each redrawing would be a line, the log lines are the progress.
+        bar = tqdm(total=self._steps, initial=step, disable=True if hidden else None)
         while not done:
             epoch, within = divmod(step, self._per_epoch)
             self._batches.set_epoch(epoch)
@@ -194,7 +172,7 @@ class _Loop:
             batches = self._accelerator.skip_first_batches(self._batches, skipped) if skipped else self._batches
             self.model.train()
             self._watch.run()
-            loss_of_step = None
+            loss_of_step = norm = None
             for batch in batches:
                 with self._accelerator.accumulate(self.model):
                     loss = self.model(**batch).loss
@@ -202,9 +180,10 @@ class _Loop:
                     part = loss.detach() / self._arguments.gradient_accumulation_steps
                     loss_of_step = part if loss_of_step is None else loss_of_step + part
                     if self._accelerator.sync_gradients:
-                        self._clip_gradients(loss_of_step)
-                        total, loss_of_step = total + loss_of_step, None
+                        norm = self._clip_gradients(loss_of_step, measure=self._is_due("logging", step + 1))
+                        total, self._window, loss_of_step = total + loss_of_step, self._window + loss_of_step, None
                     self._optimizer.step()
+                    rate = self._optimizer.param_groups[0]["lr"]
                     self._scheduler.step()
                     self._optimizer.zero_grad()
                 if not self._accelerator.sync_gradients:
@@ -212,32 +191,78 @@ class _Loop:
                 step += 1
                 bar.update()
                 done = step >= self._steps
+                self._log(step, norm, rate)
                 self._after_step(step, last=done)
                 if done:
                     break
         bar.close()
-        if self._clipper is not None:
-            self._clipper.close()
         self._watch.pause()
         return {"train_loss": float(total) / max(step - begun, 1), "train_runtime": round(self._watch.seconds, 3)}
 
-    def _clip_gradients(self, loss: Tensor) -> None:
+    def _clip_gradients(self, loss: Tensor, *, measure: bool) -> Tensor | None:
         if self._clipper is not None:
-            self._clipper.clip_(self.model.parameters(), loss=loss)
-        elif self._clip == "stock":
-            self._accelerator.clip_grad_norm_(self.model.parameters(), self._arguments.max_grad_norm)
+            return self._clipper.clip_(self.model.parameters(), loss=loss, measure=measure or None)
+        if self._clip == "stock":
+            norm: Tensor = self._accelerator.clip_grad_norm_(self.model.parameters(), self._arguments.max_grad_norm)
+            return norm
+        return None
+
+    def _is_due(self, what: str, step: int) -> bool:
+        """Whether `logging`, `eval` or `save` comes after this step, by its strategy and its number of steps, as a Trainer has them."""
+        strategy = getattr(self._arguments, f"{what}_strategy")
+        every = getattr(self._arguments, f"{what}_steps")
+        if what == "logging" and step == 1 and self._arguments.logging_first_step:
+            return True
+        if strategy == "epoch":
+            return step % self._per_epoch == 0 or step == self._steps
+        every = math.ceil(every * self._steps) if every and every < 1 else every
+        return strategy == "steps" and bool(every) and step % int(every) == 0
+
+    def _log(self, step: int, norm: Tensor | None, rate: float) -> None:
+        """The line that a Trainer logs, on the screen and to the trackers of `--report_to`."""
+        if not self._is_due("logging", step):
+            return
+        loss = float(self._accelerator.gather(self._window.reshape(1)).mean()) / (step - self._logged)
+        self._window, self._logged = torch.zeros_like(self._window), step
+        logs: dict[str, Any] = {"loss": loss}
+        if norm is not None:
+            logs["grad_norm"] = float(norm)
+        logs |= {"learning_rate": float(rate), "epoch": step / self._per_epoch}
+        if self._clipper is not None:
+            logs |= self._clipper.metrics()
+            if self._clipper.config.max_pace > 1 and not self._clipper.config.shadow:
+                logs["clip/learning_rate"] = logs["learning_rate"] * logs["clip/pace"]
+        self._say(step, logs)
+
+    def _say(self, step: int, logs: dict[str, Any]) -> None:
+        if self._arguments.report_to:
+            self._accelerator.log(logs, step=step)
+        if self._accelerator.is_main_process:
+            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in logs.items()}
+            tqdm.write(f"step {step}/{self._steps}: {shown}")
 
     def _after_step(self, step: int, *, last: bool) -> None:
-        arguments = self._arguments
-        if arguments.do_eval and (last or (arguments.eval_steps and step % arguments.eval_steps == 0)):
+        if self._arguments.do_eval and (last or self._is_due("eval", step)):
             self._watch.pause()
             self.last_evaluation = self.evaluate()
-            self._record(step)
+            self._say(step, dict(self.last_evaluation))
+            self.only_record(CONVERGENCE_FILE, lambda: self._record(step))
             self._watch.run()
-        if arguments.save_steps and step % arguments.save_steps == 0:
+        if self._is_due("save", step):
             self._watch.pause()
             self._save(step)
             self._watch.run()
+
+    def only_record(self, what: str, write: Callable[[], None]) -> None:
+        """Write something that only records: where that fails it is said, once, and training goes on."""
+        try:
+            write()
+        except Exception as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                logger.warning(
+                    "%s could not be written (%s: %s). Training goes on.", what, type(error).__name__, error
+                )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -260,6 +285,7 @@ class _Loop:
 
     def _record(self, step: int) -> None:
         if self._accelerator.is_main_process:
+            meter = self._watch.meter
             batch = self._arguments.per_device_train_batch_size * self._accelerator.num_processes
             point = Point(
                 step=step,
@@ -267,8 +293,8 @@ class _Loop:
                 tokens=None,
                 train_seconds=self._watch.seconds,
                 energy_wh=self._watch.energy_wh,
-                energy_source=None if self._meter is None else self._meter.source,
-                energy_measured=None if self._meter is None else self._meter.measured,
+                energy_source=None if meter is None else meter.source,
+                energy_measured=None if meter is None else meter.measured,
                 metrics=self.last_evaluation,
             )
             append_point(self._output / CONVERGENCE_FILE, point)
@@ -277,7 +303,8 @@ class _Loop:
         folder = self._output / f"checkpoint-{step}"
         self._accelerator.save_state(str(folder))
         if self._accelerator.is_main_process:
-            (folder / "seconds.json").write_text(json.dumps({"train_seconds": self._watch.seconds}), encoding="utf-8")
+            spent = json.dumps({"train_seconds": self._watch.seconds})
+            self.only_record("seconds.json", lambda: _write_text(folder / "seconds.json", spent))
             limit = self._arguments.save_total_limit
             for old in _checkpoints(self._output)[:-limit] if limit else []:
                 shutil.rmtree(old)
@@ -293,15 +320,22 @@ class _Loop:
             if folder is not None:
                 raise ValueError(f"`--resume_from_checkpoint` must be a folder checkpoint-N, but is {folder} instead.")
             if self._accelerator.is_main_process:
-                write_points(points, [])
+                self.only_record(CONVERGENCE_FILE, lambda: write_points(points, []))
             return 0
         step = int(match.group(1))
         self._accelerator.load_state(str(folder))
+        self.only_record("seconds.json", lambda: self._go_on_counting(folder, points, step))
+        return step
+
+    def _go_on_counting(self, folder: Path, points: Path, step: int) -> None:
         seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))["train_seconds"]
-        self._watch = Stopwatch(self._meter, seconds=seconds)
+        self._watch.go_on(seconds=seconds, energy_wh=0.0)
         if self._accelerator.is_main_process:
             write_points(points, [p for p in (read_points(points) if points.is_file() else []) if p.step <= step])
-        return step
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _without_unused(rows: Any, model: Any) -> Any:
@@ -315,7 +349,7 @@ def _without_unused(rows: Any, model: Any) -> Any:
 
 def _checkpoints(output: Path) -> list[Path]:
     """Folders of checkpoints, the oldest first."""
-    found = [p for p in output.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name) and (p / "seconds.json").is_file()]
+    found = [p for p in output.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 

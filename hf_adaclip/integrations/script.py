@@ -1,5 +1,6 @@
 """What a script needs to choose its clipping by `--clip`: arguments for `HfArgumentParser`, and the Trainer that follows from them."""
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,13 @@ STOCK: Final = ("stock", "none")
 
 @dataclass
 class ClipArguments:
-    """Which arm a script runs."""
+    """Which arm a script runs: a dataclass for `HfArgumentParser`, beside `TrainingArguments` and `AdaptiveClipConfig`.
+
+    Example:
+        >>> from hf_adaclip import AdaptiveClipConfig, ClipArguments
+        >>> ClipArguments("stock").resolve(AdaptiveClipConfig()) is None
+        True
+    """
 
     clip: str = field(
         default="adaptive",
@@ -81,15 +88,26 @@ def make_trainer(
     Args:
         clip: Which arm.
         config: What the flags of the config have filled in.
-        args: The Trainer's arguments; `--clip none` sets `max_grad_norm` to 0.
+        args: The Trainer's arguments; `--clip none` trains with a copy whose `max_grad_norm` is 0.
         ingredients: What else the Trainer takes.
+
+    Example:
+        >>> from transformers import HfArgumentParser, TrainingArguments
+        >>> from hf_adaclip import AdaptiveClipConfig, ClipArguments, make_trainer
+        >>> parser = HfArgumentParser((TrainingArguments, ClipArguments, AdaptiveClipConfig))
+        >>> args, clip, config = parser.parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu", "--clip", "zscore"])
+        >>> clip.resolve(config).controller
+        'zscore'
+        >>> trainer = make_trainer(clip, config, args, model=model, train_dataset=rows)  # doctest: +SKIP
     """
     chosen = clip.resolve(config)
     if chosen is not None:
-        return AdaptiveClipTrainer(args=args, clip=chosen, **ingredients)
-    if clip.clip == "none":
-        args.max_grad_norm = 0.0
-    trainer = Trainer(args=args, **ingredients)
+        trainer: Trainer = AdaptiveClipTrainer(args=args, clip=chosen, **ingredients)
+    else:
+        if clip.clip == "none":
+            args = copy.copy(args)  # the caller's object stays as it is
+            args.max_grad_norm = 0.0
+        trainer = Trainer(args=args, **ingredients)
     trainer.add_callback(ConvergenceCallback(args.output_dir))
     return trainer
 

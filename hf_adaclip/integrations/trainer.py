@@ -4,24 +4,26 @@ The seam is `Trainer._clip_grad_norm(model)`, called once per optimizer step aft
 returns is the `grad_norm` that the Trainer logs.
 """
 
+import inspect
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import transformers
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 from hf_adaclip.audit.run_report import clipping_section, load_run
 from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
-from hf_adaclip.convergence.callback import ConvergenceCallback
-from hf_adaclip.errors import ClippingDefeatedError, ConfigError, TrainingTroubleError, UnsupportedSetupError
+from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
 from hf_adaclip.events import ClipEvent
+from hf_adaclip.integrations.seam import check_instance, check_max_grad_norm, check_seam, warn_of_own_clipping
+from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.support import (
     check_accelerator,
     check_device,
@@ -37,6 +39,8 @@ else:
     _Base = object
 
 logger = logging.getLogger(__name__)
+# A default Trainer shows what is logged under `transformers`, warnings and above; of other packages it shows no more than that either.
+_shown = transformers_logging.get_logger("transformers.hf_adaclip")  # type: ignore[no-untyped-call]
 
 LEDGER_FILE = "clip_ledger.jsonl"
 PACE_START_SHARE = 0.1
@@ -63,13 +67,24 @@ class AdaptiveClipMixin(_Base):
     clip_config: AdaptiveClipConfig
     clipper: AdaptiveClipper | None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        bases = cls.__mro__
+        if Trainer in bases and bases.index(Trainer) < bases.index(AdaptiveClipMixin):
+            before = next(kind for kind in cls.__bases__ if issubclass(kind, Trainer))
+            raise ConfigError(
+                f"`AdaptiveClipMixin` must stand before {before.__name__} among the bases of {cls.__name__}, but stands after it: Trainer "
+                f"would never call it. Write `class {cls.__name__}(AdaptiveClipMixin, {before.__name__})`."
+            )
+
     def __init__(self, *args: Any, clip: ClipArgument = "adaptive", **kwargs: Any) -> None:
         config = AdaptiveClipConfig.resolve(clip)
         super().__init__(*args, **kwargs)
         self._set_up_clipping(config)
 
     def _set_up_clipping(self, config: AdaptiveClipConfig) -> None:
-        _check_seam()
+        check_seam()
+        check_instance(self)
         if is_sagemaker_mp_enabled():
             check_setup("SAGEMAKER_MP")
         check_accelerator(self.accelerator)
@@ -80,16 +95,19 @@ class AdaptiveClipMixin(_Base):
         self.clip_config = self._complete_config(trial=None)
         self.clipper = None
         self._step_loss: Tensor | None = None
-        self._last_loss: Tensor | None = None
+        self._loss_sum: Tensor | None = None
+        self._loss_sum_since = -1
         self._planned_steps = 0
-        if config.nan_filter_on_device:
-            self.args.logging_nan_inf_filter = False
-        self.add_callback(ConvergenceCallback(self.args.output_dir))
-        self.add_callback(_StartCallback(self))
+        self._max_grad_norm = self.args.max_grad_norm
+        self._max_grad_norm_was_set = False
+        self._logs_own_line = False
+        self._watch = SeamWatch(self)
+        self.add_callback(self._watch)
+        warn_of_own_clipping(type(self), AdaptiveClipMixin)
 
     def _complete_config(self, trial: Any) -> AdaptiveClipConfig:
         """The config with what the Trainer knows filled in. Anew for every run: a search changes `args` between its trials."""
-        _check_max_grad_norm(self.args.max_grad_norm)
+        check_max_grad_norm(self.args.max_grad_norm)
         config = self._given_config
         if config.ledger == "auto":
             folder = self.args.output_dir if trial is None else self._get_output_dir(trial)
@@ -105,35 +123,45 @@ class AdaptiveClipMixin(_Base):
     # -- the run -------------------------------------------------------------------------------------------------
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "_given_config"):
+            raise ConfigError(
+                f"`{type(self).__name__}.__init__` must call `super().__init__(...)`, but it went past AdaptiveClipMixin: nothing would be "
+                "clipped adaptively."
+            )
         # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
-        self.clipper = self._step_loss = self._last_loss = None
-        self.clip_config = self._complete_config(kwargs.get("trial"))
+        self.clipper = self._step_loss = self._loss_sum = None
+        trial = inspect.signature(super()._inner_training_loop).bind(*args, **kwargs).arguments.get("trial")
+        self.clip_config = self._complete_config(trial)
+        self._max_grad_norm, self._max_grad_norm_was_set = self.args.max_grad_norm, False
+        filters = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = filters and not self.clip_config.nan_filter_on_device
         try:
             output = super()._inner_training_loop(*args, **kwargs)
         except BaseException:
             self._end_clipping(clean=False)
             raise
+        finally:
+            self.args.logging_nan_inf_filter = filters  # it is the caller's object
         self._end_clipping(clean=True)
         return output
 
     def _end_clipping(self, *, clean: bool) -> None:
         # The clipper stays: its statistics and its config are what people look at after training.
+        self._watch.end()
         if self.clipper is not None:
-            self.clipper.close(clean=clean)
+            self.clipper.close(clean=clean, counted_steps=self._watch.counted_steps)
 
     def _config_of_run(self) -> AdaptiveClipConfig:
         hook = "on_pre_optimizer_step"
         lookers = [
             c
             for c in self.callback_handler.callbacks
-            if getattr(type(c), hook, None) is not getattr(TrainerCallback, hook)
+            if getattr(type(c), hook, None) is not getattr(TrainerCallback, hook) and c is not self._watch
         ]
         # Such a callback may look at the gradients, and is to see them clipped.
-        config = self.clip_config
-        if config.pace_start is None and self._planned_steps:
-            config = config.replace(
-                pace_start=pace_start(self._planned_steps, self.args.get_warmup_steps(self._planned_steps))
-            )
+        config, planned = self.clip_config, self._planned_steps or self.state.max_steps
+        if config.pace_start is None and planned:
+            config = config.replace(pace_start=pace_start(planned, self.args.get_warmup_steps(planned)))
         return config.replace(fold="never") if lookers else config
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -148,29 +176,57 @@ class AdaptiveClipMixin(_Base):
             )
             self.clipper.on_event(self._tell_callbacks)
             self.clipper.alerts.stop = self._end_on_trouble
+            if self.is_world_process_zero():
+                _shown.warning(_in_one_line(self.clipper.config))
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())
         return self.clipper
 
     # -- the step ------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        check_max_grad_norm(self.args.max_grad_norm)  # a callback may have set it: at 0 the seam is not called
         loss = super().training_step(*args, **kwargs)
         # The losses of the micro-batches of one step add up to the step's loss, as in the Trainer's own running sum.
         self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
-        if self.clip_config.nan_filter_on_device:
-            last = torch.zeros_like(loss) if self._last_loss is None else self._last_loss
-            self._last_loss = loss = torch.where(torch.isfinite(loss), loss, last)
+        return self._filter(loss) if self.clip_config.nan_filter_on_device else loss
+
+    def _filter(self, loss: Tensor) -> Tensor:
+        """What the Trainer's own filter adds to its sum of losses for one that is not finite, found without a host read."""
+        since = self._globalstep_last_logged
+        if self._loss_sum is None or since != self._loss_sum_since:
+            self._loss_sum, self._loss_sum_since = torch.zeros((), device=loss.device), since
+        mean = self._loss_sum / (1 + self.state.global_step - since)
+        loss = torch.where(torch.isfinite(loss), loss, mean)
+        self._loss_sum = self._loss_sum + loss.detach()
         return loss
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
+        clipper = self._ready_clipper()
         loss, self._step_loss = self._step_loss, None
-        return self._ready_clipper().clip_(model.parameters(), loss=loss, measure=self._logs_after_this_step() or None)
+        if loss is None:
+            clipper.alerts.warn_once(
+                "the loss of a step is not known: a `training_step` did not call `super()`, or was put in its place. It is not recorded."
+            )
+        if self.args.max_grad_norm != self._max_grad_norm:
+            self._follow_max_grad_norm(clipper)
+        return clipper.clip_(model.parameters(), loss=loss, measure=self._logs_after_this_step() or None)
 
-    def _check_that_it_acts(self) -> None:
-        if self.clipper is None or not self.clipper.step:
-            raise ClippingDefeatedError(
-                f"`Trainer._clip_grad_norm` must be called in every optimizer step, but {type(self).__name__} has made one without it: "
-                "something has replaced the method or the training loop. Let the mixin stand first among the bases, and attach last."
+    def _follow_max_grad_norm(self, clipper: AdaptiveClipper) -> None:
+        """A callback has set another `max_grad_norm`: from this step on it is the static threshold."""
+        before, self._max_grad_norm = self._max_grad_norm, self.args.max_grad_norm
+        if self._given_config.static_threshold is None:
+            clipper.set_static_threshold(float(self._max_grad_norm))
+            said = "it is the static threshold from here on, and the ledger holds it beside each step"
+        else:
+            said = "it has no effect, because `static_threshold` is set"
+        if not self._max_grad_norm_was_set:
+            self._max_grad_norm_was_set = True
+            logger.warning(
+                "`max_grad_norm` was set from %g to %g before step %d: %s.",
+                before,
+                self._max_grad_norm,
+                self.state.global_step,
+                said,
             )
 
     def _end_on_trouble(self, error: TrainingTroubleError) -> None:
@@ -191,9 +247,21 @@ class AdaptiveClipMixin(_Base):
         every = self.state.logging_steps
         return self.args.logging_strategy == "steps" and every > 0 and step % every == 0
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._logs_own_line = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._logs_own_line = False
+
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        if self.clipper is not None and "loss" in logs:
-            logs = {**logs, **self.clipper.metrics()}
+        # Only in the Trainer's own line: a script may log losses of its own, and a window of `clip/*` ends with every reading.
+        if self.clipper is not None and self._logs_own_line and "grad_norm" in logs:
+            self._logs_own_line = False
+            metrics = self.clipper.metrics()
+            if self.clipper.config.max_pace > 1 and not self.clipper.config.shadow and metrics:
+                metrics["clip/learning_rate"] = logs["learning_rate"] * float(metrics["clip/pace"])
+            logs = {**logs, **metrics}
         super().log(logs, *args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -207,7 +275,15 @@ class AdaptiveClipMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and not self._ready_clipper().load_state(checkpoint):
+        if checkpoint is None:
+            return
+        try:
+            loaded = self._ready_clipper().load_state(checkpoint)
+        except StateError as error:
+            if self._given_config.static_threshold is None and "`static_threshold`" in str(error):
+                raise StateError(str(error).replace("`static_threshold`", "`max_grad_norm`")) from error
+            raise
+        if not loaded:
             logger.warning(
                 "%s has no state of hf_adaclip (a checkpoint of the stock Trainer?): the controller starts afresh.",
                 checkpoint,
@@ -216,6 +292,12 @@ class AdaptiveClipMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The usual card, with a section on what clipping did in this run (of the ledger, so there is none without one)."""
         super().create_model_card(*args, **kwargs)
+        try:
+            self._add_to_card()
+        except Exception as error:  # what only records ends nothing
+            logger.warning("The model card got no section on clipping (%s: %s).", type(error).__name__, error)
+
+    def _add_to_card(self) -> None:
         ledger = Path(self.clip_config.ledger or "")
         card = Path(self.args.output_dir or ".") / "README.md"
         if not self.is_world_process_zero() or not ledger.is_file() or not card.is_file():
@@ -229,25 +311,6 @@ class AdaptiveClipMixin(_Base):
         text.save(card)
 
 
-class _StartCallback(TrainerCallback):
-    """At the start of a run: that clipping works here, and that it is reached."""
-
-    def __init__(self, trainer: AdaptiveClipMixin) -> None:
-        self._trainer = trainer
-        self._acts = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._acts = False
-        clipper = self._trainer._ready_clipper()
-        if self._trainer.clip_config.self_test:
-            clipper.self_test(model.parameters())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._acts and self._trainer.clip_config.self_test:
-            self._trainer._check_that_it_acts()
-            self._acts = True
-
-
 class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
     """`transformers.Trainer` with adaptive clipping: everything else is Trainer.
 
@@ -257,8 +320,9 @@ class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
         args, kwargs:
             What the Trainer takes.
 
-    Writes `clip_ledger.jsonl` and `convergence.jsonl` into `args.output_dir`, `clip_state.safetensors` into every checkpoint, and logs
-    `clip/threshold`, `clip/coefficient`, `clip/fraction`, `clip/pace`, `clip/phase` and `clip/skipped` beside `grad_norm`.
+    Writes `clip_ledger.jsonl` into `args.output_dir`, `clip_state.safetensors` into every checkpoint, and logs `clip/threshold`,
+    `clip/coefficient`, `clip/fraction`, `clip/pace`, `clip/phase` and `clip/skipped` beside `grad_norm`; with `max_pace` above 1 also
+    `clip/learning_rate`, the rate of the last step with its pace.
     """
 
 
@@ -274,9 +338,19 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
         UnsupportedSetupError: transformers or the distributed setup is not supported.
     """
     if not isinstance(trainer, Trainer):
-        raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {type(trainer).__name__} instead.")
+        what = f"the class {trainer.__name__}" if isinstance(trainer, type) else type(trainer).__name__
+        raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {what} instead.")
     if isinstance(trainer, AdaptiveClipMixin):
         raise ConfigError("`trainer` must not have adaptive clipping yet, but it has: attach once, before `train()`.")
+    if trainer.is_in_train:
+        raise ConfigError(
+            "`trainer` must not be in the middle of `train()`, but is, or was when an exception ended it: attach before, to a new Trainer."
+        )
+    if trainer.state.global_step:
+        logger.warning(
+            "`attach` comes after %d steps of training, which were not clipped adaptively; the next `train()` is.",
+            trainer.state.global_step,
+        )
     config = AdaptiveClipConfig.resolve(clip)
     kind, before = type(trainer), dict(trainer.__dict__)
     # A subclass made on the spot, so that `super()` finds the methods of whatever Trainer this is.
@@ -298,18 +372,10 @@ def pace_start(steps: int, warmup_steps: float) -> int:
     return max(1, round(PACE_START_SHARE * steps - warmup_steps))
 
 
-def _check_seam() -> None:
-    if not callable(getattr(Trainer, "_clip_grad_norm", None)):
-        raise UnsupportedSetupError(
-            f"`transformers` must have Trainer._clip_grad_norm (5.3 or later), but is {transformers.__version__} instead. "
-            "Upgrade it, or use AdaptiveClipper in a loop of your own."
-        )
-
-
-def _check_max_grad_norm(value: float | None) -> None:
-    if value is None or not value > 0:
-        raise ConfigError(
-            f"`max_grad_norm` must be above 0 under adaptive clipping, but is {value} instead: transformers would never call the "
-            "clipping seam. It is the threshold of the warm-up, and the ceiling where it cut most of that: keep the default 1.0, or "
-            "set one that never acts, such as 1e9."
-        )
+def _in_one_line(config: AdaptiveClipConfig) -> str:
+    threshold = f"static threshold {config.static_threshold:g}"
+    ledger = "none" if config.ledger in (None, "none") else config.ledger
+    return (
+        f"Adaptive clipping by `{config.controller}`{' in shadow' if config.shadow else ''}, {threshold}; ledger {ledger}. "
+        "`trainer.clipper.explain()` says more."
+    )

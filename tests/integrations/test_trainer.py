@@ -19,6 +19,7 @@ from hf_adaclip import (
     attach,
 )
 from hf_adaclip.audit import verify_ledger
+from hf_adaclip.convergence.callback import ConvergenceCallback
 from hf_adaclip.convergence.tracker import read_points
 from tests.integrations.trainers import STEPS, arguments, build, dataset, run, stock, weights
 
@@ -129,9 +130,14 @@ def test_a_nan_step_is_skipped_and_the_run_goes_on(tmp_path):
     assert trainer.clipper.statistics.skipped == 1
 
 
-def test_logs_ledger_and_convergence(tmp_path):
+def test_logs_ledger_and_where_the_callback_is_added_convergence(tmp_path):
     args = arguments(tmp_path, eval_strategy="steps", eval_steps=20)
-    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, clip=CONFIG, eval_dataset=dataset().select(range(64)))
+    rows = dataset().select(range(64))
+    run(build(AdaptiveClipTrainer, tmp_path / "plain", clip=CONFIG, args=args, eval_dataset=rows))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip_ledger.jsonl"]
+    (tmp_path / "clip_ledger.jsonl").unlink()
+    callbacks = [ConvergenceCallback(tmp_path)]
+    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, clip=CONFIG, eval_dataset=rows, callbacks=callbacks)
     run(trainer)
     logs = [h for h in trainer.state.log_history if "loss" in h]
 
@@ -256,10 +262,11 @@ def test_attach_that_fails_leaves_the_trainer_as_it_was(tmp_path):
     assert not hasattr(trainer, "clipper")
 
 
-@pytest.mark.parametrize("value", [0.0, None, -1.0])
+@pytest.mark.parametrize("value", [0.0, None, -1.0, float("inf"), float("nan"), "1"])
 def test_a_max_grad_norm_for_which_the_seam_is_never_called_is_refused(tmp_path, value):
     with pytest.raises(
-        ConfigError, match=re.escape(f"`max_grad_norm` must be above 0 under adaptive clipping, but is {value}")
+        ConfigError,
+        match=re.escape(f"`max_grad_norm` must be above 0 and finite under adaptive clipping, but is {value!r}"),
     ):
         build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_grad_norm=value))
 
@@ -316,12 +323,14 @@ def test_one_that_begins_later_is_found_by_verify(tmp_path):
     assert any("something changed it between clipping and the step" in str(f) for f in report.findings)
 
 
-def test_a_seam_that_somebody_has_replaced_stops_the_run_at_its_first_step(tmp_path):
+def test_a_seam_that_somebody_has_replaced_stops_the_run_before_its_first_step(tmp_path):
     trainer = build(AdaptiveClipTrainer, tmp_path, clip=CONFIG)
+    before = weights(trainer)
     trainer._clip_grad_norm = lambda model: trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
     with pytest.raises(ClippingDefeatedError, match="must be called in every optimizer step"):
         run(trainer)
-    assert trainer.state.global_step == 1
+    assert trainer.state.global_step == 0
+    assert torch.equal(before, weights(trainer))
 
     class NoSeam(Trainer):
         def _clip_grad_norm(self, model):

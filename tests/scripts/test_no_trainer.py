@@ -29,7 +29,11 @@ def flags(folder, text, **changes):  # noqa: F811
         "do_train": True,
         "do_eval": True,
         "max_steps": 30,
+        "eval_strategy": "steps",
         "eval_steps": 10,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
         "learning_rate": 3e-3,
         "use_cpu": True,
         "disable_tqdm": True,
@@ -73,7 +77,13 @@ def test_each_arm_trains_and_leaves_what_the_trainer_leaves(here, tmp_path, text
 
 
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(here, tmp_path, text):  # noqa: F811
-    settings = {"save_steps": 7, "gradient_accumulation_steps": 2, "clip": "adaptive", "warmup_observations": 10}
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 7,
+        "gradient_accumulation_steps": 2,
+        "clip": "adaptive",
+        "warmup_observations": 10,
+    }
     here("run_clm_no_trainer", flags(tmp_path / "whole", text, **settings))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for name in ("checkpoint-28", "checkpoint-21"):
@@ -110,3 +120,60 @@ def test_a_checkpoint_that_is_none_is_an_error(here, tmp_path, text):  # noqa: F
     listed = flags(tmp_path / "out", text, resume_from_checkpoint=tmp_path / "weights")
     with pytest.raises(ValueError, match="must be a folder checkpoint-N"):
         here("run_clm_no_trainer", listed)
+
+
+def test_the_file_of_the_script_with_a_trainer_does_and_shows_loss_and_clipping(here, tmp_path, text, capsys, caplog):  # noqa: F811
+    lines = {
+        "train_file": text / "train.txt",
+        "train_tokenizer": 300,
+        "config_overrides": LLAMA,
+        "block_size": 32,
+        "do_train": "true",
+        "do_eval": "true",
+        "max_steps": 10,
+        "report_to": "none",
+        "save_strategy": '"no"',
+        "logging_steps": 5,
+        "label_smoothing_factor": 0.1,
+        "use_cpu": "true",
+        "clip": "zscore",
+        "output_dir": tmp_path / "out",
+    }
+    (tmp_path / "run.yaml").write_text("".join(f"{k}: {v}\n" for k, v in lines.items()))
+    here("run_clm", [tmp_path / "run.yaml"])
+    shutil.rmtree(tmp_path / "out")
+    capsys.readouterr()
+    here("run_clm_no_trainer", [tmp_path / "run.yaml"])
+
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in shown] == ["step 5/10", "step 10/10", "step 10/10"]
+    for name in ("loss", "grad_norm", "learning_rate", "epoch", "clip/threshold", "clip/fraction"):
+        assert f"'{name}'" in shown[0]
+    assert "eval_loss" in shown[2]
+    ignored = [r.getMessage() for r in caplog.records if "does not follow" in r.getMessage()]
+    assert ignored == ["This loop does not follow --label_smoothing_factor; the script with a Trainer does."]
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_what_only_records_ends_no_loop(here, tmp_path, text, caplog, monkeypatch):  # noqa: F811
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in ("append_point", "write_points", "_write_card"):
+        monkeypatch.setattr(f"hf_adaclip.integrations.loop.{name}", full)
+    here("run_clm_no_trainer", flags(tmp_path / "out", text, max_steps=20, save_strategy="steps", save_steps=10))
+    said = [r.getMessage() for r in caplog.records if "could not be written" in r.getMessage()]
+    assert [line.split()[0] for line in said] == ["convergence.jsonl", "README.md"]
+    assert results(tmp_path / "out")["train_loss"] > 0
+
+
+@pytest.mark.parametrize("script", ["run_clm", "run_clm_no_trainer", "run_glue", "run_image_classification"])
+def test_files_and_sizes_that_are_no_choice_are_refused(here, tmp_path, script):
+    (tmp_path / "README.md").write_text("# text\n")
+    common = ["--output_dir", tmp_path / "out", "--use_cpu", "--config_overrides", "hidden_size=8"]
+    with pytest.raises(ValueError, match=r"`--train_file` must end in .*, but .*README\.md ends in \.md"):
+        here(script, ["--train_file", tmp_path / "README.md", *common])
+    with pytest.raises(ValueError, match=r"`--train_file` must be a file, but .*gone\.parquet is not there"):
+        here(script, ["--train_file", tmp_path / "gone.parquet", *common])
+    with pytest.raises(ValueError, match="`--model_name_or_path` or `--config_overrides` must be given"):
+        here(script, ["--train_file", tmp_path / "gone.parquet", *common[:3]])

@@ -1,0 +1,110 @@
+"""What a Trainer's clipping is held to in every step: that the seam was reached, once, before the optimizer moves."""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from hf_adaclip.errors import ClippingDefeatedError
+from hf_adaclip.gradients.guard import unwrap_optimizer
+from hf_adaclip.integrations.seam import check_max_grad_norm
+
+if TYPE_CHECKING:
+    from hf_adaclip.integrations.trainer import AdaptiveClipMixin
+
+
+class SeamWatch(TrainerCallback):
+    """Runs the self-test as training begins, and compares the steps that were decided on with those that the Trainer counts.
+
+    All of it is arithmetic on numbers of the host. With `self_test=False` what is found is a warning, and stands in the ledger's footer.
+
+    Args:
+        trainer: Whose steps are watched.
+    """
+
+    def __init__(self, trainer: "AdaptiveClipMixin") -> None:
+        self._trainer = trainer
+        self._offset = self._decided = self._stepped = 0
+        self._looked = False
+        self._once = 1
+        self._handle: Any = None
+
+    @property
+    def counted_steps(self) -> int:
+        """Steps that the Trainer has made, counted as the clipper counts: from where its state begins."""
+        return int(self._trainer.state.global_step) - self._offset
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        clipper = self._trainer._ready_clipper()
+        self._offset = state.global_step - clipper.step  # above 0 when the stock Trainer made the checkpoint
+        self._decided, self._looked = clipper.step, False
+        if self._trainer.clip_config.self_test:
+            clipper.self_test(model.parameters())
+        self._count_steps(self._trainer.optimizer)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._looked:  # a training loop that does not tell of its optimizer's steps
+            self._look()
+        if self._stepped > self._once:
+            self._warn(
+                "the optimizer stepped more than once in a step of the Trainer, but clipping decided once: a callback or a hook calls "
+                "`optimizer.step()` itself. Those steps are not in the ledger."
+            )
+        self._looked, self._stepped = False, 0
+
+    def end(self) -> None:
+        """Let go of the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _look(self) -> None:
+        clipper = self._trainer._ready_clipper()
+        calls, self._decided, self._looked = clipper.step - self._decided, clipper.step, True
+        if calls > 1:
+            self._warn(
+                "clipping was called more than once in a step: something besides the Trainer calls `_clip_grad_norm` or `clip_`. "
+                "The ledger has a record for each call."
+            )
+        if calls:
+            return
+        check_max_grad_norm(self._trainer.args.max_grad_norm)
+        if not self._trainer.clip_config.self_test:
+            self._warn("a step was made without clipping: `_clip_grad_norm` was not called. The ledger says how many.")
+            return
+        raise ClippingDefeatedError(
+            f"`Trainer._clip_grad_norm` must be called in every optimizer step, but {type(self._trainer).__name__} went without it in "
+            f"step {self._trainer.state.global_step}: something has replaced the method or the training loop. Let the mixin stand first "
+            "among the bases, attach last, and call `super()._clip_grad_norm(model)` in a method of your own. With `self_test=False` this "
+            "is a warning."
+        )
+
+    def _warn(self, message: str) -> None:
+        self._trainer._ready_clipper().alerts.warn_once(message)
+
+    def _count_steps(self, optimizer: Any) -> None:
+        self.end()
+        try:
+            inner = unwrap_optimizer(optimizer)
+        except TypeError:  # an engine steps by itself
+            return
+        self._once = _hooks_of_a_step(type(inner))
+        self._handle = inner.register_step_post_hook(self._count)
+
+    def _count(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._stepped += 1
+
+
+def _hooks_of_a_step(kind: type) -> int:
+    """How often torch runs its hooks in one `step`: once for each class whose `step` calls `super().step()`, and once more."""
+    steps = dict.fromkeys(inspect.unwrap(vars(k)["step"]) for k in kind.__mro__ if "step" in vars(k))
+    count = 1
+    for step in list(steps)[:-1]:
+        code = getattr(step, "__code__", None)
+        if code is None or "__class__" not in code.co_freevars or "step" not in code.co_names:
+            break
+        count += 1
+    return count
