@@ -1,7 +1,7 @@
 """Lightning: the callback `AdaptiveClip`, in code or by class path in the YAML of `LightningCLI`.
 
-It acts in `on_before_optimizer_step`, where accumulation is done and 16-mixed is unscaled. In 32 and bf16 Lightning calls that hook from the
-closure of `optimizer.step`, in 16-mixed before it; both ways are known to the guards of the optimizer.
+It acts in `on_before_optimizer_step`, where accumulation is done and 16-mixed is unscaled. In 32 and bf16 Lightning calls that hook from
+the closure of `optimizer.step`, in 16-mixed before it; both ways are known to the guards of the optimizer.
 """
 
 import importlib
@@ -58,7 +58,7 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
         ConfigError: A setting is wrong; when training is set up, `gradient_clip_val` is set beside it.
         UnsupportedSetupError: When training is set up: the strategy, the precision or an optimizer is not supported.
 
-    The ledger is `clip_ledger.jsonl` in the logger's folder, or else in `default_root_dir`; that of a second optimizer `clip_ledger_1.jsonl`.
+    The ledger is `clip_ledger.jsonl` in the logger's folder, or else in `default_root_dir`; a second optimizer's is `clip_ledger_1.jsonl`.
     Logs `clip/threshold` and the other numbers every `log_every_n_steps`. The state is in every checkpoint.
 
     Example:
@@ -87,8 +87,8 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
         self._loss, self._logged = None, 0
         if trainer.gradient_clip_val:
             raise ConfigError(
-                f"`gradient_clip_val` must not be set beside AdaptiveClip, but is {trainer.gradient_clip_val} instead: it would clip again. "
-                f"Leave it out; AdaptiveClip(static_threshold={trainer.gradient_clip_val}) is the threshold of the warm-up."
+                f"`gradient_clip_val` must not be set beside AdaptiveClip, but is {trainer.gradient_clip_val} instead: it would clip "
+                f"again. Leave it out; AdaptiveClip(static_threshold={trainer.gradient_clip_val}) is the threshold of the warm-up."
             )
         _check_strategy(trainer.strategy)
 
@@ -259,6 +259,6 @@ def _check_optimizer(optimizer: Any, scaler: Any) -> None:
         )
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise UnsupportedSetupError(
-            f"`optimizer` must not unscale by itself in 16-mixed, but is a fused {type(optimizer).__name__} instead: its gradients are still "
-            "scaled when they are clipped. Make it with fused=False, or train in bf16-mixed."
+            f"`optimizer` must not unscale by itself in 16-mixed, but is a fused {type(optimizer).__name__} instead: its gradients are "
+            "still scaled when they are clipped. Make it with fused=False, or train in bf16-mixed."
         )

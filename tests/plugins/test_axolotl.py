@@ -99,7 +99,7 @@ def test_no_static_threshold_is_refused(train):
 
 
 def test_all_in_one_key(train):
-    folder, done = train("text", PLUGIN + "adaclip_clip: zscore:z_threshold=3,warmup_observations=4\n")
+    folder, _ = train("text", PLUGIN + "adaclip_clip: zscore:z_threshold=3,warmup_observations=4\n")
     header = json.loads((folder / "out/clip_ledger.jsonl").read_text().splitlines()[0])
     assert header["config"]["controller"] == "zscore"
     assert header["config"]["z_threshold"] == 3

@@ -13,7 +13,7 @@ from tests.plugins.tiny import save_tiny
 pytestmark = pytest.mark.plugins
 YAML = """
 model: model
-model_type: llama3
+model_type: llama
 template: chatml
 tuner_type: full
 dataset: [data.jsonl]
