@@ -58,8 +58,6 @@ class StepGuard:
         self._measure: Callable[[], None] | None = None
         self._left_out = False
         self._folded = False
-        self._inside = False  # a step has begun: its closure may compute and clip the gradients
-        self._late = False
         self._kept: list[dict[str, Any]] = []
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
@@ -91,11 +89,6 @@ class StepGuard:
             self.optimizer.grad_scale = fold  # type: ignore[attr-defined]
         self._pace = pace
         self._measure = measure
-        self._late = (
-            self._inside
-        )  # then what can be measured before the optimizer reads is what clipping has just left
-        if self._inside:
-            self._begin()
 
     def leave_out(self) -> None:
         """The gradients of the next step have been dropped: what it changes in the groups is not to stay."""
@@ -108,42 +101,32 @@ class StepGuard:
         self._clear()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._inside = True
+        if self._left_out:
+            self._kept = [{k: _copy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         if self._measure is not None and not self._folded:
             self._measure()
-            self._measure = None
-        self._begin()
-
-    def _begin(self) -> None:
-        """Ready the groups: as a step begins, or, where its closure has called for clipping, in the middle of it."""
-        self._restore_rates()
-        if self._left_out:
-            self._kept = [{k: _copy(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         if self._pace is not None:
-            self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+            self._base_rates = [group["lr"] for group in optimizer.param_groups]
             # Fused Adam(W) takes the rate as a tensor; other optimizers compute with it on the host.
             pace = self._pace if self.path == "device" and isinstance(self._pace, Tensor) else float(self._pace)
-            for group in self.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * pace
 
-    def _restore_rates(self) -> None:
-        if self._base_rates is not None:
-            for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
-                group["lr"] = rate
-            self._base_rates = None
-
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        measure = self._measure if self._folded or self._late else None
+        measure = self._measure if self._folded else None
         self._clear()
         if measure is not None:  # the fused step has written the scaled gradients back
             measure()
 
     def _clear(self) -> None:
         # What is armed is armed for one step: a stale flag would skip, and a stale rate would compound.
-        self._restore_rates()
+        if self._base_rates is not None:
+            for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"] = rate
+            self._base_rates = None
         for group, kept in zip(self.optimizer.param_groups, self._kept, strict=False):
             group.update(kept)
-        self._kept, self._left_out, self._inside, self._late = [], False, False, False
+        self._kept, self._left_out = [], False
         if self.path == "device":
             self.optimizer.found_inf = None  # type: ignore[attr-defined]
         if self._folded:
