@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError, StateError
+from hf_adaclip.gradients.step_watch import StepWatch
 from hf_adaclip.support import check_accelerator, distributed_type
 
 
@@ -53,6 +54,12 @@ class AcceleratorPort:
         return wrapped.engine
 
     @property
+    def ranks_decide_alike(self) -> bool:
+        """Whether there are several ranks that see the same gradients (DDP), or shards of them (FSDP2)."""
+        alike = distributed_type(self._accelerator) in ("MULTI_CPU", "MULTI_GPU", "FSDP")
+        return alike and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    @property
     def has_scaler(self) -> bool:
         """Whether float16 gradients are scaled (Accelerate makes a GradScaler only then)."""
         return self._accelerator.mixed_precision == "fp16" and getattr(self._accelerator, "scaler", None) is not None
@@ -90,11 +97,11 @@ class AcceleratorPort:
 
     def on_checkpoint(
         self, flush: Callable[[], None], save: Callable[[str], None], load: Callable[[str], None]
-    ) -> tuple[int, list[Any]]:
+    ) -> "tuple[Slot, list[Any]]":
         """Call back with the folder when the accelerator saves or loads its state.
 
         Returns:
-            The number of this clipper among those of the accelerator, and handles to `remove()`.
+            The place of this clipper among those of the accelerator, and handles to `remove()`.
 
         `register_for_checkpointing` would pickle the state, and would make Accelerate refuse every checkpoint that was written
         before the clipper was added: it compares the number of registered objects.
@@ -108,8 +115,8 @@ class AcceleratorPort:
         def before_load(models: Any, folder: str) -> None:
             load(folder)
 
-        slot = _Slot(self._accelerator)
-        return slot.number, [
+        slot = Slot(self._accelerator)
+        return slot, [
             self._accelerator.register_save_state_pre_hook(before_save),
             self._accelerator.register_load_state_pre_hook(before_load),
             slot,
@@ -129,7 +136,10 @@ class AcceleratorPort:
 
     @contextlib.contextmanager
     def replace_clipping(
-        self, clip: Callable[[Any], Tensor], take_threshold: Callable[[float], None]
+        self,
+        clip: Callable[[Any], Tensor],
+        take_threshold: Callable[[float], None],
+        warn: Callable[[str], None],
     ) -> Iterator[None]:
         """Swap the accelerator's `clip_grad_norm_` while the context is open.
 
@@ -137,24 +147,34 @@ class AcceleratorPort:
             clip: Called with the parameters in its place. A call with `max_norm=inf`, which only asks for the norm, still goes to the
                 stock method.
             take_threshold: Told the script's `max_norm` before that.
+            warn: Told once when optimizers step and nobody clips, and at the end if some steps were not clipped.
 
         Raises:
-            ConfigError: In a later call, for a norm other than L2.
+            ConfigError: In a later call, for a norm other than L2, or a `max_norm` that is not above 0.
         """
 
         def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
             if float(norm_type) != 2.0:
                 raise ConfigError(f"`norm_type` must be 2 under hf_adaclip, but is {norm_type} instead.")
-            if math.isinf(max_norm):
+            threshold = float(max_norm)
+            if threshold == math.inf:
                 return self.stock_clip(parameters, max_norm, norm_type)
-            take_threshold(float(max_norm))
+            if not threshold > 0:
+                raise ConfigError(
+                    f"`max_norm` must be above 0 under hf_adaclip, but is {max_norm}: it is the threshold while the controller warms up. "
+                    "Give `clip_grad_norm_` the threshold of the script, such as 1.0, or float('inf') to ask for the norm only."
+                )
+            watch.clipped()
+            take_threshold(threshold)
             return clip(parameters)
 
         before = self._accelerator.__dict__.get("clip_grad_norm_")
         self._accelerator.clip_grad_norm_ = self._replacement = clip_grad_norm_
+        watch = StepWatch(lambda: getattr(self._accelerator, "_optimizers", ()), warn)
         try:
             yield
         finally:
+            watch.end()
             self._replacement = None
             if before is None:
                 del self._accelerator.clip_grad_norm_
@@ -162,13 +182,28 @@ class AcceleratorPort:
                 self._accelerator.clip_grad_norm_ = before
 
 
-class _Slot:
+class Slot:
     """A place among the clippers of one accelerator: with several, each has a state file of its own."""
 
     def __init__(self, accelerator: Any) -> None:
-        self._taken: set[int] = vars(accelerator).setdefault("_hf_adaclip_slots", set())
-        self.number = next(i for i in range(len(self._taken) + 1) if i not in self._taken)
-        self._taken.add(self.number)
+        self._all: list[Slot] = vars(accelerator).setdefault("_hf_adaclip_slots", [])
+        self._all.append(self)
+        self._number: int | None = None
+
+    @property
+    def number(self) -> int:
+        """Counted from 0 in the order in which the clippers were made.
+
+        Given when it is first asked for, and then to all that are still there: a clipper that another one has replaced by then, as in a
+        notebook's cell that is run again, takes no number.
+        """
+        for slot in self._all if self in self._all else [*self._all, self]:  # saved again after `close`
+            if slot._number is None:
+                taken = {other._number for other in self._all}
+                slot._number = next(i for i in range(len(self._all) + 1) if i not in taken)
+        assert self._number is not None
+        return self._number
 
     def remove(self) -> None:
-        self._taken.discard(self.number)
+        if self in self._all:
+            self._all.remove(self)

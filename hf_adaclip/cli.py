@@ -3,10 +3,12 @@
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,11 +16,12 @@ from hf_adaclip.audit.commands import add_commands as add_audit_commands
 from hf_adaclip.convergence.commands import add_commands as add_convergence_commands
 from hf_adaclip.convergence.commands import show_comparison
 from hf_adaclip.errors import ConfigError, HfAdaclipError
+from hf_adaclip.hints import near, near_flag
 from hf_adaclip.integrations.launch import VARIABLE, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 fine, 1 a check failed, 2 bad input or usage."""
+    """Entry point; returns the exit code: 0 fine, 1 a check failed, 2 bad input or usage, 3 not all could be checked (`verify`)."""
     arguments = build_parser().parse_args(argv)
     os.environ.pop(VARIABLE, None)  # the stock arm of a comparison is to stay stock; `run` sets it anew
     if threading.current_thread() is threading.main_thread():
@@ -42,8 +45,29 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says which flag or name was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            flags = list(_flags(self))
+            given = message.removeprefix("unrecognized arguments: ").split()
+            message += "".join(near_flag(text, flags) for text in given if text.startswith("-"))
+        elif choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += near(choice[1], [name.strip(" '") for name in choice[2].split(",")], "'")
+        super().error(message)
+
+
+def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """All flags, those of the commands included."""
+    for action in parser._actions:
+        yield from action.option_strings
+        for command in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from _flags(command)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-adaclip",
         description="Adaptive gradient clipping for Hugging Face training: compare it, and check what it did.",
     )
@@ -57,10 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("source", type=Path, metavar="RUN_OR_COMPARISON", help="folder or clip_ledger.jsonl")
     report.add_argument(
-        "--format", choices=["html", "md", "png", "json"], default="html", help="what to make (default: %(default)s)"
+        "--format",
+        choices=["html", "md", "png", "json", "csv"],
+        default="html",
+        help="what to make (default: %(default)s)",
     )
     report.add_argument(
         "--output", type=Path, default=None, help="file to write (default: report.FORMAT beside the source)"
+    )
+    report.add_argument(
+        "--interactive",
+        action="store_true",
+        help="figures of the page by plotly, to zoom into; it is 4.8 MB larger for that (default: light drawings)",
     )
     report.set_defaults(run=_report)
     _add_run(commands)
@@ -96,12 +128,13 @@ def _run(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     source: Path = arguments.source
     if (source / "comparison.json").is_file():
-        path = _report_comparison(source, arguments.format, arguments.output)
+        path = _report_comparison(source, arguments.format, arguments.output, arguments.interactive)
     else:
         from hf_adaclip.audit import run_report
 
-        writers = {
-            "html": run_report.write_html,
+        writers: dict[str, Callable[[Any, Path], Path]] = {
+            "html": partial(run_report.write_html, zoom=arguments.interactive),
+            "csv": run_report.write_csv,
             "md": run_report.write_markdown,
             "png": run_report.write_png,
             "json": run_report.write_json,
@@ -113,16 +146,18 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report_comparison(folder: Path, form: str, output: Path | None) -> Path:
+def _report_comparison(folder: Path, form: str, output: Path | None, zoom: bool) -> Path:
     from hf_adaclip.convergence.card import write_card
     from hf_adaclip.convergence.plots import draw_png
     from hf_adaclip.convergence.report import write_report
 
+    if form == "csv":
+        raise ConfigError("`--format` must be html, md, png or json for a comparison, but is 'csv' instead.")
     target = output or folder / f"report.{form}"
 
     def show(comparison: dict[str, Any], tuned: Any) -> Path:
         if form == "html":
-            return write_report(comparison, folder, tuned, target)
+            return write_report(comparison, folder, tuned, target, zoom=zoom)
         if form == "png":
             return draw_png(comparison, folder, target)
         if form == "md":

@@ -2,17 +2,19 @@
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from hf_adaclip.accelerator import AcceleratorPort
+from hf_adaclip.accelerator import AcceleratorPort, Slot
 from hf_adaclip.alerts import Alerts
 from hf_adaclip.checkpoint import state_file
-from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
+from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.controllers import leaves_out
 from hf_adaclip.controllers.base import coefficient_of, is_finite_norm
 from hf_adaclip.controllers.ops import Value
@@ -22,8 +24,8 @@ from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.events import ClipEvent
 from hf_adaclip.following import EngineFollower
 from hf_adaclip.gradients import (
-    Gradients,
     Guards,
+    check_loss,
     collect,
     global_norm,
     observe_loss,
@@ -32,12 +34,14 @@ from hf_adaclip.gradients import (
     to_value,
 )
 from hf_adaclip.gradients.absence import AbsenceCheck, norms_of
-from hf_adaclip.gradients.fold import scale_of, why_not_folded
-from hf_adaclip.gradients.norms import Parameters
-from hf_adaclip.gradients.reach import ReachEstimate
+from hf_adaclip.gradients.fold import scale_of
+from hf_adaclip.gradients.norms import Parameters, as_tensors
+from hf_adaclip.gradients.reach import check_rates
+from hf_adaclip.lifetime import detach, let_go, weakly
+from hf_adaclip.per_parameter import PerParameter
+from hf_adaclip.ranks import RankCheck
 from hf_adaclip.recorder import is_rank_zero
 from hf_adaclip.run import Run
-from hf_adaclip.scope import Scope
 from hf_adaclip.selftest import FirstStepCheck, check_on_a_copy
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.support import check_capture, check_optimizer_given
@@ -99,13 +103,15 @@ class AdaptiveClipper:
     ) -> None:
         config = AdaptiveClipConfig.resolve(clip).resolved()
         if static_threshold is not None:
-            config = config.replace(static_threshold=float(static_threshold))
+            config = config.replace(static_threshold=as_number(static_threshold))
         if ledger != "auto":
             config = config.replace(ledger=None if ledger is None else str(ledger))
         optimizers = (
             () if optimizer is None else tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
         )
         check_optimizer_given(config, optimizers, accelerator)
+        if config.max_pace > 1:
+            check_rates(optimizers)
         self._port = None if accelerator is None else AcceleratorPort(accelerator)
         in_engine = self._port is not None and self._port.steps_in_engine
         if in_engine:
@@ -121,15 +127,20 @@ class AdaptiveClipper:
         self._check = FirstStepCheck(enabled=config.self_test)
         self._absence = AbsenceCheck(self.alerts.warn_once)
         self._models = [] if model is None else [model]
-        self._scope: Scope | None = None
-        self._reach: ReachEstimate | None = None
-        self._why_not_folded: str | None = "that is decided in the first step"
+        port, models = self._port, self._models
+        self._per_parameter = PerParameter(
+            config, self._run, self._guards, lambda: models or ([] if port is None else port.models), self._run.alerts
+        )
         self._closed = False
         self._handles: list[Any] = []
-        self._state_file = state_file(0)
+        self._slot: Slot | None = None
         if self._port is not None:
-            number, self._handles = self._port.on_checkpoint(self.flush, self.save_state, self._load_or_start_afresh)
-            self._state_file = state_file(number)
+            # Weakly: a clipper that nobody else holds is at its end, whatever the accelerator still has of it.
+            self._slot, self._handles = self._port.on_checkpoint(
+                weakly(self.flush), weakly(self.save_state), weakly(self._load_or_start_afresh)
+            )
+        # Rows that still wait are written when a clipper is dropped without `close`, or with the interpreter's end.
+        self._at_end = weakref.finalize(self, let_go, self._run, self._guards, self._follower, self._handles)
 
     @property
     def step(self) -> int:
@@ -164,7 +175,7 @@ class AdaptiveClipper:
 
         Args:
             parameters: Any iterable of parameters, or one tensor.
-            loss: Training loss of this step, a scalar. Recorded; needed by `divergence_spreads`.
+            loss: Training loss of this step, one real number. Recorded; needed by `divergence_spreads`.
             measure: Whether to measure and record the norm that really reaches the optimizer (one more read of the gradients, on
                 the device). By default once in 50 steps.
 
@@ -173,8 +184,9 @@ class AdaptiveClipper:
             label masked, no `backward`) is one of norm 0, from which nothing is learnt.
 
         Raises:
-            ConfigError: There is no parameter, or none has had a gradient in the first 10 steps.
-            UnsupportedSetupError: A gradient is sparse, or on a device that is not supported.
+            ConfigError: `parameters` are no tensors, or none has had a gradient in the first 10 steps; or `loss` is not one real number.
+            UnsupportedSetupError: A gradient is sparse, of a dtype that has no norm, or on a device that is not supported; or two sets
+                of parameters take turns within one step.
             StateError: The state was loaded from, or made for, other parameters.
             NonFiniteGradientError: Too many steps in a row were not finite (noticed when the rows are read).
         """
@@ -182,6 +194,7 @@ class AdaptiveClipper:
             raise StateError(
                 "`clip_` must be called before `close`, but this clipper was closed. Make a new one for a new run."
             )
+        check_loss(loss)
         if self._follower is not None:
             return self._follower.follow(lambda total: self._observe(loss, total.device))
         gradients = collect(parameters)
@@ -191,23 +204,27 @@ class AdaptiveClipper:
             self._guards.adopt(self._port.only_optimizer())
             self._port.unscale(self._optimizers)
         self._absence.look(gradients)
-        run, norms = self._run, norms_of(gradients)
+        norms = norms_of(gradients)
         check_capture(norms.device)
-        total = global_norm(norms)
-        if self._scope is None:
-            self._scope = self._begin(gradients, total.device)
-        scope = self._scope
-        ops = run.begin(len(gradients.parameters), total.device, scope.grouping)
+        run, kept = self._run, self._per_parameter
+        if not kept.begun:
+            run.ranks = self._rank_check()
+        total = global_norm(norms)  # in the order given, which decides the last bit
+        gradients, norms = kept.place(gradients, norms)
+        if self._guards.changed():
+            self._check.again()
+            kept.look_again(gradients)
+        scope, ops = kept.scope, run.ops
         norm = to_value(total, ops)
         finite = is_finite_norm(norm, ops)
         observed = scope.observe(gradients, norms, norm, finite, ops)
         left = scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._observe(loss, total.device)
         scale = None if self._port is None else self._port.loss_scale
-        reach = None if self._reach is None else self._reach.observe(gradients, total, ops)
+        reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
         decision, pace = run.decide(norm, observed, seen_loss, finite, loss_scale=scale, left=left, reach=reach)
-        if self._reach is not None:
-            self._reach.pace = 1.0 if self.config.shadow else pace
+        if kept.reach is not None:
+            kept.reach.pace = 1.0 if self.config.shadow else pace
 
         applied = decision.coefficient
         if self.config.shadow:
@@ -218,13 +235,13 @@ class AdaptiveClipper:
             applied = scope.coefficients(gradients, applied, total.device, ops)
             if self._leaves_out:
                 finite = finite & (applied > ops(0.0))
-        checks = self._check.pending and bool(self._guards) and bool(gradients.tensors)
+        checks = self._check.pending and self._guards.in_use and bool(gradients.tensors)
         # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
-        fold = scale_of(applied, ops) if self._why_not_folded is None and not checks else None
+        fold = scale_of(applied, ops) if kept.why_not_folded is None and not checks else None
         if fold is None and gradients.tensors:
             scale_(gradients.tensors, applied)
-        if checks and (warning := self._check.clipped(gradients.tensors)):
-            self.alerts.warn_once(warning)
+        if checks:
+            self._check.clipped(gradients.tensors)
 
         measure = run.step % MEASURE_EVERY == 0 if measure is None else measure
         self._guards.arm(
@@ -232,29 +249,19 @@ class AdaptiveClipper:
             finite=finite,
             pace=None if self.config.max_pace == 1 or self.config.shadow else pace,
             ops=ops,
-            measure=self._measure if measure or checks else None,
+            measure=weakly(self._measure) if measure or checks else None,
             fold=fold,
         )
+        kept.clipped(gradients)
         run.step += 1
         return total
 
-    def _begin(self, gradients: Gradients, device: torch.device) -> Scope:
-        """What is made in the first step, of this run or after a load, when parameters and device are known."""
-        models = self._models or ([] if self._port is None else self._port.models)
-        scope = Scope(self.config, gradients.parameters, models, self._guards.optimizers)
-        ops = self._run.begin(len(gradients.parameters), device, scope.grouping)
-        self._why_not_folded = why_not_folded(self.config, self._guards, gradients.parameters, ops)
-        if self.config.max_pace > 1:
-            self._reach = ReachEstimate(gradients.parameters, self._guards.optimizers, device)
-            if self._run.beside:
-                try:
-                    self._reach.restore(self._run.beside, ops)
-                except (ValueError, LookupError) as error:
-                    raise StateError(
-                        f"The state that was loaded does not fit: {error}. Resume with the same model."
-                    ) from error
-                self._run.beside = {}
-        return scope
+    def _rank_check(self) -> RankCheck | None:
+        """Only where it is known who has to decide alike: on some ranks of a run there may be no clipper at all."""
+        if self._port is not None:
+            return RankCheck() if self._port.ranks_decide_alike else None
+        groups = [model.process_group for model in self._models if isinstance(model, DistributedDataParallel)]
+        return RankCheck(groups[0]) if groups else None
 
     def _observe(self, loss: Tensor | float | None, device: torch.device) -> Value:
         if loss is None and self.config.looks_at_loss:
@@ -264,7 +271,8 @@ class AdaptiveClipper:
     def _measure(self, gradients: list[Tensor]) -> None:
         assert self._run.recorder is not None
         self._run.recorder.set_applied(global_norm(tensor_norms(gradients)))
-        self._check.stepping(gradients)
+        if warning := self._check.stepping(gradients):
+            self.alerts.warn_once(warning)
 
     def set_static_threshold(self, value: float) -> None:
         """From the next step on another static threshold: of `static`, of a warm-up, and of a ceiling that is held.
@@ -293,8 +301,7 @@ class AdaptiveClipper:
         """
         if parameters is None:
             parameters = self._guards.parameters
-        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        check_on_a_copy(self.config, self._run.static_threshold, given)
+        check_on_a_copy(self.config, self._run.static_threshold, as_tensors(parameters))
         if self._follower is not None:
             self._follower.attach()
         elif self._port is not None:
@@ -330,14 +337,11 @@ class AdaptiveClipper:
         if self._closed:
             return
         self._closed = True
+        self._at_end.detach()
         try:
             self._run.close(clean=clean, counted_steps=counted_steps)
         finally:
-            self._guards.detach()
-            if self._follower is not None:
-                self._follower.detach()
-            for handle in self._handles:
-                handle.remove()
+            detach(self._guards, self._follower, self._handles)
 
     def __enter__(self) -> "AdaptiveClipper":
         return self
@@ -349,7 +353,7 @@ class AdaptiveClipper:
         """Which way this clipper takes, and why, in a few lines for people."""
         setup = None if self._port is None else self._port.how
         skipping = [EnginePort.WHY] if self._follower is not None else self._guards.why
-        scaling = self._why_not_folded if self._follower is None else EnginePort.SCALING
+        scaling = self._per_parameter.why_not_folded if self._follower is None else EnginePort.SCALING
         return describe(self.config, self._run.static_threshold, skipping, setup, scaling, self._run.ceiling_held)
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
@@ -362,7 +366,7 @@ class AdaptiveClipper:
         """
         if self._port is None:
             raise ConfigError("`accelerator` must be given to AdaptiveClipper before `install`, but is None instead.")
-        with self, self._port.replace_clipping(self.clip_, self._take_script_threshold):
+        with self, self._port.replace_clipping(self.clip_, self._take_script_threshold, self.alerts.warn_once):
             yield self
 
     def _take_script_threshold(self, max_norm: float) -> None:
@@ -371,12 +375,17 @@ class AdaptiveClipper:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _state_file(self) -> str:
+        return state_file(0 if self._slot is None else self._slot.number)
+
     def save_state(self, folder: str | Path) -> None:
         """Write `clip_state.safetensors` into a checkpoint folder (nothing before the first step).
 
         A second clipper of the same accelerator writes `clip_state_1.safetensors`, and so on in the order they were made.
         """
-        self._run.save(Path(folder) / self._state_file, None if self._reach is None else self._reach.tensors())
+        reach = self._per_parameter.reach
+        self._run.save(Path(folder) / self._state_file, None if reach is None else reach.tensors())
 
     def load_state(self, folder: str | Path) -> bool:
         """Read what [`save_state`] wrote, before the first step or to go back within a run.
@@ -389,7 +398,7 @@ class AdaptiveClipper:
         """
         loaded = self._run.load(Path(folder) / self._state_file)
         if loaded:
-            self._scope = self._reach = None  # made anew at the next step
+            self._per_parameter.forget()
         if loaded and self._follower is not None:
             self._follower.attach()  # the engine's own checkpoint brings an old threshold along
         return loaded

@@ -1,24 +1,36 @@
 """`AdaptiveClipConfig`: every setting of the package in one dataclass that `HfArgumentParser` turns into flags."""
 
 import dataclasses
-import difflib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.fields import HyperParameters
+from hf_adaclip.hints import near, near_controller
 from hf_adaclip.migrate import autoclip_fields, bitsandbytes_fields, zclip_fields
-from hf_adaclip.rules import FOLDS, GRANULARITIES, ON_SPIKE, POLICIES, json_or_text, range_problems, type_problems
+from hf_adaclip.rules import (
+    COMMON,
+    FOLDS,
+    GRANULARITIES,
+    ON_SPIKE,
+    POLICIES,
+    foreign_problems,
+    json_or_text,
+    problems_of,
+)
 
 
 @dataclass(frozen=True)
 class AdaptiveClipConfig(HyperParameters):
     """What the controller does, how far it may go, and where it writes down what it did.
 
-    All problems are reported at once, at construction, as one [`ConfigError`].
+    All problems are reported at once, at construction, as one [`ConfigError`]: types, ranges, names that are near to a field's, and
+    hyperparameters of a controller that is not in use.
 
     A *deviation* is the signed relative distance of a gradient norm `n` from the running level `L`,
     `2 (n - L) / (n + L)`, close to `log(n / L)` for small distances and bounded by 2. A *spread* is its mean
@@ -45,7 +57,7 @@ class AdaptiveClipConfig(HyperParameters):
         default=None,
         metadata={
             "help": "Largest gradient norm allowed while the controller warms up, in shadow mode, and as long as `ceiling_share` holds. "
-            "Unset: `max_grad_norm` of the Trainer, 1.0 elsewhere."
+            "Unset: `max_grad_norm` of the Trainer, 1.0 elsewhere. 'inf' never acts."
         },
     )
     shadow: bool = field(
@@ -156,14 +168,39 @@ class AdaptiveClipConfig(HyperParameters):
         },
     )
 
+    if not TYPE_CHECKING:  # which is to see the fields, and not `Any`
+
+        def __new__(cls, *args, **fields):
+            """Refuse unknown names with a hint, before Python does it without one."""
+            names = [f.name for f in dataclasses.fields(cls)]
+            if unknown := [_unknown_field(key, names) for key in fields if key not in names]:
+                raise ConfigError(unknown)
+            made = super().__new__(cls)
+            # A parser of flags hands over every field, and another flag (`--clip`) may yet name the controller: `resolve` looks then.
+            object.__setattr__(made, "_of_parser", len(fields) == len(names))
+            return made
+
     def __post_init__(self) -> None:
         if isinstance(self.parameter_rules, str):
             object.__setattr__(self, "parameter_rules", json_or_text(self.parameter_rules))
-        problems = type_problems(self)
-        if not problems:
-            problems = range_problems(self)
+        threshold: Any = self.static_threshold
+        if threshold == "inf":  # as `to_dict` writes it, because JSON has no infinity
+            object.__setattr__(self, "static_threshold", math.inf)
+        problems = problems_of(self)
+        if not (self.__dict__.get("_of_parser") and self.controller == type(self).controller):
+            problems += foreign_problems(self)
         if problems:
             raise ConfigError(problems)
+
+    def settled(self) -> "AdaptiveClipConfig":
+        """The same, once nothing else can name the controller any more.
+
+        Raises:
+            ConfigError: A hyperparameter was set that belongs to a controller that is not in use.
+        """
+        if problems := foreign_problems(self):
+            raise ConfigError(problems)
+        return self
 
     @property
     def looks_at_loss(self) -> bool:
@@ -175,7 +212,7 @@ class AdaptiveClipConfig(HyperParameters):
 
         The static threshold is one for the global norm, so only there it can be a ceiling.
         """
-        share = self.ceiling_share if self.works_on == "global" else 1.0
+        share = self.ceiling_share if self.works_on == "global" else 1.0  # "never" belongs to every controller
         return self.replace(granularity=self.works_on, ceiling_share=share)
 
     @property
@@ -194,19 +231,25 @@ class AdaptiveClipConfig(HyperParameters):
         if rule == "exclude":
             return None
         own = {"controller": rule} if isinstance(rule, str) else rule
-        return self.replace(parameter_rules=None, granularity=self.works_on, **own)
+        # What belongs to the run's controller alone is not handed down to another one.
+        kind = CONTROLLERS.get(own.get("controller", self.controller))
+        kept = COMMON if kind is None else COMMON | {f.name for f in dataclasses.fields(kind)}
+        plain = {f.name: f.default for f in dataclasses.fields(HyperParameters) if f.name not in kept}
+        return self.replace(parameter_rules=None, granularity=self.works_on, **{**plain, **own})
 
     # -- conversions ---------------------------------------------------------------------------------------------
 
     @classmethod
     def resolve(cls, clip: "ClipArgument") -> "AdaptiveClipConfig":
-        """Turn what users pass as `clip=` into a config: a controller name, a config, or the path of its JSON.
+        """Turn what users pass as `clip=` into a config: a controller name, a config, its fields, or the path of its JSON.
 
         Raises:
             ConfigError: `clip` is none of these.
         """
         if isinstance(clip, AdaptiveClipConfig):
-            return clip
+            return clip.settled()
+        if isinstance(clip, Mapping):
+            return cls.from_dict(dict(clip))
         if isinstance(clip, str) and clip in CONTROLLERS:
             return cls(controller=clip)
         if isinstance(clip, str | Path):
@@ -214,11 +257,9 @@ class AdaptiveClipConfig(HyperParameters):
             if path.suffix == ".json" or path.is_file():
                 return cls.from_json(path)
         names = ", ".join(sorted(CONTROLLERS))
-        near = difflib.get_close_matches(str(clip), sorted(CONTROLLERS), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ConfigError(
-            f"`clip` must be a controller ({names}), an `AdaptiveClipConfig` or the path of its JSON file, "
-            f"but is {clip!r} instead.{hint}"
+            f"`clip` must be a controller ({names}), an `AdaptiveClipConfig`, a dict of its fields, or the path of its JSON file, "
+            f"but is {clip!r} instead.{near_controller(clip, CONTROLLERS)}"
         )
 
     @classmethod
@@ -228,18 +269,14 @@ class AdaptiveClipConfig(HyperParameters):
         Raises:
             ConfigError: A key is unknown or a value breaks its rule.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
-        problems = []
-        for key in values:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                problems.append(
-                    f"`{key}` must be a field of AdaptiveClipConfig, but is unknown instead."
-                    + (f" Did you mean `{near[0]}`?" if near else f" Fields: {', '.join(names)}.")
-                )
-        if problems:
-            raise ConfigError(problems)
-        return cls(**values)
+        not_names = [
+            f"A field of AdaptiveClipConfig must be a string, but is {k!r} instead."
+            for k in values
+            if not isinstance(k, str)
+        ]
+        if not_names:
+            raise ConfigError(not_names)
+        return cls(**values).settled()
 
     @classmethod
     def from_json(cls, path: str | Path) -> "AdaptiveClipConfig":
@@ -290,15 +327,37 @@ class AdaptiveClipConfig(HyperParameters):
         return cls(**bitsandbytes_fields(percentile_clipping))
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All fields, ready for strict JSON: an infinite threshold is the string "inf"."""
+        values = dataclasses.asdict(self)
+        for fields in (values, *(values["parameter_rules"] or {}).values()):
+            if isinstance(fields, dict) and fields.get("static_threshold") == math.inf:
+                fields["static_threshold"] = "inf"
+        return values
 
     def to_json(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def replace(self, **changes: Any) -> "AdaptiveClipConfig":
         """A copy with some fields changed; the copy is validated like any other config."""
-        return dataclasses.replace(self, **changes)
+        # A config of a parser whose controller is still to be named stays one.
+        changed = dataclasses.replace(self, **changes)
+        return changed if "controller" not in changes and foreign_problems(self) else changed.settled()
 
 
-ClipArgument: TypeAlias = str | Path | AdaptiveClipConfig
+def as_number(value: Any) -> Any:
+    """What was given as a number, as a float; what is none, text among it, stays as it is for the checks of types to report."""
+    if isinstance(value, str | bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return value
+
+
+def _unknown_field(key: str, names: list[str]) -> str:
+    hint = near(key, names) or f" Fields: {', '.join(names)}."
+    return f"`{key}` must be a field of AdaptiveClipConfig, but is unknown instead.{hint}"
+
+
+ClipArgument: TypeAlias = str | Path | Mapping[str, Any] | AdaptiveClipConfig
 """What every entry point takes as `clip=`."""

@@ -5,7 +5,7 @@ from typing import Final
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, leaves_out
-from hf_adaclip.controllers.adaptive import PACE_START
+from hf_adaclip.controllers.adaptive import INNER_EDGE, PACE_START, RELEASE
 
 _WHAT: Final = {
     "global": "the global norm",
@@ -15,6 +15,14 @@ _WHAT: Final = {
     "element": "each element",
 }
 _NO_WARMUP: Final = ("static", "weight_ratio")
+_LIMITS: Final = (
+    "min_threshold",
+    "max_threshold",
+    "max_widening_step",
+    "max_widening_100",
+    "max_skipped",
+    "freeze_after",
+)
 
 
 def describe(
@@ -35,23 +43,24 @@ def describe(
         setup: How the distributed setup is supported; None without an accelerator.
         held: Whether the static threshold is the ceiling; None while that is not known.
     """
-    shadow = ", shadow: the static threshold is what is applied" if config.shadow else ""
+    shadow = f", shadow: the static threshold {static_threshold:g} is what is applied" if config.shadow else ""
     kind = CONTROLLERS[config.controller]
-    until = f"; static threshold {static_threshold:g} until {config.warmup_observations} norms are known"
+    known = "steps are done" if kind.fine else "norms are known"
+    until = f"; static threshold {static_threshold:g} until {config.warmup_observations} {known}"
     lines = [
         f"controller  {config.controller} on {_WHAT[config.works_on]}{'' if config.controller in _NO_WARMUP else until}{shadow}",
         f"            {kind.idea} ({kind.source})",
     ]
-    if config.controller == "adaptive" and config.ceiling_share < 1:
-        if held is None:
-            ceiling = f"the static threshold, if it cuts more than {config.ceiling_share:.0%} of the warm-up"
-        else:
-            ceiling = (
-                "the static threshold, which cuts most steps" if held else "none: the static threshold cuts few steps"
-            )
-        lines.append(f"ceiling     {ceiling}")
+    if config.controller == "adaptive":
+        lines.append(f"ceiling     {_ceiling(config, static_threshold, held)}")
+    limits = [f"{name}={getattr(config, name):g}" for name in _LIMITS if getattr(config, name) is not None]
+    if limits:
+        lines.append(f"limits      {', '.join(limits)}")
     if leaves_out(config):
-        lines.append("spikes      a step that the controller would cut is left out as a whole")
+        done = "would be left out as a whole (shadow: it is not)" if config.shadow else "is left out as a whole"
+        lines.append(
+            f"spikes      a step that the controller itself would cut {done}; what the static threshold or a limit cuts is scaled"
+        )
     rules = config.parameter_rules if isinstance(config.parameter_rules, dict) else {}
     for pattern, rule in rules.items():
         lines.append(f"rule        {pattern}: {rule}")
@@ -62,10 +71,29 @@ def describe(
     lines.append(
         "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
     )
-    lines.append(
-        "pace        off"
-        if config.max_pace == 1
-        else f"pace        a start of {config.pace_start or PACE_START} steps, then up to x{config.max_pace:g} where that is useful"
-    )
+    lines.append(f"pace        {_pace(config)}")
     lines.append(f"ledger      {'none' if config.ledger in (None, 'none', 'auto') else config.ledger}")
     return "\n".join(lines)
+
+
+def _ceiling(config: AdaptiveClipConfig, static_threshold: float, held: bool | None) -> str:
+    """What the static threshold still does after the warm-up."""
+    far = (2 + INNER_EDGE) / (2 - INNER_EDGE)
+    beyond = f"; an edge beyond {far:.3g} x the level is never above it either" if config.max_edge > INNER_EDGE else ""
+    share, static = config.ceiling_share, f"{static_threshold:g}"
+    if share >= 1:
+        return f"none for the range as a whole (`ceiling_share` is 1), static threshold {static}{beyond}"
+    release = f"until it cuts less than {share * RELEASE:.0%} of recent steps" if share else "for good"
+    if held is None:
+        return f"the static threshold {static}, if it cuts more than {share:.0%} of the warm-up, {release}{beyond}"
+    if held:
+        return f"the static threshold {static}, which cut more than {share:.0%} of the warm-up, {release}"
+    return f"none for the range as a whole: the static threshold {static} cuts few steps{beyond}"
+
+
+def _pace(config: AdaptiveClipConfig) -> str:
+    if config.max_pace == 1:
+        return "off"
+    start = config.pace_start or PACE_START
+    applied = ", recorded only: shadow" if config.shadow else ""
+    return f"a start of {start} steps, then up to x{config.max_pace:g} where that is useful{applied}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.errors import UnsupportedSetupError
+from hf_adaclip.gradients.transfer import HOST
 
 
 class EnginePort:
@@ -39,9 +40,10 @@ class EnginePort:
                 f"`zero_optimization.stage` of the DeepSpeed config must be 1, 2 or 3, but the engine has a "
                 f"{type(self._zero).__name__} instead, whose threshold cannot be set."
             )
-        if not engine.gradient_clipping() > 0:
+        configured = engine.gradient_clipping()
+        if not isinstance(configured, int | float) or not configured > 0:  # 'auto' too, where nobody has filled it in
             raise UnsupportedSetupError(
-                f"`gradient_clipping` of the DeepSpeed config must be above 0, but is {engine.gradient_clipping()} instead: the engine "
+                f"`gradient_clipping` of the DeepSpeed config must be above 0, but is {configured} instead: the engine "
                 "would not clip at all. Set it to 1.0 (with Accelerate), or to 'auto' in a Trainer, which then takes `max_grad_norm`."
             )
         inner = getattr(self._zero, "optimizer", None)
@@ -58,7 +60,7 @@ class EnginePort:
     @property
     def norm(self) -> Tensor:
         """Global norm of the step that was just taken, before clipping, float32, shape `[]` in host memory (the engine has read it)."""
-        return torch.tensor(_norm_of(self._engine.get_global_grad_norm()), dtype=torch.float32)
+        return torch.tensor(_norm_of(self._engine.get_global_grad_norm()), dtype=torch.float32, device=HOST)
 
     def detach(self) -> None:
         """Remove the hooks; the engine keeps the last threshold."""

@@ -37,6 +37,10 @@ class ClippingDefeatedError(HfAdaclipError, RuntimeError):
     """The check at the start found that clipping does not take effect: something else undoes it, or the seam is never reached."""
 
 
+class RankDisagreementError(HfAdaclipError, RuntimeError):
+    """The ranks of a distributed run do not decide alike; their weights would drift apart."""
+
+
 class TrainingTroubleError(HfAdaclipError, RuntimeError):
     """Trouble was found and `on_trouble` is 'stop': the run ends here, with the weights as they are.
 

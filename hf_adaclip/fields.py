@@ -14,7 +14,9 @@ class HyperParameters:
     )
     decay: float = field(
         default=0.97,
-        metadata={"help": "Decay per step of the running level and spread, in (0, 1): memory of 1/(1-decay) steps."},
+        metadata={
+            "help": "adaptive, zscore: decay per step of the running level and spread, in (0, 1): memory of 1/(1-decay) steps."
+        },
     )
     far_width: float = field(
         default=5.0,

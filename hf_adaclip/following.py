@@ -36,7 +36,7 @@ class EngineFollower:
         """
         total = self.attach().norm
         if self._port.syncs_now:
-            ops = self._run.begin(0, total.device)
+            ops = self._run.begin(total.device)
             norm = to_value(total, ops)
             self._run.decide(norm, norm, observe(total), is_finite_norm(norm, ops), loss_scale=None)
             self._run.step += 1

@@ -1,7 +1,9 @@
 """What happened in a run: rows on the device, counts on the host, lines in the ledger."""
 
+import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any, Final
 
@@ -10,18 +12,21 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.audit.ledger import Ledger
-from hf_adaclip.audit.records import Summary, state_to_json, step_record
+from hf_adaclip.audit.records import Summary, revisions, state_to_json, step_record
 from hf_adaclip.audit.ring import COLUMNS, DeviceRing, HostRing, Ring
+from hf_adaclip.audit.schema import plain
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.controllers.base import coefficient_of
 from hf_adaclip.controllers.ops import SCALAR, Ops, Value
+from hf_adaclip.errors import LedgerError
 from hf_adaclip.events import ClipEvent, EventTracker
 from hf_adaclip.gradients import to_value
-from hf_adaclip.gradients.groups import Grouping
 from hf_adaclip.selftest import TOLERANCE
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.versions import environment
+
+logger = logging.getLogger(__name__)
 
 LOOK_EVERY: Final = 25
 """Steps on an accelerator after which rows are read at the latest, the same on every rank; in host memory it is every step."""
@@ -38,7 +43,7 @@ class Recorder:
         statistics: Counts to go on with.
         first_step: Step of the first row, counted from 0.
         ledger: Where records go, or None.
-        max_pace: The config's limit on the pace.
+        events: What makes events of the rows.
         shadow: Whether the static threshold is what is applied.
         static_threshold: That of the ledger's header; a record holds it where it is another.
 
@@ -56,7 +61,7 @@ class Recorder:
         statistics: RunStatistics,
         first_step: int,
         ledger: Ledger | None,
-        max_pace: float = 1.0,
+        events: EventTracker | None = None,
         shadow: bool = False,
         static_threshold: float | None = None,
     ) -> None:
@@ -65,12 +70,13 @@ class Recorder:
         self._statics: list[float | None] = []
         self._waiting: list[dict[str, Any]] = []
         self.altered: str | None = None
-        self._events = EventTracker(max_pace)
+        self._events = EventTracker() if events is None else events
         self._ring: Ring = HostRing(capacity) if ops.on_host else DeviceRing(capacity, num_tensors, device)
         self._ops, self._num_tensors = ops, num_tensors
         self._statistics = statistics
         self._next_record = first_step
         self._times: list[float] = []
+        self._notes: dict[int, dict[str, Any]] = {}
         self._started = time.monotonic()
         self.ledger = ledger
 
@@ -124,12 +130,16 @@ class Recorder:
         if len(self._ring):
             self._ring.set_applied(norm)
 
-    def flush(self) -> list[ClipEvent]:
-        """Look at all rows and write them down; returns the events that they complete."""
+    def flush(self, state: Callable[[], dict[str, Any]] | None = None) -> list[ClipEvent]:
+        """Look at all rows and write them down; returns the events that they complete.
+
+        Args:
+            state: Gives the controller's state after the newest row, as JSON: where a ledger goes on after steps that it could not hold.
+        """
         events = self.look()
         waiting, self._waiting = self._waiting, []
         if self.ledger is not None:
-            self.ledger.steps(waiting)
+            self.ledger.steps(waiting, state)
         return events
 
     def look(self) -> list[ClipEvent]:
@@ -143,14 +153,25 @@ class Recorder:
         for position, (values, seconds, static) in enumerate(zip(rows.values, times, statics, strict=True)):
             row = dict(zip(COLUMNS, values, strict=True))
             reason = Reason(int(row["reason"]))
-            self._statistics.add(row, reason)
-            events.extend(self._events.feed(self._next_record, row, reason))
+            found = list(self._events.feed(self._next_record, row, reason))
+            self._statistics.add(row, reason, spike=any(event.kind == "spike" for event in found))
+            events.extend(found)
             self._compare_applied(row, self._static_threshold if static is None else static)
             if self.ledger is not None:
                 norms = None if rows.norms is None else rows.norms[position]
-                self._waiting.append(step_record(self._next_record, row, seconds, norms, static))
+                record = step_record(self._next_record, row, seconds, norms, static)
+                self._waiting.append(record | self._notes.pop(self._next_record, {}))
             self._next_record += 1
         return events
+
+    def note(self, **facts: Any) -> None:
+        """Facts that the record of the coming step is to have beside its numbers."""
+        if self.ledger is not None:
+            self._notes[self._next_record + len(self._ring)] = facts
+
+    def take_over(self, before: "Recorder") -> None:
+        """Go on from the recorder of the segment before: its clock, and the events that are still open."""
+        self._events, self._started = before._events, before._started
 
     def _compare_applied(self, row: dict[str, float], static: float | None) -> None:
         norm, applied, coefficient = row["norm"], row["applied_norm"], row["coefficient"]
@@ -186,11 +207,19 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
         exact: Whether a replay gives the same bits.
         ops: The kind of numbers that rows are made of.
         run: As for `ledger_header`.
+
+    Raises:
+        LedgerError: The ledger is required and cannot be written. One that is not required is done without, and a warning says why.
     """
     ledger = None
     if writes:
         header = ledger_header(config, exact=exact, **run)
-        ledger = Ledger(str(config.ledger), header, required=config.ledger_required)
+        try:
+            ledger = Ledger(str(config.ledger), header, required=config.ledger_required)
+        except LedgerError as error:
+            if config.ledger_required:
+                raise
+            logger.warning("%s Training goes on without a ledger.", error)
     return Recorder(
         capacity=config.ring_capacity,
         num_tensors=run["num_tensors"],
@@ -198,7 +227,7 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
         device=run["device"],
         statistics=run["statistics"],
         first_step=run["first_step"],
-        max_pace=config.max_pace,
+        events=EventTracker.of_run(config.to_dict(), run["num_tensors"]),
         shadow=config.shadow,
         static_threshold=run["static_threshold"],
         ledger=ledger,
@@ -213,7 +242,9 @@ def ledger_header(
     static_threshold: float,
     device: torch.device,
     num_tensors: int,
-    grouping: Grouping | None,
+    groups: Sequence[str],
+    parts: Sequence[tuple[str | None, int]],
+    restarted: Sequence[str] | None,
     first_step: int,
     statistics: RunStatistics,
     parent: dict[str, Any] | None,
@@ -227,7 +258,10 @@ def ledger_header(
         static_threshold: Threshold of the warm-up.
         device: Where the gradients are.
         num_tensors: Tensors, or groups of them, with a norm of their own; 0 when only the global norm counts.
-        grouping: Which tensors are judged together, with names; None when only the global norm counts.
+        groups: Their names.
+        parts: Which pattern of `parameter_rules` they come from (None: from none) and how many they are.
+        restarted: Which of them begin anew though the parent had them, because parameters have joined; None where the state is the
+            parent's own.
         first_step: Step of the first record.
         statistics: Counts so far, which the footer goes on from.
         parent: For a resumed run, hash and step of the ledger's seal that its checkpoint refers to.
@@ -238,14 +272,16 @@ def ledger_header(
         "versions": environment(),
         "config": config.to_dict(),
         "controller": config.controller,
+        **revisions(config),
         "exact": exact,
-        "static_threshold": static_threshold,
+        "static_threshold": plain(static_threshold),
         "device": device.type,
         "world_size": torch.distributed.get_world_size() if distributed else 1,
         "seed": torch.initial_seed(),
         "num_tensors": num_tensors,
-        "groups": [] if grouping is None else list(grouping.names),
-        "parts": [] if grouping is None else [list(part) for part in grouping.parts],
+        "groups": list(groups),
+        "parts": [list(part) for part in parts],
+        **({} if restarted is None else {"restarted": list(restarted)}),
         "first_step": first_step,
         "counts": statistics.counts_by_name(),
         "initial_state": state_to_json(state),

@@ -1,13 +1,15 @@
 """The rules of an `AdaptiveClipConfig`. Every problem is one sentence that names field, rule and value."""
 
 import dataclasses
-import difflib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from hf_adaclip.controllers import CONTROLLERS, leaves_out
 from hf_adaclip.errors import ConfigError
+from hf_adaclip.fields import HyperParameters
+from hf_adaclip.hints import near, near_controller
 
 GRANULARITIES = ("auto", "global", "module", "tensor", "unit", "element")
 
@@ -54,7 +56,7 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
 )
 # The same for fields that may be None.
 _OPTIONAL_RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
-    ("static_threshold", 0.0, math.inf, False, False),
+    ("static_threshold", 0.0, math.inf, False, True),
     ("pace_start", 1, math.inf, True, False),
     ("freeze_after", 0, math.inf, True, False),
     ("min_threshold", 0.0, math.inf, False, False),
@@ -76,118 +78,196 @@ _RULE_FIELDS = {
 FOLDS = ("auto", "never")
 ON_SPIKE = ("auto", "clip", "skip")
 POLICIES = ("continue", "fallback", "stop")
+_CHOICES = {"granularity": GRANULARITIES, "on_trouble": POLICIES, "fold": FOLDS, "on_spike": ON_SPIKE}
+_BOUNDS = {name: bounds for name, *bounds in (*_RANGES, *_OPTIONAL_RANGES)}
+# What a controller without a threshold cannot be limited by.
+_FINE_LIMITS = ("min_threshold", "max_threshold", "max_widening_step", "max_widening_100", "freeze_after")
 
 
-def type_problems(config: Any) -> list[str]:
-    """One sentence per field that has the wrong type."""
-    problems = []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if f.name in ("controller", "granularity", "on_trouble", "on_spike", "fold"):
-            ok, rule = isinstance(value, str), "a string"
-        elif f.name == "parameter_rules":
-            ok, rule = value is None or _is_rules(value), "a mapping of patterns to 'exclude', a controller, or fields"
-        elif f.name == "ledger":
-            ok, rule = value is None or isinstance(value, str), "a path as a string, 'auto', 'none' or None"
-        elif f.name in ("freeze_after", "max_skipped"):
-            ok, rule = (
-                value is None or _is_whole(value),
-                "a whole number or None",
-            )
-        elif f.default is None:
-            ok, rule = value is None or _is_number(value), "a number or None"
-        elif isinstance(f.default, bool):
-            ok, rule = isinstance(value, bool), "True or False"
-        elif isinstance(f.default, int):
-            ok, rule = _is_whole(value), "a whole number"
-        else:
-            ok, rule = _is_number(value), "a number"
-        if not ok:
-            problems.append(f"`{f.name}` must be {rule}, but is {value!r} instead.")
+COMMON = frozenset({"warmup_observations", "pace_start"})
+"""Hyperparameters that no controller minds: there is a warm-up or there is none, and a Trainer sets the start of a pace by itself."""
+
+
+def problems_of(config: Any) -> list[str]:
+    """One sentence per field, or group of fields, that breaks a rule; all of them at once, of types and of ranges."""
+    wrong = {
+        f.name: problem
+        for f in dataclasses.fields(config)
+        if (problem := _type_problem(config, f) or _range_problem(config, f.name)) is not None
+    }
+    problems = list(wrong.values())
+
+    def sound(*names: str) -> bool:
+        return not any(name in wrong for name in names)
+
+    for rule, names in _JOINT_RULES:
+        if sound(*names) and (problem := rule(config)) is not None:
+            problems.append(problem)
+    if sound("controller", "granularity"):
+        kind = CONTROLLERS[config.controller]
+        if sound("on_spike", "parameter_rules", *_FINE_LIMITS):
+            problems += _kind_problems(config, kind)
+    if (
+        not problems
+    ):  # what follows goes by several fields at once, and would only repeat what is wrong with one of them
+        problems += _combination_problems(config)
+        fine = CONTROLLERS[config.controller].fine
+        for pattern, rule_of in ({} if fine else config.parameter_rules or {}).items():
+            problems += _rule_problems(config, pattern, rule_of)
     return problems
 
 
-def range_problems(config: Any) -> list[str]:
-    """One sentence per field, or pair of fields, that breaks a rule; the types are right already."""
-    problems = []
+def foreign_problems(config: Any) -> list[str]:
+    """One sentence per hyperparameter that was set and belongs to a controller that is not in use: it would do nothing."""
     if config.controller not in CONTROLLERS:
-        near = difflib.get_close_matches(config.controller, sorted(CONTROLLERS), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return []
+    used = {config.controller, *_controllers_of(config.parameter_rules)}
+    own = {f.name for name in used if name in CONTROLLERS for f in dataclasses.fields(CONTROLLERS[name])}
+    problems = []
+    for f in dataclasses.fields(HyperParameters):
+        value = getattr(config, f.name)
+        if f.name in own or f.name in COMMON or value == f.default or (f.name == "ceiling_share" and value == 1):
+            continue  # a ceiling share of 1 is "never", as for all other controllers
+        owners = [name for name, kind in CONTROLLERS.items() if f.name in {g.name for g in dataclasses.fields(kind)}]
+        have = " and ".join(f"'{name}'" for name in owners)
         problems.append(
-            f"`controller` must be one of {', '.join(sorted(CONTROLLERS))}, but is {config.controller!r} instead.{hint}"
+            f"`{f.name}` must be left at {f.default} with controller '{config.controller}', but is {value}: it belongs to controller "
+            f"{have}. Set `controller`, or leave `{f.name}` out."
         )
-    if config.granularity not in GRANULARITIES:
-        problems.append(
-            f"`granularity` must be one of {', '.join(GRANULARITIES)}, but is {config.granularity!r} instead."
-        )
-    elif config.controller in CONTROLLERS:
-        problems += _kind_problems(config, CONTROLLERS[config.controller])
-    if config.on_trouble not in POLICIES:
-        problems.append(f"`on_trouble` must be one of {', '.join(POLICIES)}, but is {config.on_trouble!r} instead.")
-    if config.fold not in FOLDS:
-        problems.append(f"`fold` must be one of {', '.join(FOLDS)}, but is {config.fold!r} instead.")
-    if config.on_spike not in ON_SPIKE:
-        problems.append(f"`on_spike` must be one of {', '.join(ON_SPIKE)}, but is {config.on_spike!r} instead.")
-    for name, low, high, low_in, high_in in (*_RANGES, *_OPTIONAL_RANGES):
-        value = getattr(config, name)
-        if value is None:
-            continue
-        above = value >= low if low_in else value > low
-        below = value <= high if high_in else value < high
-        if not (above and below):
-            interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
-            problems.append(f"`{name}` must be in {interval}, but is {value} instead.")
-    if not config.min_far_width <= config.far_width <= config.max_far_width:
-        problems.append(
-            f"`far_width` must be within [`min_far_width`, `max_far_width`] = [{config.min_far_width}, "
-            f"{config.max_far_width}], but is {config.far_width} instead."
-        )
-    if (
-        config.min_threshold is not None
-        and config.max_threshold is not None
-        and config.min_threshold > config.max_threshold
-    ):
-        problems.append(
-            f"`min_threshold` must be at most `max_threshold` ({config.max_threshold}), but is {config.min_threshold} instead."
-        )
-    if config.on_trouble != "continue" and config.max_skipped is None and config.divergence_spreads == 0:
-        problems.append(
-            f"`on_trouble` must be 'continue' as long as nothing counts as trouble, but is {config.on_trouble!r} instead: "
-            "set `max_skipped` or `divergence_spreads`."
-        )
-    if config.near_width >= config.min_far_width:
-        problems.append(
-            f"`near_width` must be below `min_far_width` ({config.min_far_width}), but is {config.near_width} instead: "
-            "a step that is cut back must land inside the range."
-        )
-    if config.one_step_late and config.parameter_rules:
-        problems.append(
-            "`parameter_rules` must be None under DeepSpeed, whose engine knows one threshold, but are set instead."
-        )
-    if not problems and config.one_step_late and (config.max_pace > 1 or config.works_on != "global"):
-        problems.append(
+    return problems
+
+
+def own_settings(controller: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of some settings that mean something to a controller: its hyperparameters, and all that is none."""
+    kind = CONTROLLERS.get(controller)
+    if kind is None:
+        return values
+    others = {f.name for f in dataclasses.fields(HyperParameters)} - {f.name for f in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name not in others - COMMON}
+
+
+def _controllers_of(rules: Any) -> list[str]:
+    values = rules.values() if isinstance(rules, dict) else ()
+    named = [rule.get("controller") if isinstance(rule, dict) else rule for rule in values]
+    return [name for name in named if isinstance(name, str)]
+
+
+def _type_problem(config: Any, f: Any) -> str | None:
+    value = getattr(config, f.name)
+    if f.name in ("controller", "granularity", "on_trouble", "on_spike", "fold"):
+        ok, rule = isinstance(value, str), "a string"
+    elif f.name == "parameter_rules":
+        ok, rule = value is None or _is_rules(value), "a mapping of patterns to 'exclude', a controller, or fields"
+    elif f.name == "ledger":
+        ok, rule = value is None or isinstance(value, str), "a path as a string, 'auto', 'none' or None"
+    elif f.name in ("freeze_after", "max_skipped"):
+        ok, rule = value is None or _is_whole(value), "a whole number or None"
+    elif f.default is None:
+        ok, rule = value is None or _is_number(value), "a number or None"
+    elif isinstance(f.default, bool):
+        ok, rule = isinstance(value, bool), "True or False"
+    elif isinstance(f.default, int):
+        ok, rule = _is_whole(value), "a whole number"
+    else:
+        ok, rule = _is_number(value), "a number"
+    return None if ok else f"`{f.name}` must be {rule}, but is {value!r} instead."
+
+
+def _range_problem(config: Any, name: str) -> str | None:
+    value = getattr(config, name)
+    if name == "controller" and value not in CONTROLLERS:
+        hint = near_controller(value, CONTROLLERS)
+        return f"`controller` must be one of {', '.join(sorted(CONTROLLERS))}, but is {value!r} instead.{hint}"
+    if name in _CHOICES and value not in _CHOICES[name]:
+        hint = near(value, _CHOICES[name], "'")
+        return f"`{name}` must be one of {', '.join(_CHOICES[name])}, but is {value!r} instead.{hint}"
+    if name not in _BOUNDS or value is None:
+        return None
+    low, high, low_in, high_in = _BOUNDS[name]
+    if (value >= low if low_in else value > low) and (value <= high if high_in else value < high):
+        return None
+    interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
+    return f"`{name}` must be in {interval}, but is {value} instead."
+
+
+def _widths(config: Any) -> str | None:
+    if config.min_far_width <= config.far_width <= config.max_far_width:
+        return None
+    return (
+        f"`far_width` must be within [`min_far_width`, `max_far_width`] = [{config.min_far_width}, "
+        f"{config.max_far_width}], but is {config.far_width} instead."
+    )
+
+
+def _floor_and_ceiling(config: Any) -> str | None:
+    low, high = config.min_threshold, config.max_threshold
+    if low is None or high is None or low <= high:
+        return None
+    return f"`min_threshold` must be at most `max_threshold` ({high}), but is {low} instead."
+
+
+def _trouble(config: Any) -> str | None:
+    if config.on_trouble == "continue" or config.max_skipped is not None or config.divergence_spreads != 0:
+        return None
+    return (
+        f"`on_trouble` must be 'continue' as long as nothing counts as trouble, but is {config.on_trouble!r} instead: "
+        "set `max_skipped` or `divergence_spreads`."
+    )
+
+
+def _near_and_far(config: Any) -> str | None:
+    if config.near_width < config.min_far_width:
+        return None
+    return (
+        f"`near_width` must be below `min_far_width` ({config.min_far_width}), but is {config.near_width} instead: "
+        "a step that is cut back must land inside the range."
+    )
+
+
+def _late_rules(config: Any) -> str | None:
+    if not (config.one_step_late and config.parameter_rules):
+        return None
+    return "`parameter_rules` must be None under DeepSpeed, whose engine knows one threshold, but are set instead."
+
+
+def _paces(config: Any) -> str | None:
+    if config.max_pace == 1 or CONTROLLERS[config.controller].paces:
+        return None
+    return (
+        f"`max_pace` must be 1.0 with controller '{config.controller}', but is {config.max_pace} instead: "
+        "only 'adaptive' changes the pace."
+    )
+
+
+# Rules on several fields, each looked at where the fields that it goes by are right by themselves.
+_JOINT_RULES: tuple[tuple[Callable[[Any], str | None], tuple[str, ...]], ...] = (
+    (_widths, ("min_far_width", "far_width", "max_far_width")),
+    (_floor_and_ceiling, ("min_threshold", "max_threshold")),
+    (_trouble, ("on_trouble", "max_skipped", "divergence_spreads")),
+    (_near_and_far, ("near_width", "min_far_width")),
+    (_late_rules, ("one_step_late", "parameter_rules")),
+    (_paces, ("controller", "max_pace")),
+)
+
+
+def _combination_problems(config: Any) -> list[str]:
+    """What cannot be had together; every field is right by itself."""
+    if config.one_step_late and (config.max_pace > 1 or config.works_on != "global"):
+        return [
             f"`max_pace` must be 1.0 and `granularity` 'global' under DeepSpeed, but are {config.max_pace} and {config.works_on!r} "
             "instead: its engine steps before anything outside sees the gradients."
-        )
-    split = (not problems and config.works_on != "global") or bool(config.parameter_rules)
-    if not problems and leaves_out(config) and (config.one_step_late or split):
+        ]
+    split = config.works_on != "global" or bool(config.parameter_rules)
+    if leaves_out(config) and (config.one_step_late or split):
         where = (
             "under DeepSpeed, whose engine has stepped before"
             if config.one_step_late
             else "where parameters are judged apart: a step is left out as a whole"
         )
-        problems.append(
+        return [
             f"`on_spike` must be 'clip' {where}, but is {config.on_spike!r} with controller '{config.controller}' instead."
-        )
-    if config.max_pace > 1 and config.controller in CONTROLLERS and not CONTROLLERS[config.controller].paces:
-        problems.append(
-            f"`max_pace` must be 1.0 with controller '{config.controller}', but is {config.max_pace} instead: "
-            "only 'adaptive' changes the pace."
-        )
-    fine = config.controller in CONTROLLERS and CONTROLLERS[config.controller].fine
-    for pattern, rule in ({} if fine else config.parameter_rules or {}).items():
-        problems += _rule_problems(config, pattern, rule)
-    return problems
+        ]
+    return []
 
 
 def _kind_problems(config: Any, kind: Any) -> list[str]:
@@ -199,8 +279,7 @@ def _kind_problems(config: Any, kind: Any) -> list[str]:
             f"{config.granularity!r} instead."
         )
     if kind.fine:
-        limits = ("min_threshold", "max_threshold", "max_widening_step", "max_widening_100", "freeze_after")
-        limited = [name for name in limits if getattr(config, name) is not None]
+        limited = [name for name in _FINE_LIMITS if getattr(config, name) is not None]
         if limited:
             problems.append(
                 f"`{limited[0]}` must be None with controller '{config.controller}', which has no threshold to limit, but is "
@@ -223,14 +302,12 @@ def _rule_problems(config: Any, pattern: str, rule: Any) -> list[str]:
     fields -= {"max_pace"}
     for key in rule if isinstance(rule, dict) else ():
         if key not in fields:
-            near = difflib.get_close_matches(key, sorted(fields), n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
             return [
-                f"`parameter_rules` must set fields of a controller or its limits, but {pattern!r} sets {key!r} instead.{hint}"
+                f"`parameter_rules` must set fields of a controller or its limits, but {pattern!r} sets {key!r} instead."
+                + near(key, fields)
             ]
     if isinstance(rule, str) and rule != "exclude" and rule not in CONTROLLERS:
-        near = difflib.get_close_matches(rule, ["exclude", *CONTROLLERS], n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        hint = near_controller(rule, ["exclude", *CONTROLLERS])
         return [
             f"`parameter_rules` must give 'exclude', a controller ({', '.join(sorted(CONTROLLERS))}) or a mapping of fields, but "
             f"{pattern!r} gives {rule!r} instead.{hint}"

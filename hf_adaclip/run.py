@@ -1,8 +1,8 @@
 """One run of a controller: its state, the record of its decisions, and both across checkpoints. No gradient is seen here."""
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +17,18 @@ from hf_adaclip.audit.records import (
     state_to_tensors,
     summarise,
 )
-from hf_adaclip.checkpoint import read_state, write_state
+from hf_adaclip.checkpoint import BESIDE, read_state, write_state
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Decision, Observation, build_controller
 from hf_adaclip.controllers.ops import Ops, Value, ops_for
+from hf_adaclip.controllers.states import Keeping, carry_over
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.events import ClipEvent
 from hf_adaclip.gradients.groups import Grouping
+from hf_adaclip.ranks import RankCheck
 from hf_adaclip.recorder import Recorder, start_recorder
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.support import check_device
-
-BESIDE: Final = "reach."
-"""Prefix of the names, in a state file, of what is not the controller's."""
 
 
 class Run:
@@ -50,21 +49,22 @@ class Run:
         self.statistics = RunStatistics()
         self.alerts = Alerts()
         self.step = 0
-        self.num_tensors = 0  # or groups of them, that have a norm of their own; 0 when only the global norm counts
-        self._num_parameters = 0
-        self._groups: tuple[str, ...] = ()
-        self._loaded_groups: tuple[str, ...] = ()
-        self._controller = build_controller(config)
+        self._keeping = Keeping(build_controller(config), (), ())
+        self._parameters: tuple[str, ...] | None = None
+        self.loaded_parameters: tuple[str, ...] | None = None  # names of those that a loaded state was kept for
         self._scaled = scaled
         self._writes = writes_ledger and config.ledger not in (None, "none", "auto")
         # Made at the first step, when device and number of tensors are known.
         self._state: tuple[Value, ...] | None = None
         self._ops: Ops | None = None
+        self._device = torch.device("cpu")
         self._static: tuple[float, Value] | None = None
         self.recorder: Recorder | None = None
         self._loaded: dict[str, Tensor] | None = None
+        self._loaded_keeping: Keeping | None = None
         self._parent: dict[str, Any] | None = None
         self._checkpoint: str | None = None
+        self.ranks: RankCheck | None = None  # where several ranks have to decide alike
         self.beside: dict[str, Tensor] = {}  # of a state that was loaded: what `save` was given
 
     @property
@@ -89,6 +89,11 @@ class Run:
         return self._ops
 
     @property
+    def num_tensors(self) -> int:
+        """Tensors, or groups of them, that have a norm of their own; 0 when only the global norm counts."""
+        return len(self._keeping.groups)
+
+    @property
     def static(self) -> Value:
         """The static threshold as a number of the run's kind. Not one of the constants that are kept: a schedule has one for every step."""
         if self._static is None or self._static[0] != self.static_threshold:
@@ -97,66 +102,122 @@ class Run:
 
     def set_static_threshold(self, value: float, *, in_engine: bool) -> None:
         """See `AdaptiveClipper.set_static_threshold`."""
-        if not 0 < value < math.inf:
-            raise ConfigError(f"`static_threshold` must be above 0 and finite, but is {value}.")
+        if not value > 0:
+            raise ConfigError(f"`static_threshold` must be above 0, but is {value}.")
         if in_engine:
             raise ConfigError(
                 f"`static_threshold` must stay what the DeepSpeed config says, but is to become {value:g}: the engine clips."
             )
         self.static_threshold = value
 
-    def begin(self, count: int, device: torch.device, grouping: Grouping | None = None) -> Ops:
-        """Get ready for a step with this many tensors; all work is done in the first one.
+    def begin(
+        self,
+        device: torch.device,
+        grouping: Grouping | None = None,
+        parameters: Sequence[str] | None = None,
+        restarted: Sequence[str] = (),
+    ) -> Ops:
+        """Get ready for the first step, of this run or after a load.
 
         Args:
-            count: Trainable tensors.
             device: Where the norms are.
-            grouping: Which of them are judged together; None for all.
+            grouping: Which parameters are judged together; None for all.
+            parameters: Their names, where they are known, for a state that is saved.
+            restarted: As for `regroup`; of a state that was loaded.
 
         Raises:
             StateError: The state was loaded from, or made for, other parameters.
             UnsupportedSetupError: The device cannot do what controllers need.
         """
+        self._parameters = None if parameters is None else tuple(parameters)
         if self._ops is not None:
-            if grouping is not None and count != self._num_parameters:
-                raise StateError(
-                    f"`parameters` must be the {self._num_parameters} trainable tensors that the state was made for when "
-                    f"`granularity` is '{self.config.granularity}', but are {count} instead. Use one clipper per set of parameters."
-                )
             return self._ops
         check_device(device)
-        groups = () if grouping is None else grouping.names
-        if grouping is not None:
-            self._controller = build_controller(self.config, grouping.parts)
-            self._num_parameters = count
-        if self._loaded_groups and self._loaded_groups != groups:
-            raise StateError(_other_groups(self._checkpoint, self._loaded_groups, groups))
-        self._groups, self._loaded_groups = groups, ()
-        shape = (len(groups),) if groups else ()
+        keeping = self._keep(grouping)
+        shape = (len(keeping.groups),) if keeping.groups else ()
         ops = ops_for(device, shape)
+        moved = False
         if self._loaded is None:
-            self._state = self._controller.init(ops, shape)
+            self._state = keeping.controller.init(ops, shape)
         else:
+            loaded = self._keep_loaded(keeping)
+            shape = (len(loaded.groups),) if loaded.groups else ()
             try:
-                self._state = state_from_tensors(self._controller, self._loaded, ops, shape, device)
+                self._state = state_from_tensors(loaded.controller, self._loaded, ops, shape, device)
             except ValueError as error:
                 raise StateError(f"`{self._checkpoint}` does not fit: {error}. Resume with the same model.") from error
-        self._ops, self.num_tensors, self._loaded = ops, len(groups), None
+            moved = bool(restarted) or loaded.groups != keeping.groups
+            if moved:
+                self._state = carry_over(self._state, loaded, keeping, restarted, ops)
+        self._ops, self._device, self._keeping, self._loaded, self._loaded_keeping = ops, device, keeping, None, None
+        self._start_recorder(restarted if moved else None)
+        return ops
+
+    def regroup(self, grouping: Grouping | None, parameters: Sequence[str] | None, restarted: Sequence[str]) -> None:
+        """Go on with other parameters: a new segment of the ledger, and a state that was carried over.
+
+        Args:
+            grouping: Which of them are judged together; None for all.
+            parameters: Names of all of them, where they are known.
+            restarted: Groups that begin anew, because parameters have joined them; any name where only the global norm counts.
+        """
+        assert self._state is not None
+        keeping = self._keep(grouping)
+        self._parameters = None if parameters is None else tuple(parameters)
+        if keeping.groups == self._keeping.groups and not restarted:
+            return
+        self._state = carry_over(self._state, self._keeping, keeping, restarted, self.ops)
+        self._next_segment(keeping, restarted)
+
+    def _next_segment(self, keeping: Keeping, restarted: Sequence[str] | None) -> None:
+        self.flush()
+        assert self.recorder is not None
+        ledger = self.recorder.ledger
+        if ledger is not None:
+            self._parent = {"sha256": ledger.head, "step": self.step}
+            ledger.close()
+        self._keeping = keeping
+        before = self.recorder
+        self._start_recorder(restarted)
+        self.recorder.take_over(before)
+
+    def _start_recorder(self, restarted: Sequence[str] | None) -> None:
+        assert self._state is not None
+        controller, groups, parts = self._keeping
         self.recorder = start_recorder(
             self.config,
             writes=self._writes,
-            exact=self._controller.exact,
+            exact=controller.exact,
             state=self._state,
             static_threshold=self.static_threshold,
-            ops=ops,
-            device=device,
+            ops=self.ops,
+            device=self._device,
             num_tensors=len(groups),
-            grouping=grouping,
+            groups=groups,
+            parts=parts,
+            restarted=restarted,
             first_step=self.step,
             statistics=self.statistics,
             parent=self._parent,
         )
-        return ops
+
+    def _keep(self, grouping: Grouping | None) -> Keeping:
+        if grouping is None:
+            return Keeping(build_controller(self.config), (), ())
+        return Keeping(build_controller(self.config, grouping.parts), grouping.names, grouping.parts)
+
+    def _keep_loaded(self, now: Keeping) -> Keeping:
+        """Whom a loaded state was kept for.
+
+        Raises:
+            StateError: For others than the parameters there are now, and nothing tells who is who.
+        """
+        loaded = self._loaded_keeping
+        if loaded is None or not loaded.groups or loaded.groups == now.groups:
+            return now
+        if self.loaded_parameters is None or not loaded.parts or not set(loaded.groups) <= set(now.groups):
+            raise StateError(_other_groups(self._checkpoint, loaded.groups, now.groups))
+        return loaded
 
     def decide(
         self,
@@ -186,11 +247,16 @@ class Run:
         assert self._state is not None
         assert self._ops is not None
         assert self.recorder is not None
-        self._look()
+        self._look()  # before the state moves on: a ledger that cannot be written keeps the one after its last row
         with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
             seen = Observation(observed, loss, self.static, finite, left, reach)
-            decision, self._state = self._controller.update(self._state, seen)
+            decision, self._state = self._keeping.controller.update(self._state, seen)
             summary = Summary(*decision) if not self.num_tensors else summarise(norm, observed, *decision)
+        if self.ranks is not None:
+            kept = self._ops.where(finite, summary.coefficient, self._ops(-1.0))
+            self.ranks.add(self.step, norm, summary.threshold, kept, summary.pace)
+            if self._ops.on_host:
+                self.ranks.require()
         self.recorder.record(
             norm,
             summary,
@@ -210,9 +276,13 @@ class Run:
             NonFiniteGradientError: `max_consecutive_nonfinite` steps in a row were skipped.
             TrainingTroubleError: Trouble was found and `on_trouble` is 'stop'.
             LedgerError: The ledger cannot be written and `ledger_required` is set.
+            RankDisagreementError: The ranks of a distributed run do not decide alike.
         """
-        if self.recorder is not None:
-            self._act_on(self.recorder.flush())
+        if self.recorder is None:
+            return
+        if self.ranks is not None:
+            self.ranks.require()
+        self._act_on(self.recorder.flush(lambda: state_to_json(self._state or ())))
 
     def _look(self) -> None:
         """Look at the steps before this one as soon as that is cheap: what ends a run must not wait for a log line."""
@@ -266,7 +336,9 @@ class Run:
             static_threshold=self.static_threshold,
             statistics=self.statistics.to_dict(),
             ledger=None if ledger is None else ledger.head,
-            groups=self._groups,
+            groups=self._keeping.groups,
+            parts=self._keeping.parts,
+            parameters=self._parameters,
         )
 
     def load(self, path: Path) -> bool:
@@ -284,7 +356,10 @@ class Run:
             if self.recorder.ledger is not None:
                 self.recorder.ledger.close()
             self.recorder = self._ops = self._state = None
-        tensors, self.step, self.static_threshold, self.statistics, head, self._loaded_groups = read
+        tensors, self.step, self.static_threshold, self.statistics, head = read[:5]
+        parts = tuple((pattern, size) for pattern, size in read.parts)
+        self._loaded_keeping = Keeping(build_controller(self.config, parts), read.groups, parts)
+        self.loaded_parameters = read.parameters
         self.beside = {name.removeprefix(BESIDE): v for name, v in tensors.items() if name.startswith(BESIDE)}
         tensors = {name: v for name, v in tensors.items() if not name.startswith(BESIDE)}
         self._loaded, self._parent = tensors, None if head is None else {"sha256": head, "step": self.step}

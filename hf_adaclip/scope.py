@@ -12,16 +12,17 @@ from hf_adaclip.controllers.fine import FineController
 from hf_adaclip.controllers.ops import Ops, Value
 from hf_adaclip.gradients import Gradients, to_value
 from hf_adaclip.gradients.fine import FineClip
-from hf_adaclip.gradients.groups import Grouping, GroupNorms, excluded, group, names_of
+from hf_adaclip.gradients.groups import Grouping, GroupNorms, excluded, group
 
 
 class Scope:
-    """Made once for the parameters of a run.
+    """Made for the parameters of a run, and anew when others join them.
 
     Args:
         config: The settings.
-        parameters: The trainable parameters, each once.
-        models: Where their names are looked up, when names matter.
+        names: Of the parameters, in their order; None where they are not known.
+        count: How many they are.
+        everything: Names of all parameters of the model, trainable or not.
         optimizers: Those that step on them.
 
     Raises:
@@ -31,8 +32,9 @@ class Scope:
     def __init__(
         self,
         config: AdaptiveClipConfig,
-        parameters: Sequence[Tensor],
-        models: Sequence[Any],
+        names: Sequence[str] | None,
+        count: int,
+        everything: Sequence[str],
         optimizers: Sequence[Any],
     ) -> None:
         self._shadow = config.shadow
@@ -44,9 +46,9 @@ class Scope:
             rule = kind.from_config(config)
             assert isinstance(rule, FineController)
             self._fine, self._first_step = FineClip(rule, optimizers), rule.first_step
-            self._excluded = excluded(config, names_of(models, parameters) if config.parameter_rules else None)
+            self._excluded = excluded(config, names, everything)
         elif config.works_on != "global" or config.parameter_rules:
-            self.grouping = group(config, len(parameters), names_of(models, parameters))
+            self.grouping = group(config, count, names, everything)
             self._norms = GroupNorms(self.grouping)
 
     def observe(self, gradients: Gradients, norms: Tensor, norm: Value, finite: Value, ops: Ops) -> Value:

@@ -18,18 +18,25 @@ from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.ops import ops_for
 from hf_adaclip.errors import ClippingDefeatedError
 from hf_adaclip.gradients import global_norm, scale_, tensor_norms, to_value
+from hf_adaclip.gradients.callers import stepping_scaler
+from hf_adaclip.gradients.guard import NOT_UNSCALED
 
 SPIKE = 1000.0
 """How many times the calm norm the planted spike has."""
+PLANTED = 256.0
+"""Every number of the copies: all dtypes hold it and what clipping leaves of it. The norm is reckoned up to the threshold's size."""
+USUAL = 1e-3, 1e15
+"""A threshold outside is tested as 1. Above, its spike or the square of that is no float32, so no norm would get there; below, the small
+constants that methods add to a norm or a spread let every spike through, which is theirs to do."""
 TOLERANCE = 0.01
 """Relative difference of two norms of the same gradient that rounding explains (bfloat16: 1 in 256)."""
 _MAX_CALM_STEPS = 300
 _MAX_NUMBERS = 4096
-_PATIENCE = 20  # a loss scaler that starts too high leaves out the first steps by itself
+_NUMBERS = 64
 
 
 def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: Sequence[Tensor]) -> None:
-    """Plant a spike on copies of a few small parameters, one of every device and dtype, and see it cut.
+    """Plant a spike on small tensors, one of every device, dtype and kind that parameters have, and see it cut.
 
     The controller is a new one under the same config, fed with a calm series first. Neither the parameters nor any state of the
     run are touched.
@@ -44,28 +51,30 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
     """
     if CONTROLLERS[config.controller].fine:
         return  # no threshold of its own; the measurement in the first step covers it
-    copies = [torch.ones_like(p, requires_grad=False) for p in _representatives(like)]
+    level = max(static_threshold, config.min_threshold or 0.0)
+    if not USUAL[0] <= level <= USUAL[1]:
+        config, static_threshold, level = config.replace(min_threshold=None, static_threshold=1.0), 1.0, 1.0
+    copies = [_planted(p) for p in _representatives(like)]
     if not copies:
         return
     controller = build_controller(config)
     device = copies[0].device
     ops = ops_for(device, ())
     state = controller.init(ops, ())
-    calm = max(static_threshold, config.min_threshold or 0.0) / 2
-    static = ops(static_threshold)
+    calm, static = level / 2, ops(static_threshold)
+    # What one unit of the copies' norm stands for.
+    unit = SPIKE * calm / (PLANTED * math.sqrt(sum(c.numel() for c in copies)))
     with torch.no_grad(), np.errstate(all="ignore"):
-        unit = float(global_norm(tensor_norms(copies)))
         for _ in range(min(config.warmup_observations, _MAX_CALM_STEPS) + 1):
             seen = Observation(ops(calm), ops(math.nan), static)
             _, state = controller.update(state, seen)
-        scale_(copies, ops(SPIKE * calm / unit))
-        planted = to_value(global_norm(tensor_norms(copies)), ops)
+        planted = to_value(global_norm(tensor_norms(copies)), ops) * ops(unit)
         decision, _ = controller.update(
             state, Observation(planted, ops(math.nan), static, is_finite_norm(planted, ops))
         )
         scale_(copies, decision.coefficient)
         # By another way than the one that is under test.
-        left = math.sqrt(sum(float(_whole(c).double().square().sum()) for c in copies))
+        left = unit * math.sqrt(sum(float(_whole(c).abs().double().square().sum()) for c in copies))
     allowed = float(decision.threshold) * (1 + TOLERANCE)
     if not left <= allowed or not left < SPIKE * calm / 10:
         raise ClippingDefeatedError(
@@ -75,17 +84,23 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
 
 
 def _representatives(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The largest parameter of moderate size for every device and dtype."""
+    """One trainable parameter for every device, dtype and kind: the largest of moderate size, or else the smallest."""
     chosen: dict[Any, Tensor] = {}
     for p in parameters:
         key = (p.device, p.dtype, type(p).__name__)
-        if (
-            p.requires_grad
-            and 0 < p.numel() <= _MAX_NUMBERS
-            and (key not in chosen or p.numel() > chosen[key].numel())
-        ):
-            chosen[key] = p.detach()
+        if p.requires_grad and p.numel() and not p.is_meta:
+            sizes = [q.numel() for q in (p, chosen.get(key, p))]
+            moderate = [size for size in sizes if size <= _MAX_NUMBERS]
+            if key not in chosen or sizes[0] == (max(moderate) if moderate else min(sizes)):
+                chosen[key] = p.detach()
     return list(chosen.values())
+
+
+def _planted(parameter: Tensor) -> Tensor:
+    """A tensor like this one, and small if it is a plain one: of others the shape may matter, such as for how ranks share it."""
+    if type(parameter) is Tensor:
+        return torch.full((_NUMBERS,), PLANTED, dtype=parameter.dtype, device=parameter.device)
+    return torch.full_like(parameter, PLANTED, requires_grad=False)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -94,46 +109,52 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 class FirstStepCheck:
-    """Compares what clipping left with what the optimizer is given, in the first step that is finite.
+    """Compares what clipping left with what the optimizer is given: in the first step that is finite, and when hooks or optimizers change.
 
     Args:
         enabled: Whether to check at all.
     """
 
     def __init__(self, *, enabled: bool) -> None:
-        self._pending = enabled
+        self._enabled = self._pending = enabled
         self._left: Tensor | None = None
-        self._attempts = 0
 
     @property
     def pending(self) -> bool:
         """Whether the check is still to be made."""
         return self._pending
 
-    def clipped(self, gradients: list[Tensor]) -> str | None:
-        """Remember the norm that clipping left. Returns a warning when the optimizer that was named never seems to step."""
-        self._attempts += 1
-        if self._attempts <= _PATIENCE:
-            self._left = global_norm(tensor_norms(gradients))
-            return None
-        self._pending = False
-        return (
-            f"`optimizer` must be the one that steps on these gradients, but its `step` was not called in {_PATIENCE} steps: it cannot "
-            "leave out a step that is not finite, nor be paced."
-        )
+    def again(self) -> None:
+        """Check the next step too: somebody may have come in between."""
+        self._pending = self._enabled
 
-    def stepping(self, gradients: list[Tensor]) -> None:
+    def clipped(self, gradients: list[Tensor]) -> None:
+        """Remember the norm that clipping left."""
+        self._left = global_norm(tensor_norms(gradients))
+
+    def stepping(self, gradients: list[Tensor]) -> str | None:
         """Compare with the norm that the optimizer is about to read.
 
+        Returns:
+            A warning when it is smaller.
+
         Raises:
-            ClippingDefeatedError: It is larger. The optimizer has not stepped yet.
+            ClippingDefeatedError: It is larger, or the loss scale was still in it when it was clipped. The optimizer has not stepped yet.
         """
         if not self._pending or self._left is None:
-            return
+            return None
         left, given = float(self._left), float(global_norm(tensor_norms(gradients)))
         if not math.isfinite(left):
-            return  # a step that is left out; the next one will tell
+            return None  # a step that is left out; the next one will tell
         self._pending = False
+        if given < left * (1 - TOLERANCE):
+            scaler = stepping_scaler()
+            if scaler is not None and abs(left / (given * scaler.get_scale()) - 1) < TOLERANCE:  # divided out just now
+                raise ClippingDefeatedError(NOT_UNSCALED)
+            return (
+                f"the gradient had a norm of {left:g} after clipping and {given:g} at `optimizer.step()`: something makes it smaller in "
+                "between, and decides how far the step goes. Look at callbacks and hooks that clip or scale again."
+            )
         if not given <= left * (1 + TOLERANCE):
             raise ClippingDefeatedError(
                 f"The gradient must reach the optimizer as clipping left it, but its norm was {left:g} after clipping and is {given:g} at "
@@ -141,3 +162,4 @@ class FirstStepCheck:
                 "optimizer, and at a loop that unscales or multiplies gradients after clipping. If that is meant to be, set "
                 "`self_test=False`."
             )
+        return None

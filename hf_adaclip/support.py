@@ -26,6 +26,11 @@ SETUPS: Final[dict[str, Support]] = {
     "FSDP": Support(
         "every rank takes the norm of its shards; their squares are added in one small collective per step (FSDP2)"
     ),
+    "FSDP_CPU_OFFLOAD": Support(
+        None,
+        "its gradients lie in host memory while loss and collectives are on the accelerator, which has not been run; unset "
+        "`fsdp_offload_params`",
+    ),
     "FSDP1": Support(None, "its flat gradients have no boundaries between parameters; set `fsdp_version: 2`"),
     "DEEPSPEED": Support(
         "the engine clips inside its own step, by a threshold from the steps before: one step late (ZeRO 1 to 3)"
@@ -53,7 +58,16 @@ def check_accelerator(accelerator: Any) -> str:
     name = distributed_type(accelerator)
     if name == "FSDP" and not getattr(accelerator, "is_fsdp2", True):
         return check_setup("FSDP1")
+    if name == "FSDP" and _offloads(accelerator):
+        return check_setup("FSDP_CPU_OFFLOAD")
     return check_setup(name)
+
+
+def _offloads(accelerator: Any) -> bool:
+    """Whether FSDP2 keeps weights and gradients in host memory; by the policy's name, because nothing of torch's FSDP is imported here."""
+    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
+    policy = getattr(plugin, "cpu_offload", None)
+    return policy is True or any(kind.__name__ == "CPUOffloadPolicy" for kind in type(policy).__mro__)
 
 
 def distributed_type(accelerator: Any) -> str:

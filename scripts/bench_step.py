@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
+from hf_adaclip.convergence.progress import Progress
 from hf_adaclip.gradients import scale_
 from hf_adaclip.gradients.reach import EVERY
 from hf_adaclip.versions import environment
@@ -179,7 +179,7 @@ def bench(shape: str, dtype: torch.dtype, kind: str, device: str, rounds: int, s
         for _ in range(3):
             way()
     rng = random.Random(seed)
-    for _ in tqdm(range(rounds), desc=f"{shape}, {str(dtype)[6:]}, {kind}", file=sys.stderr, leave=False):
+    for _ in Progress(range(rounds), desc=f"{shape}, {str(dtype)[6:]}, {kind}", file=sys.stderr, leave=False):
         rng.shuffle(order)
         for name in order:
             times[name].append(timed(compared[name][0], device))

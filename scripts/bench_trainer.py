@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer
+from hf_adaclip.convergence.progress import Progress
 from hf_adaclip.versions import environment
 from scripts.bench_step import require_device
 
@@ -83,7 +83,7 @@ def main() -> None:
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
     order = list(ARMS)
     train("adaptive", 3, arguments.device)
-    for number in tqdm(range(arguments.pairs), file=sys.stderr):
+    for number in Progress(range(arguments.pairs), file=sys.stderr):
         random.Random(number).shuffle(order)
         for arm in order:
             times[arm].append(train(arm, arguments.steps, arguments.device))

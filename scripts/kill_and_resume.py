@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from hf_adaclip.audit import verify_ledger
+from hf_adaclip.convergence.progress import Progress
 
 SAVE_STEPS = 4
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def start(folder: Path, steps: int) -> "subprocess.Popen[bytes]":
 def run_and_kill(folder: Path, steps: int, kills: int, rng: random.Random) -> tuple[int, int]:
     """Returns how many kills met a running process, and how many checkpoints they tore apart."""
     ledger, done, torn = folder / "clip_ledger.jsonl", 0, 0
-    for _ in tqdm(range(kills), desc="kills"):
+    for _ in Progress(range(kills), desc="kills"):
         size = ledger.stat().st_size if ledger.exists() else 0
         process = start(folder, steps)
         while process.poll() is None and (ledger.stat().st_size if ledger.exists() else 0) <= size:

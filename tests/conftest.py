@@ -1,5 +1,7 @@
 """Shared fixtures. Randomness comes from `rng`, never from global state; models are built from configs, never downloaded."""
 
+import gc
+import hashlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,7 +18,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def rng(request):
     """A generator whose seed is the test's own name, so that tests do not depend on each other's order."""
-    return np.random.default_rng(abs(hash_of(request.node.nodeid)) % 2**32)
+    return np.random.default_rng(seed_of(request.node.nodeid))
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +26,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
-def hash_of(text: str) -> int:
-    """A stable hash (Python's own differs between processes)."""
-    return int.from_bytes(text.encode()[-8:].rjust(8, b"\0"), "little") ^ len(text)
+def pytest_collection_finish(session):
+    # Every `Trainer.train` collects garbage, and most of that goes over the modules that all tests have imported.
+    gc.collect()
+    gc.freeze()
+
+
+def seed_of(text: str) -> int:
+    """A number from the whole text, the same in every process (Python's own hash is not)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

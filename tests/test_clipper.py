@@ -210,9 +210,10 @@ def test_the_pace_needs_an_optimizer():
 def test_pace_multiplies_the_rate_of_the_step_and_leaves_the_schedule_alone():
     model, optimizer = make(lr=1e-3)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.99)  # reads the group's own rate
-    clipper = AdaptiveClipper(CONFIG.replace(max_pace=4.0), optimizer=optimizer)
     rates, paces = [], []
-    optimizer.register_step_pre_hook(lambda o, a, k: rates.append(float(o.param_groups[0]["lr"])))
+    # Before ours, so that the rate has not been put back yet.
+    optimizer.register_step_post_hook(lambda o, a, k: rates.append(float(o.param_groups[0]["lr"])))
+    clipper = AdaptiveClipper(CONFIG.replace(max_pace=4.0), optimizer=optimizer)
 
     def clip(model, loss):
         norm = clipper.clip_(model.parameters(), loss=loss)
@@ -349,12 +350,17 @@ def test_metrics_names_and_fraction():
     metrics = clipper.metrics()
 
     assert set(metrics) == {
+        "clip/norm_max",
         "clip/threshold",
         "clip/coefficient",
         "clip/fraction",
+        "clip/spikes",
+        "clip/spikes_total",
         "clip/pace",
         "clip/phase",
+        "clip/phase_id",
         "clip/skipped",
+        "clip/skipped_total",
     }
     assert metrics["clip/fraction"] == 1.0
     assert metrics["clip/phase"] == "warmup"

@@ -8,9 +8,11 @@ import torch
 from transformers import TrainerCallback
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
+from hf_adaclip.alerts import Alerts
 from hf_adaclip.audit.run_report import load_run
 from hf_adaclip.controllers import Reason
 from hf_adaclip.events import ClipEvent, EventTracker
+from hf_adaclip.statistics import TEXT_METRICS, for_reporters
 from tests.integrations.test_trainer import AdaptiveSpikeTrainer
 from tests.integrations.trainers import arguments, build, run
 from tests.loops import make, train
@@ -38,6 +40,7 @@ def test_every_adjustment_is_an_event_with_step_before_after_and_reason(tmp_path
     lowered = next(e for e in heard if e.kind == "pace_lowered")
 
     assert {"widened", "tightened", "spike", "skipped", "pace_raised", "pace_lowered"} <= set(kinds)
+    assert spike.quantity == "norm"
     assert spike.before > 20 * spike.after
     assert spike.reason == Reason.SPIKE.sentence
     assert (skipped.step, skipped.until) == (60, 61)
@@ -134,3 +137,135 @@ def test_shadow_is_the_stock_trainer_bit_for_bit(tmp_path):
 
     assert torch.equal(weights(a), weights(b))
     assert b.clipper.statistics.counts_by_name()["LIMIT_CEILING"] > 0
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def spike(step, kind="spike"):
+    return ClipEvent(step, step, kind, 500.0, 1.0, "The norm left the range upward.", "norm", "SPIKE", "Done.")
+
+
+@pytest.mark.parametrize("kind", ["spike", "skipped"])
+def test_a_spike_is_warned_of_at_most_once_a_minute_with_the_number_since(caplog, kind):
+    clock = Clock()
+    alerts = Alerts(clock)
+    with caplog.at_level(logging.WARNING):
+        for step in range(100):
+            clock.now = step * 1.5  # two and a half minutes
+            alerts.tell([spike(step, kind)])
+    texts = [r.message for r in caplog.records]
+
+    assert len(texts) == 3
+    assert "step 0" in texts[0]
+    assert "norm 500, cut to 1" in texts[0]
+    assert [("39 other" in t) for t in texts] == [False, True, True]
+
+
+def test_a_spike_between_two_log_lines_is_in_the_log_and_in_the_metrics(caplog):
+    model, optimizer = make()
+    clipper = AdaptiveClipper(CONFIG.replace(max_pace=1.0), optimizer=optimizer)
+    with caplog.at_level(logging.WARNING):
+        train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 50, factors={40: 500.0})
+        first = clipper.metrics()
+        train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 10, start=50)
+        second = clipper.metrics()
+
+    assert first["clip/norm_max"] > 50 * second["clip/norm_max"]
+    assert first["clip/coefficient"] < 0.05
+    assert (first["clip/spikes"], first["clip/spikes_total"]) == (1, 1)
+    assert (second["clip/spikes"], second["clip/spikes_total"]) == (0, 1)
+    assert second["clip/coefficient"] == 1
+    assert clipper.metrics() == second  # no step since: the last window again
+    assert len([r for r in caplog.records if "step 40: spike" in r.message]) == 1
+
+
+@pytest.mark.parametrize(
+    "controller", ["static", "zscore", "percentile", "median", "quantile", "log_zscore", "adaptive"]
+)
+@pytest.mark.parametrize("step", [15, 45])  # in the warm-up and after it
+def test_a_spike_is_seen_under_every_controller(controller, step):
+    model, optimizer = make()
+    clipper = AdaptiveClipper(AdaptiveClipConfig(controller=controller, warmup_observations=20), optimizer=optimizer)
+    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 60, factors={step: 500.0})
+
+    assert clipper.metrics()["clip/spikes_total"] == 1
+
+
+def test_skipped_steps_are_counted_by_window_and_in_all(tmp_path):
+    model, optimizer = make()
+    clipper = AdaptiveClipper(CONFIG, optimizer=optimizer)
+    clip = lambda m, loss: clipper.clip_(m.parameters(), loss=loss)  # noqa: E731
+    train(model, optimizer, clip, 30, factors={5: float("nan"), 6: float("nan")})
+    first = clipper.metrics()
+    train(model, optimizer, clip, 10, start=30, factors={33: float("inf")})
+    second = clipper.metrics()
+    train(model, optimizer, clip, 1, start=40, factors={40: float("nan")})
+    third = clipper.metrics()
+
+    assert (first["clip/skipped"], first["clip/skipped_total"]) == (2, 2)
+    assert (second["clip/skipped"], second["clip/skipped_total"]) == (1, 3)
+    assert third["clip/phase"] == "skipped"
+    assert third["clip/norm_max"] != third["clip/norm_max"]
+    assert all(isinstance(v, int | float) for k, v in second.items() if k not in TEXT_METRICS)
+    clipper.save_state(tmp_path)
+    again = AdaptiveClipper(CONFIG, optimizer=optimizer)
+    assert again.load_state(tmp_path)
+    train(model, optimizer, lambda m, loss: again.clip_(m.parameters(), loss=loss), 1, start=41)
+    assert again.metrics()["clip/skipped_total"] == 4
+
+
+def test_words_are_kept_from_those_who_take_only_numbers():
+    mlflow, other = type("MLflowCallback", (), {}), type("TensorBoardCallback", (), {})
+    heir = type("MyMLflow", (mlflow,), {})
+    metrics = {"clip/phase": "stable", "clip/phase_id": 1}
+
+    assert for_reporters(metrics, [other()]) == metrics
+    assert for_reporters(metrics, [other(), mlflow()]) == {"clip/phase_id": 1}
+    assert for_reporters(metrics, [heir()]) == {"clip/phase_id": 1}
+
+
+def test_those_who_take_only_numbers_are_called_so_in_transformers():
+    from transformers.integrations import integration_utils
+
+    from hf_adaclip.statistics import _NUMBERS_ONLY
+
+    assert all(hasattr(integration_utils, name) for name in _NUMBERS_ONLY)
+
+
+def test_a_listener_that_raises_ends_nothing_and_is_called_again(tmp_path, caplog):
+    model, optimizer = make()
+    clipper = AdaptiveClipper(CONFIG, optimizer=optimizer)
+    heard: list[ClipEvent] = []
+    calls: list[ClipEvent] = []
+
+    def broken(event):
+        calls.append(event)
+        raise RuntimeError("the pager is down")
+
+    clipper.on_event(broken)
+    clipper.on_event(heard.append)
+    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 100, factors=FAULTS)
+    clipper.close()
+    tracebacks = [r for r in caplog.records if r.exc_info]
+
+    assert len(calls) == len(heard) > 5
+    assert len(tracebacks) == 1
+    assert "the pager is down" in str(tracebacks[0].exc_info[1])
+
+
+def test_a_norm_and_a_threshold_never_share_a_column(tmp_path):
+    heard = run_with_listener(tmp_path / "l.jsonl", CONFIG.replace(max_edge=1.9, static_threshold=1e3))
+
+    assert {(e.kind, e.quantity) for e in heard} <= {
+        *((k, "norm") for k in ("spike", "held", "clipped", "skipped", "vanishing")),
+        *((k, "threshold") for k in ("widened", "tightened", "new_level")),
+        *((k, "pace") for k in ("pace_raised", "pace_lowered", "limit")),
+    }
+    skipped = next(e for e in heard if e.kind == "skipped")
+    assert skipped.change == "norm nan, left out"
+    assert "1 -> 1" not in " ".join(map(str, heard))

@@ -167,5 +167,11 @@ def test_a_full_disk_stops_a_run_only_when_the_ledger_is_required(tmp_path, capl
     ]
     assert set(range(50)) > set(steps)
     report = verify_ledger(tmp_path / "l.jsonl")
-    assert not report.ok
-    assert any("Steps are missing" in str(f) for f in report.findings)
+    assert report.num_violations == 0, report.findings
+    assert (report.steps, report.recomputed, report.lost) == (len(steps), len(steps), 50 - len(steps))
+    assert any(
+        f"gap: {report.lost} step(s) from step 10 could not be written (ENOSPC: No space" in str(f)
+        for f in report.findings
+    )
+    assert f"verified but for {report.lost} step(s) that could not be written" in report.summary()
+    assert "ended cleanly" not in report.summary()

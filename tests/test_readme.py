@@ -1,5 +1,6 @@
 """Every code block of the README is run, and every number in it that comes from a file is held to that file."""
 
+import ast
 import json
 import os
 import re
@@ -71,9 +72,14 @@ def block_with(language, piece):
     return found[0]
 
 
-def test_every_block_is_of_a_kind_that_is_run():
-    assert {kind for kind, _ in BLOCKS} == {"python", "diff", "bash", "text"}
-    assert (len(blocks("python")), len(blocks("diff")), len(blocks("bash"))) == (6, 4, 4)
+def test_every_block_is_taken_up_by_a_test_of_this_file():
+    calls = [node for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Call)]
+    taken = [
+        block_with(*(word.value for word in call.args if isinstance(word, ast.Constant)))
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id == "block_with" and isinstance(call.args[0], ast.Constant)
+    ]
+    assert [text for _, text in BLOCKS if text not in taken] == []
 
 
 def test_the_first_60_seconds_print_what_they_say(tmp_path):
@@ -149,8 +155,16 @@ def test_the_two_commands_are_targets_of_the_makefile():
             subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_the_gate_runs_the_readmes_test_command():
-    assert "exec make test" in (ROOT / ".ci/run").read_text()
+def test_the_gate_is_the_readmes_test_command_and_fails_when_it_does(tmp_path):
+    make = tmp_path / "make"
+    make.write_text(f'#!/bin/sh\necho "$PWD make $*" > {tmp_path}/called\nexit 3\n')
+    make.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([ROOT / ".ci/run"], cwd=tmp_path, env=environment)
+
+    assert done.returncode == 3
+    assert (tmp_path / "called").read_text() == f"{ROOT} make test\n"
+    assert "make test" in [line.split("  ")[0].strip() for block in blocks("bash") for line in block.splitlines()]
 
 
 def test_the_demos_numbers_are_those_of_its_card():
@@ -231,3 +245,26 @@ def test_the_script_runs_as_the_readme_has_it(tmp_path):
     assert (tmp_path / "first-script/clip_ledger.jsonl").is_file()
     for name in re.findall(r"scripts/[\w/]+\.(?:py|yaml)", README):
         assert (ROOT / name).is_file(), name
+
+
+def test_the_comparison_of_a_script_is_one_that_starts(monkeypatch):
+    from hf_adaclip import HfAdaclipError, cli
+    from hf_adaclip.integrations.script import parse_arguments
+    from scripts import run_glue
+
+    started = []
+
+    def start(study):
+        started.append(study)
+        raise HfAdaclipError("started")
+
+    monkeypatch.setattr("hf_adaclip.convergence.script_compare.compare_script", start)
+    words = shlex.split(block_with("text", "--arms stock,tuned").replace("\\\n", " "))
+    assert cli.main(words[1:]) == 2
+    [study] = started
+    script, *flags = study.script
+    parsed = parse_arguments([*flags, "--output_dir", "out"], run_glue.ModelArguments, run_glue.DataArguments)
+
+    assert (words[0], study.arms) == ("hf-adaclip", ("stock", "tuned", "adaptive", "zscore"))
+    assert (ROOT / script).is_file()
+    assert parsed[2].max_steps % parsed[2].eval_steps == 0

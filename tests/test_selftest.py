@@ -51,6 +51,42 @@ def test_every_dtype(lane, dtype):
     AdaptiveClipper(CONFIG).self_test(model.to(dtype).parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("threshold", [1e-30, 1e-6, 1.0, 1e4, 1e9, 1e15, 1e16, 1e19, 1e30, 3e38, float("inf")])
+@pytest.mark.parametrize(
+    "controller", ["static", "adaptive", "zscore", "log_zscore", "percentile", "ema_ratio", "median"]
+)
+def test_it_passes_at_every_threshold_in_every_dtype(lane, dtype, threshold, controller):
+    parameters = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (3, 5000)]
+    AdaptiveClipper(CONFIG.replace(controller=controller, static_threshold=threshold)).self_test(parameters)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"min_threshold": 1e30}, {"min_threshold": 1e20, "max_threshold": 1e25}], ids=str
+)
+def test_it_passes_with_limits_that_no_norm_reaches(lane, settings):
+    AdaptiveClipper(CONFIG.replace(**settings)).self_test([torch.nn.Parameter(torch.ones(8))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("threshold", [1e-6, 1.0, 1e9, 1e19, float("inf")])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_scaling_that_does_nothing_is_found_at_every_threshold(lane, monkeypatch, dtype, threshold, large):
+    monkeypatch.setattr("hf_adaclip.selftest.scale_", lambda gradients, coefficient: None)
+    # A model of which every tensor is large (LoRA on wide layers) is not let through unseen.
+    parameters = [torch.nn.Parameter(torch.ones(100_000 if large else 9, dtype=dtype))]
+    with pytest.raises(ClippingDefeatedError, match="A planted spike must be cut"):
+        AdaptiveClipper(CONFIG.replace(static_threshold=threshold)).self_test(parameters)
+
+
+def test_a_norm_that_is_taken_too_small_is_found(monkeypatch):
+    from hf_adaclip.gradients import tensor_norms
+
+    monkeypatch.setattr("hf_adaclip.selftest.tensor_norms", lambda tensors: tensor_norms(tensors) / 1000)
+    with pytest.raises(ClippingDefeatedError, match="A planted spike must be cut"):
+        AdaptiveClipper(CONFIG).self_test([torch.nn.Parameter(torch.ones(9))])
+
+
 def test_a_scaling_that_does_nothing_is_found(monkeypatch):
     monkeypatch.setattr("hf_adaclip.selftest.scale_", lambda gradients, coefficient: None)
     _, optimizer = make()
@@ -125,3 +161,22 @@ def test_the_wrong_optimizer_is_warned_of(caplog):
     train(model, optimizer, lambda m, _: clipper.clip_(m.parameters()), 40)
 
     assert sum("must be the one that steps on these gradients" in r.message for r in caplog.records) == 1
+
+
+def test_a_series_of_nan_is_not_blamed_on_the_optimizer(caplog):
+    model, optimizer = make()
+    clipper = AdaptiveClipper("adaptive", optimizer=optimizer)
+    bad = {step: float("nan") for step in range(30)}
+    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 33, factors=bad)
+
+    assert [r.message for r in caplog.records if "`step` was not called" in r.message] == []
+
+
+def test_an_optimizer_that_never_steps_is_still_found_after_nan(caplog):
+    model, optimizer = make()
+    clipper = AdaptiveClipper("adaptive", optimizer=make()[1])
+    bad = {step: float("nan") for step in range(5)}
+    with caplog.at_level("WARNING"):
+        train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 40, factors=bad)
+
+    assert len([r for r in caplog.records if "`step` was not called in 20 steps with a finite norm" in r.message]) == 1

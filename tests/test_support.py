@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_adaclip import UnsupportedSetupError
+from hf_adaclip import AdaptiveClipper, UnsupportedSetupError
+from hf_adaclip.gradients.sharding import sum_over_ranks_
 from hf_adaclip.support import SETUPS, check_accelerator, check_device, check_device_map, check_optimizer_name
 
 
@@ -39,6 +40,40 @@ def test_fsdp1_is_refused_with_the_way_to_fsdp2():
     old = SimpleNamespace(distributed_type="FSDP", parallelism_config=None, is_fsdp2=False)
     with pytest.raises(UnsupportedSetupError, match=r"is FSDP1 instead.*set `fsdp_version: 2`"):
         check_accelerator(old)
+
+
+@pytest.mark.parametrize("offload", [True, "policy"])
+def test_fsdp2_with_cpu_offload_is_refused_when_the_clipper_is_made(offload):
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    def made(policy):
+        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_offload=policy))
+        return SimpleNamespace(distributed_type="FSDP", parallelism_config=None, is_fsdp2=True, state=state)
+
+    with pytest.raises(UnsupportedSetupError, match=r"is FSDP_CPU_OFFLOAD instead: .*unset `fsdp_offload_params`"):
+        AdaptiveClipper(accelerator=made(CPUOffloadPolicy() if offload == "policy" else offload))
+    for without in (OffloadPolicy(), False, None):
+        assert check_accelerator(made(without)) == SETUPS["FSDP"].how
+
+
+def test_accelerates_own_plugin_is_understood():
+    accelerate = pytest.importorskip("accelerate")
+    for offload, kind in ((True, "FSDP_CPU_OFFLOAD"), (False, None)):
+        plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=offload)
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        of = SimpleNamespace(distributed_type="FSDP", parallelism_config=None, is_fsdp2=True, state=state)
+        if kind is None:
+            check_accelerator(of)
+        else:
+            with pytest.raises(UnsupportedSetupError, match=f"is {kind} instead"):
+                check_accelerator(of)
+
+
+def test_shards_in_host_memory_of_a_mesh_of_accelerators_are_refused():
+    """`fully_shard` with `CPUOffloadPolicy` in a plain loop: no accelerator says so, the tensors do."""
+    layout = (SimpleNamespace(device_type="cuda"), (0,))
+    with pytest.raises(UnsupportedSetupError, match=r"their gradients on cuda, .* but they are on cpu instead"):
+        sum_over_ranks_(torch.ones(3), layout)
 
 
 def test_a_device_without_float64_is_refused():

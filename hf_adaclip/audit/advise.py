@@ -15,16 +15,19 @@ ALWAYS_ON = 0.5
 the controller `adaptive` is the same share, of its warm-up."""
 
 
-def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
+def advise(series: Series, *, max_grad_norm: float | None = None) -> dict[str, Any]:
     """Look at a run's norms and say what was there and what each controller would have done with it.
 
     Args:
         series: Norms of the run.
-        max_grad_norm: The static threshold of the run, as far as it is known.
+        max_grad_norm: The static threshold of the run; by default what its ledger says, or 1.0.
 
     Returns:
         JSON-ready findings; `verdict` and `uncertainty` are sentences, `recommended` are fields of `AdaptiveClipConfig`.
     """
+    if max_grad_norm is None:
+        recorded = (series.header or {}).get("static_threshold")
+        max_grad_norm = float(recorded) if isinstance(recorded, int | float) and 0 < recorded < math.inf else 1.0
     finite = series.norms[np.isfinite(series.norms)]
     spikes = find_spikes(series.norms)
     static_share = float((finite > max_grad_norm).mean()) if len(finite) else 0.0
@@ -45,6 +48,8 @@ def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
         "source": series.source,
         "steps_known": len(series),
         "every": series.every,
+        "left_out": list(series.left_out),
+        "gaps": [list(gap) for gap in series.gaps],
         "not_finite": int((~np.isfinite(series.norms)).sum()),
         "median_norm": median,
         "spikes": len(spikes),
@@ -61,6 +66,7 @@ def advise(series: Series, *, max_grad_norm: float = 1.0) -> dict[str, Any]:
         "static_always_on": always_on,
         "controllers": arms,
         "recommended": {"controller": "adaptive", "static_threshold": threshold},
+        "reasons": {r.name: n for r in Reason if (n := (series.reasons or []).count(r.name))},
         "verdict": _verdict(series, len(spikes), static_share, always_on, kept, arms["adaptive"], max_grad_norm),
         "uncertainty": _uncertainty(series, len(spikes)),
     }
@@ -111,14 +117,28 @@ def _verdict(
 
 
 def _uncertainty(series: Series, spikes: int) -> str:
+    return " ".join([_known(series, spikes), *series.left_out])
+
+
+def _known(series: Series, spikes: int) -> str:
+    first, last = int(series.steps[0]), int(series.steps[-1])
+    if len(series) == 1:
+        return f"Only one norm is known, that of step {first}: it says nothing of the others."
+    gaps = series.gaps
+    missing = sum((after - before) // series.every - 1 for before, after in gaps)
+    where = ", ".join(f"{before} to {after}" for before, after in gaps[:3]) + (", ..." if len(gaps) > 3 else "")
+    gap = f"{missing} norm(s) are not in the log (between steps {where})." if gaps else ""
     if series.every == 1:
-        return "Every step is known."
+        if gaps:
+            return f"{gap} Between them every step is known."
+        return "Every step is known." if first <= 1 else f"Every step from {first} to {last} is known."
     low, high = wilson(spikes, len(series))
-    return (
+    text = (
         f"Only one in {series.every} steps was logged, so most spikes, which last one step, are unseen: {spikes} in {len(series)} known "
         f"steps means between {low * 1000:.1f} and {high * 1000:.1f} per 1000 steps (95 %). Controllers were replayed on the logged norms "
         "alone, so their memory spans more steps than in a real run. Log every step, or run once with shadow=True, to know."
     )
+    return f"{text} {gap}".strip()
 
 
 def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:

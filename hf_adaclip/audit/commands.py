@@ -8,10 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from hf_adaclip.audit.schema import plain
+from hf_adaclip.audit.tail import HASH
 from hf_adaclip.errors import ConfigError, LedgerError
 
 Commands = Any  # argparse keeps the type of its sub-parsers' collection private
-_LOGS = "clip_ledger.jsonl, a stock trainer_state.json, a CSV with step and norm columns, or a folder of TensorBoard events"
+_LOGS = (
+    "clip_ledger.jsonl, a stock trainer_state.json or a folder that holds one, a CSV with step and norm columns (W&B's export too), or a "
+    "folder of TensorBoard events"
+)
+
+_PROOF = (
+    "What this proves: the chain of seals shows any change of single bytes or lines, and every decision follows from the norms that are "
+    "recorded before it. Losses, times and texts are under the seals, but follow from nothing. The chain has no key: whoever can write "
+    "the file can write another history and seal it anew, or cut it off at a seal. That shows only where a seal is kept elsewhere. Those "
+    "that lie beside the ledger (in clip_ledger.jsonl.seal, in clip_state.safetensors of checkpoints, in README.md) are looked for and "
+    "named. Give one that nobody else could change by --seal."
+)
 
 
 def add_commands(commands: Commands) -> None:
@@ -27,7 +39,9 @@ def _add_verify(commands: Commands) -> None:
     parser = commands.add_parser(
         "verify",
         help="check a ledger: its chain, its continuity, and that each decision follows from the recorded norms",
-        description="Check ledgers from first byte to last. Exit code 0: verified; 1: something was violated; 2: not readable as a ledger.",
+        description="Check ledgers from first byte to last. Exit code 0: verified; 1: something was violated; 2: not readable as a ledger; "
+        "3: nothing is wrong, but nothing or not all could be checked (a run that was killed in a block, steps that are missing).",
+        epilog=_PROOF,
     )
     parser.add_argument(
         "ledgers",
@@ -35,6 +49,12 @@ def _add_verify(commands: Commands) -> None:
         type=Path,
         metavar="LEDGER",
         help="clip_ledger.jsonl of a run, or the folder that holds it",
+    )
+    parser.add_argument(
+        "--seal",
+        default=None,
+        metavar="HASH",
+        help="a seal of this ledger that was kept elsewhere, such as in the model's card: it must be in the file",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=_verify)
@@ -80,7 +100,10 @@ def _add_advise(commands: Commands) -> None:
     )
     parser.add_argument("log", type=Path, metavar="FILE", help=_LOGS)
     parser.add_argument(
-        "--max-grad-norm", type=float, default=1.0, help="static threshold of that run (default: %(default)s)"
+        "--max-grad-norm",
+        type=float,
+        default=None,
+        help="static threshold of that run (default: what its ledger says, or 1.0)",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=_advise)
@@ -139,16 +162,22 @@ def _verify(arguments: argparse.Namespace) -> int:
     from hf_adaclip.audit import verify_ledger
 
     code, reports = 0, []
+    seal = arguments.seal
+    if seal is not None and not HASH.fullmatch(seal):
+        raise ConfigError(f"`--seal` must be the 64 hexadecimal digits of a seal, but is {seal[:80]!r} instead.")
+    if seal is not None and len(arguments.ledgers) > 1:
+        raise ConfigError(f"`--seal` must be given with one ledger, but there are {len(arguments.ledgers)} instead.")
+    codes = {"verified": 0, "incomplete": 3, "violated": 1}
     for path in arguments.ledgers:
         try:
-            report = verify_ledger(path / "clip_ledger.jsonl" if path.is_dir() else path)
+            report = verify_ledger(path / "clip_ledger.jsonl" if path.is_dir() else path, seal=seal)
         except LedgerError as error:
             print(f"hf-adaclip: {error}", file=sys.stderr)
             reports.append({"path": str(path), "ok": None, "error": str(error)})
-            code = 2
+            code = _worse(code, 2)
             continue
         reports.append(report.to_dict())
-        code = max(code, 0 if report.ok else 1)
+        code = _worse(code, codes[report.status])
         if not arguments.json:
             print(report.summary())
             for finding in report.findings:
@@ -161,23 +190,33 @@ def _verify(arguments: argparse.Namespace) -> int:
     return code
 
 
+def _worse(a: int, b: int) -> int:
+    """Of several ledgers' exit codes the one that counts: unreadable, violated, incomplete, verified."""
+    return max(a, b, key=(0, 3, 1, 2).index)
+
+
 def _replay(arguments: argparse.Namespace) -> int:
     from hf_adaclip.audit.ingest import load_series
-    from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, replay
+    from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, recorded_name, replay
     from hf_adaclip.audit.show import COUNTERFACTUAL, draw_replay, outcome_table
     from hf_adaclip.config import AdaptiveClipConfig
+    from hf_adaclip.rules import own_settings
 
     changes = dict(_setting(text) for text in arguments.set)
     names = arguments.controller or list(REPLAYABLE)
-    configs = [AdaptiveClipConfig.from_dict({"controller": name, **changes}) for name in names]
+    # Of several controllers, a setting counts for those that it belongs to.
+    own = {name: own_settings(name, changes) for name in names}
+    taken = {key for values in own.values() for key in values}
+    configs = [
+        AdaptiveClipConfig.from_dict({"controller": name, **(own[name] if taken == set(changes) else changes)})
+        for name in names
+    ]
     series = load_series(arguments.log)
     static = _positive(arguments.max_grad_norm, (series.header or {}).get("static_threshold"))
     spikes = find_spikes(series.norms)
     rows: dict[str, Any] = {}
     if series.coefficients is not None:
-        rows[f"recorded ({(series.header or {}).get('controller')})"] = outcome(
-            series, series.coefficients, series.reasons, spikes
-        )
+        rows[recorded_name(series)] = outcome(series, series.coefficients, series.reasons, spikes)
     replays = [replay(series, config, static_threshold=static) for config in configs]
     for done in replays:
         rows[done.config.controller] = outcome(series, done.coefficients, done.reasons, spikes)
@@ -208,7 +247,9 @@ def _advise(arguments: argparse.Namespace) -> int:
     from hf_adaclip.audit.ingest import load_series
     from hf_adaclip.audit.show import advice_text
 
-    advice = advise(load_series(arguments.log), max_grad_norm=_positive(arguments.max_grad_norm, None))
+    series = load_series(arguments.log)
+    given = arguments.max_grad_norm
+    advice = advise(series, max_grad_norm=None if given is None else _positive(given, None))
     print(json.dumps(plain(advice), indent=1) if arguments.json else advice_text(advice))
     return 0
 
@@ -278,7 +319,8 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _positive(given: float | None, recorded: Any) -> float:
+    recorded = math.inf if recorded == "inf" else recorded
     value = given if given is not None else (recorded if isinstance(recorded, int | float) else 1.0)
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"`--max-grad-norm` must be finite and above 0, but is {value} instead.")
+    if not value > 0:
+        raise ConfigError(f"`--max-grad-norm` must be above 0, but is {value} instead.")
     return float(value)

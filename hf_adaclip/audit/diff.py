@@ -46,7 +46,7 @@ def _settings(a: Series, b: Series) -> dict[str, list[Any]]:
         for key in sorted({*configs[0], *configs[1]} - {"ledger"})
         if configs[0].get(key) != configs[1].get(key)
     }
-    for key in ("seed", "world_size", "device", "static_threshold", "versions"):
+    for key in ("seed", "world_size", "device", "static_threshold", "revision", "revisions", "versions"):
         if headers[0].get(key) != headers[1].get(key):
             differing[key] = [h.get(key) for h in headers]
     return differing

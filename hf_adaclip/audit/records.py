@@ -1,15 +1,18 @@
 """Between what the clipper has and what the ledger stores: step records, controller states."""
 
-from typing import Any, NamedTuple
+import math
+import re
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_adaclip.audit.schema import number, number_or_null, parse_number
-from hf_adaclip.controllers import Controller, Reason
+from hf_adaclip.controllers import CONTROLLERS, Controller, Reason, build_controller
 from hf_adaclip.controllers.base import is_finite_norm
-from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.ops import ARRAY, SCALAR, Ops, Shape, Value, ops_of
+from hf_adaclip.gradients.transfer import HOST, moved
 
 
 def step_record(
@@ -84,9 +87,74 @@ def state_fields(state: tuple[Value, ...]) -> dict[str, Value]:
 def state_to_tensors(state: tuple[Value, ...]) -> dict[str, Tensor]:
     """The values of a state by name, as tensors."""
     return {
-        name: torch.as_tensor(np.asarray(v)) if not isinstance(v, Tensor) else v
+        name: torch.from_numpy(np.array(v)) if not isinstance(v, Tensor) else v
         for name, v in state_fields(state).items()
     }
+
+
+_PREFIX: Final = re.compile(r"(part\d+_)?(oversight_)?")
+# What no rule ever makes negative, and what counts. Fields that are not here are only checked for being numbers.
+_WHOLE: Final = frozenset(("run", "count", "slot", "steps", "skipped", "bad", "trouble", "pace_steps"))
+_NOT_NEGATIVE: Final = _WHOLE.union(
+    ("level", "spread", "width", "candidate", "acted", "pace", "best_reach", "held_pace"),
+    ("mean", "variance", "history", "bound", "average", "squares", "weight"),
+    ("edge", "anchor", "loss_spread", "late_threshold"),
+)
+
+
+def parts_of(controller: Controller[Any]) -> list[Controller[Any]]:
+    """A controller, and all that it is made of, the outermost first."""
+    inner = [getattr(controller, "inner", None), *(part.controller for part in getattr(controller, "parts", ()))]
+    return [controller, *(c for i in inner if i is not None for c in parts_of(i))]
+
+
+def revisions(config: Any) -> dict[str, Any]:
+    """Which revision of its rule decides, for the header of a ledger and the metadata of a state.
+
+    Returns:
+        `revision` of the controller that the config names, 1 at first; where anything else that takes part is beyond its first,
+        `revisions` too, by class.
+    """
+    patterns = list(config.parameter_rules) if isinstance(config.parameter_rules, dict) else []
+    built = build_controller(config, [(None, 1), *((p, 1) for p in patterns)])
+    others = {type(c).__name__: int(getattr(c, "revision", 1)) for c in parts_of(built)}
+    found: dict[str, Any] = {"revision": int(getattr(CONTROLLERS[config.controller], "revision", 1))}
+    others.pop(CONTROLLERS[config.controller].__name__, None)
+    if later := {name: number for name, number in sorted(others.items()) if number != 1}:
+        found["revisions"] = later
+    return found
+
+
+def new_fields(controller: Controller[Any]) -> frozenset[str]:
+    """Fields that states of older revisions lack; they begin as in `init`."""
+    return frozenset().union(*(getattr(c, "new_fields", frozenset()) for c in parts_of(controller)))
+
+
+def state_problem(name: str, value: Tensor, like: Any) -> str | None:
+    """Why no run can have a field like this, or None.
+
+    Args:
+        name: Of the field.
+        value: In host memory.
+        like: The field before the first step: NaN and infinity are right where they stand in it.
+    """
+    if value.dtype != torch.float32:
+        return f"`{name}` must be float32, but is {str(value.dtype).removeprefix('torch.')}"
+    begins = torch.as_tensor(np.asarray(like, dtype=np.float32))
+    unknown, endless = bool(begins.isnan().any()), bool(begins.isinf().any())
+    if not unknown and bool(value.isnan().any()):
+        return f"`{name}` must be a number, but is NaN"
+    if not (endless or unknown) and bool(value.isinf().any()):
+        return f"`{name}` must be finite, but is infinite"
+    field = _PREFIX.sub("", name, count=1)
+    known = value[value.isfinite()]
+    if field in _NOT_NEGATIVE and (bool((known < 0).any()) or bool((value == -math.inf).any())):
+        return f"`{name}` must not be negative, but is {float(value.min()):g}"
+    if field in _WHOLE and bool((known != known.floor()).any()):
+        return f"`{name}` counts, so it must be whole, but is {float(known[known != known.floor()][0]):g}"
+    if field == "pace" and bool((known == 0).any()):
+        return f"`{name}` must be above 0, but is 0"
+    return None
 
 
 def state_from_tensors(
@@ -95,23 +163,30 @@ def state_from_tensors(
     """The state that `state_to_tensors` took apart, as numbers of the kind that `ops` works on.
 
     Raises:
-        ValueError: A field is missing or has another shape.
+        ValueError: A field is missing, has another shape, or a value that no run can have.
     """
     template = controller.init(ops, shape)
+    begins = controller.init(ARRAY if shape else SCALAR, shape)
+    late = new_fields(controller)
     values: list[Value] = []
-    for name, like in state_fields(template).items():
+    for (name, like), first in zip(state_fields(template).items(), begins, strict=True):
         if name not in tensors:
+            if _PREFIX.sub("", name, count=1) in late:
+                values.append(like)
+                continue
             raise ValueError(f"the state has no `{name}`")
-        value, want = tensors[name].to(torch.float32), tuple(like.shape)
+        value, want = tensors[name], tuple(like.shape)
         if tuple(value.shape) != want:
             raise ValueError(
                 f"`{name}` of the state has shape {list(value.shape)}, these parameters need {list(want)}"
             )
+        if problem := state_problem(name, moved(value, HOST), first):
+            raise ValueError(problem)
         if ops.on_host:
-            array = value.cpu().numpy().copy()
+            array = moved(value, HOST).numpy().copy()
             values.append(array if want else array[()])
         else:
-            values.append(value.to(device))
+            values.append(moved(value, device))
     return type(template)(*values)  # type: ignore[no-any-return]
 
 
@@ -128,14 +203,14 @@ def state_from_json(controller: Controller[Any], values: dict[str, Any], ops: Op
     """The state that `state_to_json` wrote, in host memory.
 
     Raises:
-        ValueError: A field is missing, is no number, or has another shape.
+        ValueError: A field is missing, is no number, has another shape, or a value that no run can have.
     """
 
     def convert(value: Any) -> Any:
         return [convert(v) for v in value] if isinstance(value, list) else parse_number(value)
 
-    tensors = {name: torch.tensor(convert(value), dtype=torch.float32) for name, value in values.items()}
-    return state_from_tensors(controller, tensors, ops, shape, torch.device("cpu"))
+    tensors = {name: torch.tensor(convert(value), dtype=torch.float32, device=HOST) for name, value in values.items()}
+    return state_from_tensors(controller, tensors, ops, shape, HOST)
 
 
 def state_bytes(state: tuple[Value, ...]) -> bytes:

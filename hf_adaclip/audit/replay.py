@@ -70,6 +70,16 @@ def replay(series: Series, config: AdaptiveClipConfig, *, static_threshold: floa
     return Replay(config, thresholds, coefficients, paces, reasons)
 
 
+def recorded_name(series: Series) -> str:
+    """What the decisions of a ledger are called beside replays; another revision of the rule is named, for a replay decides otherwise."""
+    header = series.header or {}
+    name, revision = header.get("controller"), header.get("revision", 1)
+    now = getattr(CONTROLLERS.get(str(name)), "revision", 1)
+    return (
+        f"recorded ({name})" if revision == now else f"recorded ({name}, revision {revision} of the rule, {now} here)"
+    )
+
+
 def find_spikes(norms: np.ndarray) -> np.ndarray:
     """Positions of norms far above their neighbourhood, by a rule that knows nothing of any controller.
 

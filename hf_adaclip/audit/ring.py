@@ -6,6 +6,8 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hf_adaclip.gradients.transfer import HOST, moved
+
 COLUMNS: Final = ("norm", "threshold", "coefficient", "pace", "reason", "loss", "loss_scale", "reach", "applied_norm")
 _APPLIED: Final = COLUMNS.index("applied_norm")
 
@@ -50,9 +52,10 @@ class DeviceRing:
     """
 
     def __init__(self, capacity: int, num_tensors: int, device: torch.device) -> None:
-        self._rows = torch.full((capacity, len(COLUMNS)), math.nan, device=device)
-        self._norms = torch.full((capacity, num_tensors), math.nan, device=device) if num_tensors else None
-        self._nan = torch.tensor(math.nan, device=device)
+        self._rows = torch.full((capacity, len(COLUMNS)), math.nan, dtype=torch.float32, device=device)
+        of_tensors = (capacity, num_tensors)
+        self._norms = torch.full(of_tensors, math.nan, dtype=torch.float32, device=device) if num_tensors else None
+        self._nan = torch.tensor(math.nan, dtype=torch.float32, device=device)
         self._filled = 0
 
     def __len__(self) -> int:
@@ -97,7 +100,7 @@ class HostRing:
             self._norms.append(norms.tolist())
 
     def set_applied(self, norm: Tensor) -> None:
-        self._rows[-1][_APPLIED] = float(norm.numpy())
+        self._rows[-1][_APPLIED] = float(moved(norm, HOST).numpy())
 
     def drain(self) -> Rows:
         rows = Rows(self._rows, self._norms or None)

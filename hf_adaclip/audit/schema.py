@@ -10,6 +10,10 @@ A ledger is a sequence of blocks. A block is one or more body lines (`header`, `
 
 A seal's hash is SHA-256 over the hash before it, the number of lines, and the bytes of the body lines. A resumed run appends a
 new header; the chain runs through it. Everything is strict JSON: NaN and infinities are the strings "nan", "inf", "-inf".
+
+A `gap` line stands where records could not be written: which steps, their counts by reason, the error, and the controller's state
+after them. Beside the file lies `<ledger>.seal`, one line with the last seal's hash and the number of lines: what the file itself cannot
+show is that its end was cut off at a seal.
 """
 
 import hashlib
@@ -22,6 +26,9 @@ import numpy as np
 SCHEMA_VERSION: Final = 1
 GENESIS: Final = "0" * 64
 MAX_LINE_BYTES: Final = 64 * 1024 * 1024
+BODY_KINDS: Final = ("header", "step", "gap", "footer")
+SEAL_SUFFIX: Final = ".seal"
+"""Of the file beside a ledger that holds its last seal."""
 
 STEP_FIELDS: Final = (
     "step",

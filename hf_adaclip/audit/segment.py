@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from hf_adaclip.audit.records import Summary, state_bytes, state_from_json, summarise
+from hf_adaclip.audit.header import check_counts, check_header, is_text
+from hf_adaclip.audit.records import Summary, revisions, state_bytes, state_from_json, summarise
 from hf_adaclip.audit.schema import STEP_FIELDS, parse_number
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.base import coefficient_of
 from hf_adaclip.controllers.fine import FineController
 from hf_adaclip.controllers.ops import ARRAY, SCALAR
+from hf_adaclip.controllers.states import Keeping, carry_over
 
 APPLIED_TOLERANCE = 0.01
 """Relative difference between a measured and an intended norm that rounding explains (bfloat16 gradients: 1 in 256)."""
 
-MAX_TENSORS = 1_000_000
 SUM_TOLERANCE = 1e-5
 """Relative difference in the summary of a per-tensor step: the order in which a device sums squares is its own."""
 
@@ -34,29 +35,60 @@ class Segment:
     """
 
     def __init__(self, header: dict[str, Any]) -> None:
+        check_header(header)
         self._config = AdaptiveClipConfig.from_dict(header["config"])
-        self._num_tensors = int(header["num_tensors"])
-        if not 0 <= self._num_tensors <= MAX_TENSORS:
-            raise ValueError(f"`num_tensors` is {self._num_tensors}")
+        self._num_tensors: int = header["num_tensors"]
         # Ledgers of before there were `parameter_rules` have no parts.
         parts = [(str(p) if p is not None else None, int(n)) for p, n in header.get("parts", [])]
         self._controller = build_controller(self._config, parts)
+        groups = tuple(str(name) for name in header.get("groups", ()))
+        self._keeping = Keeping(self._controller, groups, tuple(parts))
+        restarted = header.get("restarted")
+        self.restarted = None if restarted is None else [str(name) for name in restarted]
         self._shape = (self._num_tensors,) if self._num_tensors else ()
         self._ops = ARRAY if self._shape else SCALAR
-        self._state = state_from_json(self._controller, header["initial_state"], self._ops, self._shape)
         self._header_static = header["static_threshold"]
         self._static = np.float32(self._header_static)
-        self._next_step = int(header["first_step"])
-        self._counts: Counter[str] = Counter(_counts(header["counts"]))
+        self._next_step: int = header["first_step"]
+        self._counts: Counter[str] = Counter(header["counts"])
         self.parent = _mapping(header["parent"], sha256=str, step=int)
         self.dropped = _mapping(header["dropped_tail"], bytes=int, sha256=str)
-        self._broken = False
+        self.missing_seal = _mapping(header.get("missing_seal"), lines=int, sha256=str)
+        if self.parent is not None and self.parent["step"] != self._next_step:
+            raise ValueError(f"its parent ends at step {self.parent['step']}, but it begins at {self._next_step}")
+        self.other_revision = other_revision(header, self._config)
+        """How the rule that decided differs from the one of this version, in words; then nothing is recomputed."""
+        self._state: tuple[Any, ...] = ()
+        if self.other_revision is None:
+            self._state = state_from_json(self._controller, header["initial_state"], self._ops, self._shape)
+        self._broken = self.other_revision is not None
         self._recomputed = self._measured = 0
+        self._last_time = 0.0
+        self.lost = 0
         self.closed = False
 
-    def point(self) -> tuple[int, bytes]:
-        """The next step and a digest of the state: equal points are the same moment of the same run."""
-        return self._next_step, hashlib.sha256(state_bytes(self._state)).digest()
+    @property
+    def next_step(self) -> int:
+        return self._next_step
+
+    def point(self) -> tuple[int, bytes | None]:
+        """The next step and a digest of the state (None where it is not known): equal points are the same moment of the same run."""
+        return self._next_step, None if self._broken else hashlib.sha256(state_bytes(self._state)).digest()
+
+    def carries_over(self, before: "Segment") -> bool:
+        """Whether the state that this segment begins with is the one that `before` has come to, for the parameters of now.
+
+        True as well where one of the two is not known.
+        """
+        if self._next_step != before._next_step:
+            return False
+        if self._broken or before._broken:
+            return True
+        try:
+            state = carry_over(before._state, before._keeping, self._keeping, self.restarted or (), self._ops)
+        except (ValueError, LookupError):
+            return False
+        return state_bytes(state) == state_bytes(self._state)
 
     def take_recomputed(self) -> int:
         taken, self._recomputed = self._recomputed, 0
@@ -75,7 +107,7 @@ class Segment:
         if missing:
             return [*problems, f"the record has no {', '.join(missing)}."]
         step = record["step"]
-        if step != self._next_step:
+        if step != self._next_step or isinstance(step, bool):
             problems.append(
                 f"step {self._next_step} should come here. Steps are missing, doubled or out of order; "
                 "decisions after it are not recomputed."
@@ -84,8 +116,6 @@ class Segment:
         self._next_step = step + 1 if isinstance(step, int) else self._next_step + 1
         reason = str(record["reason"])
         self._counts[reason] += 1
-        if self._broken:
-            return problems
         try:
             recorded = {k: parse_number(record[k]) for k in ("norm", "threshold", "coefficient", "pace", "loss")}
             recorded["reach"] = parse_number(record.get("reach"))
@@ -93,23 +123,51 @@ class Segment:
             self._static = np.float32(parse_number(record.get("static_threshold", self._header_static)))
             applied = parse_number(record["applied_norm"])
             norms = [parse_number(n) for n in record["norms"]] if self._num_tensors else None
+            problems += self._compare_time(parse_number(record["time"]))
+            parse_number(record["loss_scale"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:
+            self._broken = True
             return [*problems, f"the record cannot be understood: {error}."]
         if norms is not None and len(norms) != self._num_tensors:
+            self._broken = True
             return [*problems, f"the record has {len(norms)} norms for {self._num_tensors} tensors."]
-        try:
-            summary = self._replay(recorded, norms)
-        except (ValueError, LookupError, OverflowError, TypeError) as error:
-            self._broken = True  # only a state that no run ever had, such as a NaN for a place in a history
-            return [*problems, f"the decision cannot be recomputed: {error}."]
-        problems += self._compare(summary, recorded, reason)
+        problems += _impossible(recorded, reason, applied)
+        if not self._broken:
+            try:
+                problems += self._compare(self._replay(recorded, norms), recorded, reason)
+            except (ValueError, LookupError, OverflowError, TypeError) as error:
+                self._broken = True  # only a state that no run ever had, such as a NaN for a place in a history
+                return [*problems, f"the decision cannot be recomputed: {error}."]
         problems += self._compare_applied(recorded, applied)
         return problems
 
+    def gap(self, record: dict[str, Any]) -> list[str]:
+        """Check a line on steps that could not be written, and go on after them; returns problems in words."""
+        try:
+            first, steps, errors = record["first"], record["steps"], record["errors"]
+            counts = check_counts(record["counts"])
+            if first != self._next_step or not _is_whole(steps) or steps < 1:
+                raise ValueError(f"step {self._next_step} should come here")
+            if sum(counts.values()) != steps:
+                raise ValueError(f"its counts are not those of {steps} steps")
+            if not isinstance(errors, list) or not errors or not all(is_text(e) for e in errors):
+                raise ValueError("it does not say why")
+            self._next_step += steps
+            self._counts.update(counts)
+            self.lost += steps
+            if record["state"] is None:
+                self._broken = True
+            elif not self._broken:
+                self._state = state_from_json(self._controller, record["state"], self._ops, self._shape)
+        except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
+            self._broken = True
+            return [f"the gap cannot be understood: {error}."]
+        return []
+
     def footer(self, record: dict[str, Any]) -> list[str]:
         """Check the footer; returns problems in words."""
+        problems = ["a second footer stands after the footer."] if self.closed else []
         self.closed = True
-        problems = []
         if record.get("steps") != self._next_step:
             problems.append(f"the footer counts {record.get('steps')!r} steps, the records {self._next_step}.")
         counted = record.get("counted_steps", record.get("steps"))
@@ -120,15 +178,24 @@ class Segment:
             )
         if record.get("counts") != {k: v for k, v in self._counts.items() if v}:
             problems.append("the footer's counts by reason are not those of the records.")
+        if record.get("lost", 0) != self.lost:
+            problems.append(f"the footer says that {record.get('lost', 0)!r} steps were lost, the gaps {self.lost}.")
         if self._broken or not self._controller.exact:
             return problems
         try:
             final = state_from_json(self._controller, record["final_state"], self._ops, self._shape)
             if state_bytes(final) != state_bytes(self._state):
                 problems.append("the footer's final state is not the one that the records lead to.")
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
             problems.append(f"the footer's final state cannot be understood: {error}.")
         return problems
+
+    def _compare_time(self, seconds: float) -> list[str]:
+        before, self._last_time = self._last_time, seconds
+        if seconds >= before and math.isfinite(seconds):
+            return []
+        self._last_time = before
+        return [f"`time` is {seconds:g} s, but the step before it was at {before:g} s."]
 
     def _replay(self, recorded: dict[str, float], norms: list[float] | None) -> Summary:
         norm = np.float32(recorded["norm"])
@@ -176,10 +243,35 @@ class Segment:
         return []
 
 
-def _counts(value: Any) -> dict[str, int]:
-    if not isinstance(value, dict) or not all(isinstance(v, int) for v in value.values()):
-        raise ValueError("`counts` is not a table of whole numbers")
-    return value
+def other_revision(header: dict[str, Any], config: AdaptiveClipConfig) -> str | None:
+    """How the revision of the rule that a header names differs from the one here, in words; None when it does not."""
+    then = {"revision": header.get("revision", 1), **header.get("revisions", {})}
+    now = revisions(config)
+    now = {"revision": now["revision"], **now.get("revisions", {})}
+    differing = {k: (then.get(k, 1), now.get(k, 1)) for k in sorted({*then, *now}) if then.get(k, 1) != now.get(k, 1)}
+    if not differing:
+        return None
+    return ", ".join(
+        f"{config.controller if name == 'revision' else name} in revision {a}, not {b}"
+        for name, (a, b) in differing.items()
+    )
+
+
+def _impossible(recorded: dict[str, float], reason: str, applied: float) -> list[str]:
+    """What no controller decides and no gradient has, whatever came before."""
+    problems = []
+    if reason not in Reason.__members__:
+        problems.append(f"`reason` is {_short(reason)}, which this version does not know.")
+    for key, value in (("norm", recorded["norm"]), ("applied_norm", applied)):
+        if value < 0:
+            problems.append(f"`{key}` is {value:g}, and a norm is never negative.")
+    if not 0 <= recorded["coefficient"] <= 1:
+        problems.append(f"`coefficient` is {recorded['coefficient']:g}, not between 0 and 1.")
+    return problems
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _mapping(value: Any, **kinds: type) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from hf_adaclip.audit.ingest import Series
 from hf_adaclip.audit.replay import Replay
+from hf_adaclip.controllers import Reason
 
 COUNTERFACTUAL = (
     "Counterfactual on thresholds only: had the run been clipped otherwise, the norms after it would have been others."
@@ -33,8 +34,8 @@ def advice_text(advice: dict[str, Any]) -> str:
     """What `advise` found, in a screen of text."""
     lines = [
         f"{advice['path']} ({advice['source']}): {advice['steps_known']} norms, "
-        + ("every step" if advice["every"] == 1 else f"one in {advice['every']} steps")
-        + f", median {advice['median_norm']:.4g}",
+        + ("" if advice["every"] == 1 else f"one in {advice['every']} steps, ")
+        + f"median {advice['median_norm']:.4g}",
         "",
         advice["verdict"],
         advice["uncertainty"],
@@ -46,6 +47,9 @@ def advice_text(advice: dict[str, Any]) -> str:
     if advice["largest_spikes"]:
         spikes = ", ".join(f"step {s['step']} ({s['times_median']:.1f} x)" for s in advice["largest_spikes"])
         lines += ["", f"Largest spikes: {spikes}"]
+    if advice.get("reasons"):
+        lines += ["", "Reasons that the ledger gives:"]
+        lines += [f"  {name:18s} {count:7d}  {Reason[name].sentence}" for name, count in advice["reasons"].items()]
     threshold = advice["recommended"]["static_threshold"]
     fields = ", ".join(f"{k}={v!r}" for k, v in advice["recommended"].items())
     lines += [

@@ -130,6 +130,10 @@ class AdaptiveController(Controller[AdaptiveState]):
     pace_shrink: float = 0.95
 
     @property
+    def of_the_run(self) -> frozenset[str]:
+        return frozenset({"pace", "best_reach", "pace_steps"})
+
+    @property
     def _start(self) -> float:
         return float(PACE_START if self.pace_start is None else self.pace_start)
 

@@ -43,35 +43,41 @@ class Reason(enum.IntEnum):
 
     @property
     def sentence(self) -> str:
-        """The reason in a full sentence for people."""
+        """Why the step was treated as it was, in a full sentence for people; true of every step with this reason."""
         return _SENTENCES[self]
 
     @property
     def phase(self) -> str:
-        """One word for dashboards: warmup, stable, held, unstable, vanishing, limited, frozen, fallback, trouble or skipped."""
+        """One word for dashboards, out of `PHASES`."""
         return _PHASES[self]
 
+    @property
+    def phase_id(self) -> int:
+        """The phase as a number, for dashboards that take no words: its position in `PHASES`."""
+        return PHASES.index(_PHASES[self])
 
+
+# Each says why, and claims nothing that the reason alone does not settle: what became of the gradient is in the row (see `events`).
 _SENTENCES = {
-    Reason.WITHIN: "The norm is inside the range; the gradient was left as it was.",
-    Reason.WIDENED: "The norm is inside the range and has been for a while; the range was widened a little.",
+    Reason.WITHIN: "The norm is inside the range.",
+    Reason.WIDENED: "The norm is inside the range, and the width of the range grew by `widen_step` spreads.",
     Reason.FROZEN: "The controller is frozen: it has stopped adapting, and the norm is inside the range that it kept.",
     Reason.WARMUP: "The controller is still learning what is normal; the static threshold rules.",
-    Reason.VANISHING: "The norm fell below the range; nothing was clipped, the step is flagged as vanishing.",
-    Reason.NEW_LEVEL: "Several excursions in a row agreed on one level; it is now the level, and nothing was clipped.",
-    Reason.LIMIT_FLOOR: "The controller wanted a threshold below `min_threshold`; the floor holds.",
-    Reason.LIMIT_CEILING: "The controller wanted a threshold above `max_threshold`; the ceiling holds.",
-    Reason.LIMIT_WIDENING: "The controller wanted to widen faster than `max_widening_step` or `max_widening_100` allows.",
-    Reason.HELD: "The norm is inside the range, but the static threshold holds there as well; the gradient was scaled down.",
-    Reason.CLIPPED: "The norm is above the threshold; the gradient was scaled down to it.",
-    Reason.SPIKE: "The norm left the range upward; the gradient was cut back and the range was narrowed.",
-    Reason.FALLBACK: "The controller was put aside after trouble; the static threshold rules from here on.",
-    Reason.SCALER_SKIPPED: "The loss scaler found an overflow and skips the step; the controller learned nothing.",
-    Reason.NONFINITE: "The norm is NaN or infinite; the step was skipped and nothing was learned from it.",
+    Reason.VANISHING: "The norm is zero or fell below the range; the step is flagged as vanishing.",
+    Reason.NEW_LEVEL: "Several norms in a row, far from the level, agreed on another one; it is the level now.",
+    Reason.LIMIT_FLOOR: "A threshold below `min_threshold` was asked for; the floor holds.",
+    Reason.LIMIT_CEILING: "A threshold above `max_threshold` was asked for; the ceiling holds.",
+    Reason.LIMIT_WIDENING: "A threshold was asked for that `max_widening_step` or `max_widening_100` does not allow yet; the limit holds.",
+    Reason.HELD: "The norm is inside the range, but above the static threshold, which holds there as well.",
+    Reason.CLIPPED: "The norm is at or above the threshold.",
+    Reason.SPIKE: "The norm left the range upward.",
+    Reason.FALLBACK: "The controller was put aside after trouble; the static threshold rules, within the limits that are set.",
+    Reason.SCALER_SKIPPED: "The loss scaler found an overflow and skips the step; nothing was learned from it.",
+    Reason.NONFINITE: "The norm is NaN or infinite; nothing was learned from it.",
     Reason.TROUBLE_STATISTICS: "Trouble: the controller's threshold is not a positive number.",
     Reason.TROUBLE_DIVERGENCE: "Trouble: the training loss has stayed far above its best for `divergence_steps` steps.",
     Reason.TROUBLE_BUDGET: "Trouble: more steps were left out than `max_skipped` allows.",
-    Reason.SKIPPED: "The norm is above the threshold; the step was left out: no weight, moment or counter moved.",
+    Reason.SKIPPED: "The norm is at or above the threshold, and such a step is left out.",
 }
 
 _PHASES = {
@@ -95,6 +101,21 @@ _PHASES = {
     Reason.TROUBLE_BUDGET: "trouble",
     Reason.SKIPPED: "skipped",
 }
+
+
+PHASES = (
+    "warmup",
+    "stable",
+    "held",
+    "vanishing",
+    "unstable",
+    "limited",
+    "frozen",
+    "fallback",
+    "skipped",
+    "trouble",
+)
+"""All phases. A word keeps its number: a new phase goes to the end."""
 
 
 class Observation(NamedTuple):
@@ -166,6 +187,11 @@ class Controller(Generic[State]):
     fine: ClassVar[bool] = False
     skips: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("global", "module", "tensor")
+
+    @property
+    def of_the_run(self) -> frozenset[str]:
+        """Fields of the state that belong to the run and not to a norm: they go on when the set of parameters changes."""
+        return frozenset()
 
     @classmethod
     def from_config(cls, config: Any) -> "Controller[State]":

@@ -36,6 +36,10 @@ class LateController(Controller[Any]):
 
     inner: Controller[Any]
 
+    @property
+    def of_the_run(self) -> frozenset[str]:
+        return self.inner.of_the_run
+
     @cached_property
     def _inner_type(self) -> Any:
         return type(self.inner.init(SCALAR, ()))

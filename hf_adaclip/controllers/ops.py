@@ -113,7 +113,7 @@ class TensorOps:
         return history.gather(0, position.long().unsqueeze(0)).squeeze(0)  # type: ignore[no-any-return]
 
     def put(self, history: Value, position: Value, value: Value, keep: Value) -> torch.Tensor:
-        places = torch.arange(len(history), device=self.device).reshape(-1, *([1] * value.dim()))
+        places = torch.arange(len(history), dtype=torch.int64, device=self.device).reshape(-1, *([1] * value.dim()))
         return torch.where((places == position) & ~keep, value, history)
 
     def filled(self, history: Value) -> torch.Tensor:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason, coefficient_of, is_finite_norm
 from hf_adaclip.controllers.ops import SCALAR, Ops, Shape, Value, ops_of
 
+_OF_THE_NORM = ("edge", "anchor")  # the others go on when the set of parameters changes
 LOSS_DECAY = 0.9
 BLOCK = 100
 
@@ -83,6 +84,11 @@ class GovernedController(Controller[Any]):
     divergence_spreads: float = 0.0
     divergence_steps: int = 50
     fallback: bool = False
+
+    @property
+    def of_the_run(self) -> frozenset[str]:
+        mine = {f"oversight_{name}" for name in OversightState._fields if name not in _OF_THE_NORM}
+        return self.inner.of_the_run | mine
 
     @cached_property
     def _inner_type(self) -> Any:
@@ -191,7 +197,9 @@ class GovernedController(Controller[Any]):
         best = ops.where(started, ops.minimum(mine.loss_best, mean), mean)
         bad = ops.where(mean > best + ops(self.divergence_spreads) * spread, mine.bad + one, zero)
 
-        sane = ~finite | ((threshold > zero) & (threshold < ops(float("inf"))))
+        # Infinite is what a static threshold may be that never acts, and nothing else.
+        endless = (threshold == ops(float("inf"))) & (observation.static_threshold < threshold)
+        sane = ~finite | ((threshold > zero) & ~endless)
         trouble = ops.where(sane, zero, ops(float(Reason.TROUBLE_STATISTICS)))
         if self.divergence_spreads > 0:
             # Again after every further M steps: a run that is resumed into its divergence is not left alone.

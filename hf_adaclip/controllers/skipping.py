@@ -24,6 +24,10 @@ class SkippingController(Controller[Any]):
 
     inner: Controller[Any]
 
+    @property
+    def of_the_run(self) -> frozenset[str]:
+        return self.inner.of_the_run
+
     def init(self, ops: Ops, shape: Shape) -> Any:
         return self.inner.init(ops, shape)
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
+from hf_adaclip.audit import markdown as md
 from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.convergence.present import baseline, heading, markdown_table, notes
 from hf_adaclip.convergence.tuning import Tuned
@@ -73,6 +74,7 @@ def card_metadata(comparison: dict[str, Any]) -> Any:
 
 def _body(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in comparison["versions"].items())
+    made = f"{comparison['created']}, {comparison['device']}, {versions}"
     parts = [
         "# Time to target: adaptive clipping against the stock Trainer",
         "Does replacing the static `max_grad_norm` of `transformers.Trainer` by an adaptive controller reach the same eval loss "
@@ -81,14 +83,15 @@ def _body(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned]) -> 
     ]
     for task in comparison["tasks"]:
         parts += [
-            f"## {heading(task)}",
-            f"{baseline(task, tuned)} Arms:",
-            "\n".join(f"- `{entry['arm']}`: {entry['title']}" for entry in task["arms"]),
+            f"## {md.text(heading(task))}",
+            f"{_with_code(baseline(task, tuned))} Arms:",
+            "\n".join(f"- {md.code(entry['arm'])}: {_with_code(entry['title'])}" for entry in task["arms"]),
             markdown_table(task),
             _every_seed(task),
         ]
     ledgers = [
-        f"| {task['task']} | {entry['arm']} | {row['seed']} | {row['ledger']['summary']} | {_seal(output, task, entry, row)} |"
+        [md.text(v) for v in (task["task"], entry["arm"], row["seed"], row["ledger"]["summary"])]
+        + [_seal(output, task, entry, row)]
         for task in comparison["tasks"]
         for entry in task["arms"]
         for row in entry["seeds"]
@@ -96,25 +99,42 @@ def _body(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned]) -> 
     ]
     parts += [
         "## Rules",
-        "\n".join(f"- {note}" for note in notes(comparison)),
+        "\n".join(f"- {_with_code(note)}" for note in notes(comparison)),
         "## Ledgers",
-        "\n".join(["| task | arm | seed | `hf-adaclip verify` | last seal |", "| --- " * 5 + "|", *ledgers]),
+        md.table(["task", "arm", "seed", "`hf-adaclip verify`", "last seal"], ledgers),
         "## Reproduce",
-        f"```\n{comparison['command']}\n```",
-        f"{comparison['created']}, {comparison['device']}, {versions}. The raw numbers are in `comparison.json`, the runs in `runs/`.",
+        md.block(comparison["command"]),
+        f"{md.text(made)}. The raw numbers are in `comparison.json`, the runs in `runs/`.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _every_seed(task: dict[str, Any]) -> str:
-    lines = ["| arm | seed | steps to target | final eval loss | error |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for entry in task["arms"]:
         for row in entry["seeds"]:
-            steps = "never" if not row["reached"] else row["step"]
-            lines.append(
-                f"| {entry['arm']} | {row['seed']} | {steps} | {float(row['final_eval_loss']):.4f} | {row['error'] or ''} |"
+            steps = "never" if not row["reached"] else str(row["step"])
+            loss = f"{float(row['final_eval_loss']):.4f}"
+            rows.append(
+                [md.text(entry["arm"]), md.text(row["seed"]), md.text(steps), loss, md.text(row["error"] or "")]
             )
-    return "\n".join(lines)
+    return md.table(["arm", "seed", "steps to target", "final eval loss", "error"], rows)
+
+
+def _with_code(sentence: object) -> str:
+    """A sentence in which the pieces between single backticks are code, and all else is text."""
+    pieces = str(sentence).split("`")
+    if len(pieces) % 2 == 0:
+        return md.text(sentence)
+    shown = [md.code(piece) if i % 2 else _inner(piece) for i, piece in enumerate(pieces)]
+    return "".join(shown)
+
+
+def _inner(piece: str) -> str:
+    """Text between two pieces of code, with the spaces at its ends."""
+    if not piece.strip():
+        return " " if piece else ""
+    return (" " if piece[0] == " " else "") + md.text(piece) + (" " if piece[-1] == " " else "")
 
 
 def _seal(output: Path, task: dict[str, Any], entry: dict[str, Any], row: dict[str, Any]) -> str:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_adaclip.audit.reader import read_regular
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 
+_MOST_BYTES = 512 * 1024 * 1024
 Commands = Any  # argparse keeps the type of its sub-parsers' collection private
 
 
@@ -234,7 +236,7 @@ def show_comparison(folder: Path, show: Callable[[dict[str, Any], Any], Path]) -
 
     path = folder / "comparison.json"
     try:
-        comparison = json.loads(path.read_text(encoding="utf-8"))
+        comparison = json.loads(read_regular(path, _MOST_BYTES).decode("utf-8"))
         if comparison["schema"] != 1:
             raise ConfigError(f"`comparison` must have schema 1, but {path} has {comparison['schema']!r} instead.")
         return show(comparison, load_tuned(folder / "tuned.json" if (folder / "tuned.json").is_file() else None))

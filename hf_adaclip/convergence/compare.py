@@ -14,6 +14,7 @@ from hf_adaclip.convergence.summary import Judged, summarise
 from hf_adaclip.convergence.tasks import TASKS, Task
 from hf_adaclip.convergence.tuning import Tuned, load_tuned, settle, tuned_to_json, tuning_specs
 from hf_adaclip.errors import ConfigError
+from hf_adaclip.hints import near_controller
 from hf_adaclip.versions import environment
 
 COMPARISON_FILE: Final = "comparison.json"
@@ -104,8 +105,16 @@ def _judged(task: Task, tuned: Tuned) -> Judged:
 
 
 def check_names(tasks: Sequence[str], arms: Sequence[str]) -> None:
-    problems = [f"`tasks` must be among {', '.join(TASKS)}, but {t!r} is not." for t in tasks if t not in TASKS]
-    problems += [f"`arms` must be among {', '.join(ARMS)}, but {a!r} is not." for a in arms if a not in ARMS]
+    problems = [
+        f"`tasks` must be among {', '.join(TASKS)}, but {t!r} is not.{near_controller(t, TASKS)}"
+        for t in tasks
+        if t not in TASKS
+    ]
+    problems += [
+        f"`arms` must be among {', '.join(ARMS)}, but {a!r} is not.{near_controller(a, ARMS)}"
+        for a in arms
+        if a not in ARMS
+    ]
     if problems:
         raise ConfigError(problems)
 

@@ -1,4 +1,4 @@
-"""Curves of a comparison: `curves.png` by matplotlib, and the same as zoomable figures by plotly for the report."""
+"""Curves of a comparison: `curves.png` by matplotlib, and the same as a chart for the report."""
 
 import json
 import math
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_adaclip.audit.figures import COLOURS, style
+from hf_adaclip.audit.chart import ARM_COLOURS, COLOURS, Chart, Line
+from hf_adaclip.convergence.present import title_of
 from hf_adaclip.convergence.worker import RESULT_FILE
 
 
@@ -47,12 +48,13 @@ def draw_png(comparison: dict[str, Any], output: Path, path: Path | None = None)
     for row, task in zip(axes, tasks, strict=True):
         for axis, (column, label) in zip(row, ((0, "optimizer steps"), (1, "training seconds")), strict=True):
             lowest, start = math.inf, 0.0
-            for entry, colour in zip(task["arms"], COLOURS, strict=False):
+            for entry, name in zip(task["arms"], ARM_COLOURS, strict=False):
+                colour = COLOURS[name]
                 curves = load_curves(output, task["task"], entry["arm"], comparison["seeds"])
                 for curve in curves:
                     axis.plot(curve[column], curve[2], color=colour, alpha=0.25, linewidth=0.8)
                 x, y = median_curve(curves, column)
-                axis.plot(x, y, color=colour, linewidth=2, label=entry["arm"])
+                axis.plot(x, y, color=colour, linewidth=2, label=_plain(entry["arm"]))
                 if len(y):
                     lowest, start = min(lowest, float(np.nanmin(y))), max(start, float(y[0]))
             axis.axhline(task["target"]["value"], color="#555555", linestyle="--", linewidth=1, label="target")
@@ -65,41 +67,30 @@ def draw_png(comparison: dict[str, Any], output: Path, path: Path | None = None)
                 axis.set_ylim(lowest * 0.9, start * 1.1)
             axis.grid(True, which="both", alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
-        row[0].set_title(task["title"], loc="left", fontsize=10)
+        row[0].set_title(_plain(title_of(task)), loc="left", fontsize=10)
         row[1].legend(frameon=False, fontsize=9)
     path = path or output / "curves.png"
     figure.savefig(path, dpi=110)
     return path
 
 
-def plotly_curves(comparison: dict[str, Any], output: Path, task: dict[str, Any]) -> Any:
-    """Eval loss over steps, zoomable; hover shows the numbers."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    for entry, colour in zip(task["arms"], COLOURS, strict=False):
+def curves_chart(comparison: dict[str, Any], output: Path, task: dict[str, Any]) -> Chart:
+    """Eval loss over steps; thin lines are seeds, thick ones medians."""
+    lines = []
+    last = 1.0
+    for entry, colour in zip(task["arms"], ARM_COLOURS, strict=False):
         curves = load_curves(output, task["task"], entry["arm"], comparison["seeds"])
+        arm = entry["arm"]
         for seed, curve in enumerate(curves):
-            figure.add_scatter(
-                x=curve[0],
-                y=curve[2],
-                mode="lines",
-                line={"color": colour, "width": 1},
-                opacity=0.3,
-                legendgroup=entry["arm"],
-                showlegend=False,
-                name=f"{entry['arm']} seed {seed}",
-            )
+            lines.append(Line(curve[0], curve[2], f"{arm} seed {seed}", colour, 1, opacity=0.35, named=False))
         x, y = median_curve(curves, 0)
-        figure.add_scatter(
-            x=x, y=y, mode="lines", line={"color": colour, "width": 3}, legendgroup=entry["arm"], name=entry["arm"]
-        )
-    last = max((x for curve in curves for x in curve[0]), default=1)
-    figure.add_scatter(
-        x=[0, last],
-        y=[task["target"]["value"]] * 2,
-        mode="lines",
-        name="target",
-        line={"color": "#888888", "width": 1, "dash": "dash"},
-    )
-    return style(figure, "optimizer steps", "eval loss")
+        lines.append(Line(x.tolist(), y.tolist(), arm, colour, 3))
+        last = max([last, *(x for curve in curves for x in curve[0])])
+    lines.append(Line([0, last], [task["target"]["value"]] * 2, "target", "grey", 1, dashed=True))
+    return Chart("optimizer steps", "eval loss", lines, log=True)
+
+
+def _plain(label: object) -> str:
+    """A label that matplotlib shows as it is: no maths, and not left out for beginning with an underscore."""
+    text = str(label).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

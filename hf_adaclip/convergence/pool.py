@@ -9,9 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from hf_adaclip.convergence.arms import RunSpec
+from hf_adaclip.convergence.progress import Progress
 from hf_adaclip.convergence.tasks import TASKS
 from hf_adaclip.convergence.worker import execute, finished_result, prepare_process
 
@@ -40,7 +39,9 @@ def run_all(specs: Sequence[RunSpec], output: Path, *, jobs: int, quiet: bool = 
             results[spec.digest] = done
     if waiting:
         if len(waiting) < len(specs) and not quiet:
-            tqdm.write(f"{len(specs) - len(waiting)} of {len(specs)} runs are there already; going on with the rest.")
+            Progress.write(
+                f"{len(specs) - len(waiting)} of {len(specs)} runs are there already; going on with the rest."
+            )
         results.update(_run(waiting, output, jobs=jobs, quiet=quiet))
     return [results[spec.digest] for spec in specs]
 
@@ -57,7 +58,7 @@ def _run(specs: Sequence[RunSpec], output: Path, *, jobs: int, quiet: bool) -> d
         with (
             context.Manager() as manager,
             ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare_process, initargs=(threads,)) as pool,
-            tqdm(total=total, disable=quiet, bar_format=_BAR, smoothing=0.05, desc="starting") as bar,
+            Progress(total=total, disable=quiet, bar_format=_BAR, smoothing=0.05, desc="starting") as bar,
         ):
             news: Any = manager.Queue()
             futures: dict[Future[dict[str, Any]], RunSpec] = {
@@ -74,7 +75,7 @@ def _run(specs: Sequence[RunSpec], output: Path, *, jobs: int, quiet: bool) -> d
                         results[spec.digest] = future.result()
                         progress[spec.label] = spec.max_steps
                         if "error" in results[spec.digest]:
-                            tqdm.write(f"FAILED {spec.label}: {results[spec.digest]['error']}")
+                            Progress.write(f"FAILED {spec.label}: {results[spec.digest]['error']}")
                     _show(bar, specs, progress)
             except BaseException:
                 for future in pending:

@@ -3,6 +3,7 @@
 import math
 from typing import Any, Final
 
+from hf_adaclip.audit import markdown as md
 from hf_adaclip.convergence.summary import ratio_from
 from hf_adaclip.convergence.tuning import Tuned
 
@@ -21,9 +22,26 @@ COLUMNS: Final = (
 )
 
 
+MAX_TITLE: Final = 90
+
+
+def title_of(task: dict[str, Any]) -> str:
+    """The task's title, short enough for a picture: comparisons of before it was one held a whole command line there."""
+    title = " ".join(str(task["title"]).split())
+    if len(title) <= MAX_TITLE:
+        return title
+    return str(task["task"])[:MAX_TITLE] if "--" in title else title[: MAX_TITLE - 3].rstrip() + "..."
+
+
+def columns(task: dict[str, Any]) -> list[str]:
+    """Labels of one task's table. The metric has a column of its own unless it is the loss, which has one already."""
+    return [task["quality"] if c == "quality" else c for c in COLUMNS if c != "quality" or task["quality"] != "loss"]
+
+
 def table_rows(task: dict[str, Any]) -> list[list[str]]:
-    """The cells of one task's table, one row per arm, in the order of `COLUMNS`."""
-    return [_row(task, entry) for entry in task["arms"]]
+    """The cells of one task's table, one row per arm, in the order of `columns`."""
+    left = [i for i, c in enumerate(COLUMNS) if c != "quality" or task["quality"] != "loss"]
+    return [[row[i] for i in left] for row in (_row(task, entry) for entry in task["arms"])]
 
 
 def _row(task: dict[str, Any], entry: dict[str, Any]) -> list[str]:
@@ -83,10 +101,10 @@ def _share(seeds: list[dict[str, Any]], key: str) -> str:
 
 
 def heading(task: dict[str, Any]) -> str:
-    """What the table is about, in one line."""
+    """What the table is about, in one line of plain text."""
     target = task["target"]
     sign = ">=" if target["greater_is_better"] else "<="
-    return f"{task['title']} · target {target['metric']} {sign} {target['value']:.3f}"
+    return f"{title_of(task)} · target {target['metric']} {sign} {target['value']:.3f}"
 
 
 def baseline(task: dict[str, Any], tuned: dict[str, Tuned]) -> str:
@@ -142,26 +160,24 @@ def notes(comparison: dict[str, Any]) -> list[str]:
 def print_tables(comparison: dict[str, Any]) -> None:
     """Print every task's table to the terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     if console.width < 120 and not console.is_terminal:
         console = Console(width=150)  # written to a file or a log: never cut a column
     for task in comparison["tasks"]:
-        table = Table(title=heading(task), title_justify="left")
-        for position, name in enumerate(COLUMNS):
-            label = task["quality"] if name == "quality" else name
-            table.add_column(label, justify="left" if position == 0 else "right", no_wrap=position == 0)
+        # Names are shown as they are: rich would read [brackets] as its own markup.
+        table = Table(title=escape(heading(task)), title_justify="left")
+        for position, label in enumerate(columns(task)):
+            table.add_column(escape(label), justify="left" if position == 0 else "right", no_wrap=position == 0)
         for row in table_rows(task):
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
     for line in notes(comparison):
-        console.print(f"- {line}", style="dim", highlight=False)
+        console.print(f"- {line}", style="dim", highlight=False, markup=False)
 
 
 def markdown_table(task: dict[str, Any]) -> str:
     """The same table in Markdown."""
-    labels = [task["quality"] if c == "quality" else c for c in COLUMNS]
-    lines = ["| " + " | ".join(labels) + " |", "|" + " --- |" * len(labels)]
-    lines += ["| " + " | ".join(row) + " |" for row in table_rows(task)]
-    return "\n".join(lines)
+    return md.table([md.text(c) for c in columns(task)], [[md.text(row[0]), *row[1:]] for row in table_rows(task)])

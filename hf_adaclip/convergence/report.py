@@ -6,30 +6,33 @@ from typing import Any
 import numpy as np
 
 from hf_adaclip.audit import page
-from hf_adaclip.audit.figures import norms_figure
+from hf_adaclip.audit.figures import norms_chart
 from hf_adaclip.audit.ingest import load_series
+from hf_adaclip.audit.run_facts import left_out
 from hf_adaclip.convergence.arms import STOCK
-from hf_adaclip.convergence.plots import plotly_curves
-from hf_adaclip.convergence.present import COLUMNS, baseline, heading, notes, table_rows
+from hf_adaclip.convergence.plots import curves_chart
+from hf_adaclip.convergence.present import baseline, columns, heading, notes, table_rows
 from hf_adaclip.convergence.tuning import Tuned
 
 
-def write_report(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned], path: Path | None = None) -> Path:
-    """Write the report, by default into the comparison's folder."""
+def write_report(
+    comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned], path: Path | None = None, *, zoom: bool = False
+) -> Path:
+    """Write the report, by default into the comparison's folder; with `zoom`, figures by plotly (4.8 MB more)."""
     parts: list[page.Part] = []
     for task in comparison["tasks"]:
-        labels = [task["quality"] if c == "quality" else c for c in COLUMNS]
         parts += [
             page.heading(heading(task)),
             page.text(baseline(task, tuned)),
-            page.table(labels, table_rows(task)),
+            page.table(columns(task), table_rows(task)),
             page.subheading(
-                "Eval loss: thin lines are seeds, thick lines medians (drag to zoom, double-click to reset)"
+                "Eval loss: thin lines are seeds, thick lines medians"
+                + (" (drag to zoom, double-click to reset)" if zoom else "")
             ),
-            page.figure(plotly_curves(comparison, output, task)),
+            page.figure(curves_chart(comparison, output, task), zoom=zoom),
         ]
         for entry in task["arms"]:
-            parts += _norms(output, task["task"], entry)
+            parts += _norms(output, task["task"], entry, zoom)
     parts += [
         page.heading("How to read this"),
         page.bullets(notes(comparison)),
@@ -42,16 +45,16 @@ def write_report(comparison: dict[str, Any], output: Path, tuned: dict[str, Tune
     )
 
 
-def _norms(output: Path, task: str, entry: dict[str, Any]) -> list[page.Part]:
+def _norms(output: Path, task: str, entry: dict[str, Any], zoom: bool) -> list[page.Part]:
     first = entry["seeds"][0]
     if entry["arm"] == STOCK or not first["ledger"]:
         return []
     series = load_series(output / "runs" / task / entry["arm"] / "seed-0" / first["ledger"]["file"])
     thresholds, coefficients = series.decisions()
-    skipped = np.flatnonzero(~np.isfinite(series.norms))
-    plot = norms_figure(series.steps, series.norms, thresholds, coefficients, skipped)
+    skipped = np.flatnonzero(left_out(series))
+    chart = norms_chart(series.steps, series.norms, thresholds, coefficients, skipped)
     return [
         page.subheading(f"Gradient norm, {entry['arm']}, seed 0"),
         page.text(f"Ledger {first['ledger']['summary']}"),
-        page.figure(plot),
+        page.figure(chart, zoom=zoom),
     ]

@@ -11,12 +11,14 @@ from hf_adaclip.audit.schema import plain
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.convergence.arms import DEFAULT_LEARNING_RATE, PACE, STOCK, Arm
 from hf_adaclip.convergence.compare import COMPARISON_FILE
+from hf_adaclip.convergence.present import MAX_TITLE
 from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
 from hf_adaclip.convergence.statistics import median
 from hf_adaclip.convergence.summary import Judged, summarise
 from hf_adaclip.convergence.tracker import Target
 from hf_adaclip.convergence.tuning import TUNING_SEEDS, early
 from hf_adaclip.errors import ConfigError
+from hf_adaclip.hints import near_controller
 
 TUNED: Final = "tuned"
 SUFFIX: Final = f"-{TUNED}"
@@ -95,7 +97,7 @@ def compare_script(study: ScriptStudy) -> dict[str, Any]:
     quality = study.quality or study.metric
     judged = Judged(
         name=study.task,
-        title=" ".join(study.script),
+        title=_short_title(study.script),
         quality=quality.removeprefix("eval_"),
         quality_greater=study.greater,
         quality_of=lambda metrics: metrics.get(quality),
@@ -117,7 +119,8 @@ def _check(study: ScriptStudy) -> None:
         name = STOCK if arm == TUNED else arm.removesuffix(SUFFIX)
         if name not in KNOWN and name not in study.extra:
             problems.append(
-                f"`--arms` must be among {', '.join([*KNOWN, TUNED, *study.extra])}, or one of these with {SUFFIX!r}, but {arm!r} is not. "
+                f"`--arms` must be among {', '.join([*KNOWN, TUNED, *study.extra])}, or one of these with {SUFFIX!r}, but {arm!r} is not."
+                f"{near_controller(arm, [*KNOWN, TUNED, *study.extra])} "
                 "`--arm 'NAME=FLAGS'` makes one of your own."
             )
     if problems:
@@ -231,6 +234,22 @@ def _title(study: ScriptStudy, arm: str, tuned: tuple[str, ...] | None) -> str:
     if tuned is not None:
         return f"{name}, tuned: {' '.join(tuned)}"
     return KNOWN[name][0] if name in KNOWN else " ".join(study.extra[name])
+
+
+_NAMING: Final = ("--task_name", "--dataset_name", "--dataset_config_name", "--model_name_or_path", "--model_type")
+
+
+def _short_title(script: Sequence[str]) -> str:
+    """The script and what it trains on what, without paths: `run_glue: rte, bert-base-uncased`."""
+    named = []
+    for position, text in enumerate(script[1:], start=1):
+        flag, equals, value = text.partition("=")
+        if flag in _NAMING:
+            value = value if equals else (script[position + 1] if position + 1 < len(script) else "")
+            named += [Path(value).name] if value else []
+    stem = Path(script[0]).stem
+    title = f"{stem}: {', '.join(dict.fromkeys(named))}" if named else stem
+    return title if len(title) <= MAX_TITLE else stem[:MAX_TITLE]
 
 
 def _baseline(study: ScriptStudy, tuned: dict[str, tuple[str, ...]]) -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from tqdm import tqdm
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.convergence.progress import Progress
 from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, read_points
 from hf_adaclip.convergence.warm import start as start_warm
 from hf_adaclip.convergence.worker import finished_result, write_result
@@ -116,9 +116,12 @@ def run_scripts(
             results[run.digest] = done
     waiting = [run for run in runs if run.digest not in results]
     if waiting and len(waiting) < len(runs) and not quiet:
-        tqdm.write(f"{len(runs) - len(waiting)} of {len(runs)} runs are there already; going on with the rest.")
+        Progress.write(f"{len(runs) - len(waiting)} of {len(runs)} runs are there already; going on with the rest.")
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(waiting), disable=quiet or not waiting, unit="run") as bar:
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        Progress(total=len(waiting), disable=quiet or not waiting, unit="run") as bar,
+    ):
         processes: list[Any] = []
         futures = {pool.submit(_execute, run, output, threads, processes.append, warm): run for run in waiting}
         try:
@@ -128,7 +131,7 @@ def run_scripts(
                 bar.set_description(run.label, refresh=False)
                 bar.update()
                 if "error" in result:
-                    tqdm.write(f"FAILED {run.label}: {result['error']} (see {output / run.folder / LOG_FILE})")
+                    Progress.write(f"FAILED {run.label}: {result['error']} (see {output / run.folder / LOG_FILE})")
         except BaseException:
             for future in futures:
                 future.cancel()

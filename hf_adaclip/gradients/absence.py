@@ -53,4 +53,4 @@ def norms_of(gradients: Gradients) -> Tensor:
         return tensor_norms(gradients.tensors)
     if not gradients.parameters:
         gradients.required()
-    return torch.zeros(0, device=gradients.parameters[0].device)
+    return torch.zeros(0, dtype=torch.float32, device=gradients.parameters[0].device)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
-from hf_adaclip.gradients.guard import unwrap_optimizer
 from hf_adaclip.gradients.norms import Gradients
-from hf_adaclip.gradients.sharding import is_sharded
+from hf_adaclip.gradients.optimizers import unwrap_optimizer
+from hf_adaclip.gradients.sharding import is_sharded, real_view
+from hf_adaclip.gradients.transfer import HOST, moved
 
 
 class Bound(Protocol):
@@ -33,14 +34,13 @@ class FineClip:
 
     def __init__(self, rule: Bound, optimizers: Sequence[Any]) -> None:
         self._rule = rule
-        self._groups: dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]] = {}
+        self._moments: SecondMoments | None = None
         if rule.looks_at == "second moment":
             if not optimizers:
                 raise ConfigError(
                     "`optimizer` must be given with controller 'second_moment', but is None instead: the bound follows from its state."
                 )
-            for optimizer in map(unwrap_optimizer, optimizers):
-                self._groups.update((id(p), (optimizer, g)) for g in optimizer.param_groups for p in g["params"])
+            self._moments = SecondMoments([unwrap_optimizer(o) for o in optimizers])
 
     def limit_(self, gradients: Gradients, norm: Tensor, excluded: frozenset[int], *, act: bool) -> Tensor:
         """Bound the gradients in place.
@@ -57,33 +57,38 @@ class FineClip:
         Raises:
             UnsupportedSetupError: Gradients are sharded, or the optimizer keeps no second moment.
         """
+        if any(is_sharded(g) for g in gradients.tensors):
+            raise UnsupportedSetupError(
+                "`granularity` must not be 'unit' or 'element' with sharded gradients (FSDP, tensor parallelism), where it has not "
+                "been run. Choose a controller of norms, such as 'adaptive'."
+            )
+        judged = {
+            position: gradients.parameters[position]
+            for position, gradient in zip(gradients.present, gradients.tensors, strict=True)
+            if position not in excluded and gradient.numel()
+        }
+        corrections = {} if self._moments is None else self._moments.corrections(judged)
         kept = torch.zeros((), dtype=torch.float64, device=norm.device)
         altered = torch.zeros((), dtype=torch.bool, device=norm.device)
         for position, gradient in zip(gradients.present, gradients.tensors, strict=True):
-            if is_sharded(gradient):
-                raise UnsupportedSetupError(
-                    "`granularity` must not be 'unit' or 'element' with sharded gradients (FSDP, tensor parallelism), where it has not "
-                    "been run. Choose a controller of norms, such as 'adaptive'."
-                )
-            part = self._limit(gradients.parameters[position], gradient, act=act, leave=position in excluded)
-            kept += part[0].to(norm.device, non_blocking=True)
-            altered |= part[1].to(norm.device, non_blocking=True)
+            numbers = real_view(gradient) if gradient.is_complex() else gradient
+            squares, beyond = None, None
+            if self._moments is None and position in judged:
+                squares, beyond = self._units(judged[position].detach(), numbers, act)
+            elif self._moments is not None and position in corrections:
+                root = self._moments.root(judged[position], corrections[position])
+                squares, beyond = self._elements(root, numbers, act)
+            if squares is None or beyond is None:
+                kept += moved(torch.linalg.vector_norm(numbers, dtype=torch.float64).square(), norm.device)
+            else:
+                kept += moved(squares, norm.device)
+                altered |= moved(beyond, norm.device)
         return torch.where(altered, kept.sqrt().float(), norm)
 
-    def _limit(self, parameter: Tensor, gradient: Tensor, *, act: bool, leave: bool) -> tuple[Tensor, Tensor]:
-        """Bound one gradient; returns the sum of the squares that are left, and whether anything was beyond its bound."""
-        if not leave and gradient.numel():
-            if self._rule.looks_at == "weights":
-                return self._units(parameter, gradient, act)
-            root = self._root_of_second_moment(parameter)
-            if root is not None:
-                return self._elements(root, gradient, act)
-        squares = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
-        return squares, torch.zeros((), dtype=torch.bool, device=gradient.device)
-
     def _units(self, weight: Tensor, gradient: Tensor, act: bool) -> tuple[Tensor, Tensor]:
-        norms = _unit_norms(gradient)
-        bound = self._rule.bound(_unit_norms(weight.detach()))
+        """Bound one gradient; returns the sum of the squares that are left, and whether anything was beyond its bound."""
+        norms = _unit_norms(gradient, weight.dim())
+        bound = self._rule.bound(_unit_norms(real_view(weight) if weight.is_complex() else weight, weight.dim()))
         beyond = norms > bound
         if act:
             gradient.mul_(
@@ -99,27 +104,102 @@ class FineClip:
             gradient.copy_(torch.where(beyond, torch.copysign(bound, gradient.float()), gradient))
         return torch.where(beyond, bound, size).double().square().sum(), beyond.any()
 
-    def _root_of_second_moment(self, weight: Tensor) -> Tensor | None:
-        """Square root of the bias-corrected second moment; None before the parameter's first step."""
-        optimizer, group = self._groups.get(id(weight), (None, {}))
-        state = {} if optimizer is None else optimizer.state.get(weight, {})
-        if optimizer is None or (state and "exp_avg_sq" not in state):
-            name = "no optimizer that is known" if optimizer is None else type(optimizer).__name__
-            raise UnsupportedSetupError(
-                f"`optimizer` must keep a second moment of every parameter (Adam, AdamW) with controller 'second_moment', but one of "
-                f"them belongs to {name} instead. Exclude it by `parameter_rules`, or choose another controller."
-            )
-        if not state:
-            return None
-        moment = state["exp_avg_sq"].float()
-        step = torch.as_tensor(state["step"], dtype=torch.float32, device=moment.device)
-        correction = 1 - torch.pow(torch.tensor(float(group["betas"][1]), device=moment.device), step)
-        root: Tensor = (moment / correction).sqrt()
-        return root
+
+class SecondMoments:
+    """What Adam and its kin keep of the squares of gradients, without the bias of their start.
+
+    Args:
+        optimizers: Torch optimizers.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._optimizers = optimizers
+        self._groups: dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]] = {}
+
+    def corrections(self, parameters: dict[int, Tensor]) -> dict[int, Tensor]:
+        """1 - beta2^steps by position, float32, shape `[]`, on the moment's device; none for those that have made no step yet.
+
+        Computed once for all parameters of a group that have made equally many steps, where the host knows the counts (optimizers that
+        are not fused keep them there); and without a copy from the host where the device does.
+
+        Raises:
+            UnsupportedSetupError: The optimizer keeps no second moment of a parameter.
+        """
+        found: dict[int, Tensor] = {}
+        made: dict[tuple[int, float, torch.device], Tensor] = {}
+        on_device: dict[int, tuple[Any, list[int], list[Tensor]]] = {}
+        for position, parameter in parameters.items():
+            optimizer, group = self._group_of(parameter)
+            state = optimizer.state.get(parameter, {})
+            if not state:
+                continue
+            step, moment = state.get("step", group.get("step")), state.get("exp_avg_sq")
+            if step is None or "betas" not in group or moment is None or moment.shape != parameter.shape:
+                raise _no_moment(type(optimizer).__name__)
+            beta = group["betas"][1]
+            if isinstance(step, Tensor) and step.device.type != "cpu":
+                _, positions, steps = on_device.setdefault(id(group), (beta, [], []))
+                positions.append(position)
+                steps.append(step.reshape(()).float())
+                continue
+            count = float(step.numpy().item() if isinstance(step, Tensor) else step)
+            key = (id(group), count, moment.device)
+            if key not in made:
+                made[key] = moved(_correction(beta, count), moment.device)
+            found[position] = made[key]
+        for beta, positions, steps in on_device.values():
+            powers = _powers(beta, steps)
+            torch._foreach_neg_(powers)
+            torch._foreach_add_(powers, 1.0)
+            found.update(zip(positions, powers, strict=True))
+        return found
+
+    def root(self, parameter: Tensor, correction: Tensor) -> Tensor:
+        """Square root of the second moment, of the parameter's shape (real numbers where that is complex)."""
+        moment: Tensor = self._group_of(parameter)[0].state[parameter]["exp_avg_sq"]
+        if moment.is_complex():
+            moment = real_view(moment)
+        if moment.dtype != torch.float64:  # whose squares float32 could not hold
+            moment = moment.float()
+        return (moment / correction).sqrt().float()
+
+    def _group_of(self, parameter: Tensor) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+        if id(parameter) not in self._groups:
+            # The first time, and whenever somebody has added parameters.
+            self._groups = {id(p): (o, g) for o in self._optimizers for g in o.param_groups for p in g["params"]}
+        if id(parameter) not in self._groups:
+            raise _no_moment("no optimizer that is known")
+        return self._groups[id(parameter)]
 
 
-def _unit_norms(tensor: Tensor) -> Tensor:
-    """L2 norms over all axes but the first, kept as axes of length 1; of a vector or a scalar, the whole."""
-    axes = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else None
-    norms: Tensor = torch.linalg.vector_norm(tensor, 2, dim=axes, keepdim=tensor.dim() > 1, dtype=torch.float32)
-    return norms
+def _correction(beta: Any, count: float) -> Tensor:
+    steps = torch.tensor(count, dtype=torch.float32, device=HOST)
+    return 1 - _powers(beta, [steps])[0]
+
+
+def _powers(beta: Any, steps: list[Tensor]) -> list[Tensor]:
+    """beta^steps one by one: over a vector torch's kernel rounds otherwise."""
+    if isinstance(beta, Tensor):  # torch takes one where it captures steps into graphs
+        return [torch.pow(moved(beta.float().reshape(()), s.device), s) for s in steps]
+    return list(torch._foreach_pow(float(beta), steps))
+
+
+def _no_moment(name: str) -> UnsupportedSetupError:
+    return UnsupportedSetupError(
+        f"`optimizer` must keep a second moment of every parameter (Adam, AdamW) with controller 'second_moment', but one of "
+        f"them belongs to {name} instead. Exclude it by `parameter_rules`, or choose another controller."
+    )
+
+
+def _unit_norms(tensor: Tensor, dimensions: int) -> Tensor:
+    """L2 norms over all axes but the first, kept as axes of length 1; of a vector or a scalar, the whole.
+
+    Args:
+        tensor: Real numbers.
+        dimensions: Axes of the parameter, of which a complex one has one less than `tensor`.
+    """
+    axes = tuple(range(1, tensor.dim())) if dimensions > 1 else None
+    # Torch narrows no float64; anything else is added up in float32.
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(tensor, 2, dim=axes, keepdim=dimensions > 1, dtype=dtype)
+    return norms.float()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers.ops import Ops, Value
-from hf_adaclip.gradients.guard import Guards
+from hf_adaclip.gradients.guards import Guards
 
 
 def why_not_folded(config: AdaptiveClipConfig, guards: Guards, parameters: Sequence[Tensor], ops: Ops) -> str | None:

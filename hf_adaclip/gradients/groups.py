@@ -15,6 +15,7 @@ from hf_adaclip.controllers.ops import Ops, Value
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.observe import to_value
+from hf_adaclip.gradients.transfer import moved
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -33,13 +34,21 @@ class Grouping(NamedTuple):
     parts: tuple[tuple[str | None, int], ...]
 
 
-def names_of(models: Iterable[Any], parameters: Sequence[Tensor]) -> list[str] | None:
-    """Names of the parameters in these models, without what wrappers put before them; None when one of them is in none."""
-    known: dict[int, str] = {}
+def named_parameters(models: Iterable[Any]) -> dict[str, Tensor]:
+    """All parameters of these models by name, without what wrappers put before it; of two with one name the second gets a number."""
+    tensors: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for model in models:
-        for name, parameter in model.named_parameters():
-            known.setdefault(id(parameter), _bare(name))
-    return [known[id(p)] for p in parameters] if all(id(p) in known for p in parameters) else None
+        for given, parameter in model.named_parameters():
+            if id(parameter) in tensors:
+                continue
+            tensors[id(parameter)] = parameter
+            name, number = _bare(given), 1
+            while name in found:
+                number += 1
+                name = f"{_bare(given)} ({number})"
+            found[name] = parameter
+    return found
 
 
 def _bare(name: str) -> str:
@@ -48,13 +57,16 @@ def _bare(name: str) -> str:
     return name
 
 
-def group(config: AdaptiveClipConfig, count: int, names: Sequence[str] | None) -> Grouping:
+def group(
+    config: AdaptiveClipConfig, count: int, names: Sequence[str] | None, everything: Sequence[str] = ()
+) -> Grouping:
     """Group the parameters as the config says.
 
     Args:
         config: `granularity` and `parameter_rules`.
-        count: Number of trainable parameters.
+        count: Number of parameters.
         names: Their names, where they are known.
+        everything: Names of all parameters of the model; a pattern may match one that is frozen now and trained later.
 
     Raises:
         ConfigError: Names are needed and not known, or a pattern matches no parameter.
@@ -64,7 +76,7 @@ def group(config: AdaptiveClipConfig, count: int, names: Sequence[str] | None) -
         names = _known(names, "`parameter_rules`" if rules else "`granularity='module'`")
     elif names is None:
         names = [f"tensor {i}" for i in range(count)]
-    _check_patterns(rules, names)
+    _check_patterns(rules, everything or names)
 
     rule_of = [next((r for r in rules if fnmatch.fnmatchcase(name, r)), None) for name in names]
     groups: list[str] = []
@@ -84,7 +96,9 @@ def group(config: AdaptiveClipConfig, count: int, names: Sequence[str] | None) -
     return Grouping(tuple(groups), tuple(member_of), tuple(parts))
 
 
-def excluded(config: AdaptiveClipConfig, names: Sequence[str] | None) -> frozenset[int]:
+def excluded(
+    config: AdaptiveClipConfig, names: Sequence[str] | None, everything: Sequence[str] = ()
+) -> frozenset[int]:
     """Positions of the parameters that `parameter_rules` exclude, where rules can do nothing else.
 
     Raises:
@@ -94,7 +108,7 @@ def excluded(config: AdaptiveClipConfig, names: Sequence[str] | None) -> frozens
     if not rules:
         return frozenset()
     names = _known(names, "`parameter_rules`")
-    _check_patterns(rules, names)
+    _check_patterns(rules, everything or names)
     return frozenset(i for i, name in enumerate(names) if any(fnmatch.fnmatchcase(name, rule) for rule in rules))
 
 
@@ -121,7 +135,7 @@ def _check_patterns(rules: Iterable[str], names: Sequence[str]) -> None:
         if not matches:
             near = difflib.get_close_matches(rule.replace("*", ""), names, n=3, cutoff=0.3) or list(names[:3])
             problems.append(
-                f"`parameter_rules` must have patterns that match trainable parameters, but {rule!r} matches none instead. "
+                f"`parameter_rules` must have patterns that match parameters of the model, but {rule!r} matches none instead. "
                 f"Names look like {', '.join(near)}."
             )
         elif matches <= taken:
@@ -143,9 +157,9 @@ class GroupNorms:
 
     def __init__(self, grouping: Grouping) -> None:
         self._member_of = np.array(grouping.member_of)
-        self._size = len(grouping.names)
-        self._single = self._size == len(grouping.member_of)
-        self._plain = bool(self._single and (self._member_of == np.arange(self._size)).all())
+        self._size = len(grouping.names)  # a group may be without a member: one whose parameters no longer exist
+        self._single = len(set(grouping.member_of)) == len(grouping.member_of)
+        self._plain = grouping.member_of == tuple(range(self._size))
         self._present: list[int] | None = None
         self._index: Any = None
         self._absent: Any = None
@@ -186,7 +200,9 @@ class GroupNorms:
             places = self._member_of[gradients.present]
             absent = ~np.isin(np.arange(self._size), places)
             on_host = (places, absent)
-            self._index, self._absent = on_host if ops.on_host else (torch.from_numpy(a).to(device) for a in on_host)
+            self._index, self._absent = (
+                on_host if ops.on_host else (moved(torch.from_numpy(a), device) for a in on_host)
+            )
         return self._index
 
 

@@ -5,21 +5,24 @@ float16 norms overflow. Here every norm is accumulated in float32; for float32 g
 of torch bit for bit, because the same two kernels run in the same order.
 """
 
-import functools
-from collections.abc import Iterable
-from typing import NamedTuple
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
-from hf_adaclip.gradients.sharding import is_sharded, norms_over_ranks, summed_part
+from hf_adaclip.gradients.sharding import is_sharded, norms_over_ranks, real_view, summed_part
+from hf_adaclip.gradients.transfer import HOST, moved
 
 Parameters = Iterable[Tensor] | Tensor
 
 _BUFFER = 1 << 18  # numbers; 1 MB
 _LARGE = 1 << 16
+_HALF: Final = (torch.bfloat16, torch.float16)
+_DTYPES: Final = (*_HALF, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class Gradients(NamedTuple):
@@ -55,10 +58,10 @@ def collect(parameters: Parameters) -> Gradients:
     Frozen parameters are left out; so are parameters without a gradient, which keep their place for per-tensor state.
 
     Raises:
-        ConfigError: There is no parameter at all, most often a generator that was used up before.
+        ConfigError: These are no tensors; or there is none at all, most often a generator that was used up before.
         UnsupportedSetupError: A gradient is sparse.
     """
-    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    given = as_tensors(parameters)
     if not given:
         raise ConfigError(
             "`parameters` must hold at least one tensor, but is empty instead. A generator such as "
@@ -66,15 +69,59 @@ def collect(parameters: Parameters) -> Gradients:
         )
     # In plain passes, and each tensor once by identity: with thousands of tensors a call in Python for each is felt.
     unique = [p for p in {id(p): p for p in given}.values() if p.requires_grad]
+    if not unique and not any(isinstance(p, torch.nn.Parameter) for p in given):
+        raise ConfigError(
+            f"`parameters` must be trainable, but none of the {len(given)} tensors has `requires_grad` instead. Pass "
+            "`model.parameters()`, not gradients and not the values of a state dict."
+        )
     gradients = [p.grad for p in unique]
     present = [i for i, g in enumerate(gradients) if g is not None]
     tensors = [g for g in gradients if g is not None]
-    if True in [g.is_sparse for g in tensors]:
+    for layout in {g.layout for g in tensors} - {torch.strided}:
         raise UnsupportedSetupError(
-            "`parameters` must have dense gradients, but one of them is sparse instead. "
+            f"`parameters` must have dense gradients, but one of them is sparse ({str(layout).removeprefix('torch.')}) instead. "
             "Build the embedding with `sparse=False`."
         )
     return Gradients(unique, present, tensors)
+
+
+def as_tensors(parameters: Parameters) -> list[Tensor]:
+    """What was given as `parameters`, as a list.
+
+    Raises:
+        ConfigError: It is something else than tensors; the message names what it looks like, and what to pass.
+    """
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if not isinstance(parameters, Iterable):
+        raise _no_parameters(parameters, f"is {_kind_of(parameters)}")
+    given = list(parameters)
+    # By the set of types, as below: nearly always it is the one type `Parameter`.
+    for wrong in [t for t in set(map(type, given)) if not issubclass(t, Tensor)]:
+        first = next(item for item in given if type(item) is wrong)
+        what = "is a mapping, as state_dict() gives" if isinstance(parameters, Mapping) else f"holds {_kind_of(first)}"
+        raise _no_parameters(first, what)
+    return given
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, torch.nn.Module):
+        return f"a module ({type(value).__name__})"
+    if isinstance(value, torch.optim.Optimizer):
+        return f"an optimizer ({type(value).__name__})"
+    if isinstance(value, dict) and "params" in value:
+        return "param_groups of an optimizer"
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        return "pairs of names and tensors, as named_parameters() gives"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} in place of a tensor"
+    return repr(value) if value is None or isinstance(value, str) else type(value).__name__
+
+
+def _no_parameters(value: Any, found: str) -> ConfigError:
+    groups = isinstance(value, dict | torch.optim.Optimizer)
+    way_out = '`[p for g in optimizer.param_groups for p in g["params"]]`' if groups else "`model.parameters()`"
+    return ConfigError(f"`parameters` must be an iterable of tensors, but {found} instead. Pass {way_out}.")
 
 
 def tensor_norms(gradients: list[Tensor]) -> Tensor:
@@ -101,18 +148,33 @@ def global_norm(norms: Tensor) -> Tensor:
 
 def _norms_of(gradients: list[Tensor]) -> Tensor:
     groups = _group_tensors_by_device_and_dtype([gradients], with_indices=True)  # type: ignore[list-item]
+    for device, dtype in groups:
+        _check_kind(device, dtype)
     if len(groups) == 1:
         return torch.stack(_norms_alike(gradients)).float()
     first = gradients[0].device
     norms: list[Tensor | None] = [None] * len(gradients)
     for (_, _), ([members], positions) in groups.items():
-        for position, norm in zip(positions, _norms_alike(members), strict=True):  # type: ignore[arg-type]
-            norms[position] = norm.float().to(first, non_blocking=True)
+        together = torch.stack(_norms_alike(members)).float()  # type: ignore[arg-type]
+        # In one copy: one for each would make the host wait as often, where the first gradient is in its memory.
+        for position, norm in zip(positions, moved(together, first).unbind(), strict=True):
+            norms[position] = norm
     return torch.stack([n for n in norms if n is not None])
 
 
+def _check_kind(device: torch.device, dtype: torch.dtype | None) -> None:
+    if dtype not in _DTYPES or device.type == "meta":
+        known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+        raise UnsupportedSetupError(
+            f"`parameters` must have gradients of dtype {known} that hold values, but one of them is "
+            f"{str(dtype).removeprefix('torch.')} on {device} instead."
+        )
+
+
 def _norms_alike(gradients: list[Tensor]) -> list[Tensor]:
-    if gradients[0].dtype in (torch.bfloat16, torch.float16) and gradients[0].device.type == "cpu":
+    if gradients[0].is_complex():
+        gradients = [real_view(g) for g in gradients]
+    if gradients[0].dtype in _HALF and gradients[0].device.type == "cpu":
         large = [i for i, g in enumerate(gradients) if g.numel() >= _LARGE and g.is_contiguous()]
         if large:
             chosen = set(large)
@@ -125,20 +187,27 @@ def _norms_alike(gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _norm_of_halves(gradient: Tensor) -> Tensor:
-    """Norm of a large half-precision tensor in host memory, in float32, by way of a small float32 buffer that is kept.
+    """Norm of a large half-precision tensor in host memory, in float32, by way of a small float32 buffer that every thread keeps.
 
     Asked for a float32 norm, torch's CPU kernel converts the whole tensor into memory that it allocates anew for each: up to three times
     slower, and added up in one long chain whose rounding shows in the fifth digit.
     """
     norms = []
+    scratch = _scratch()
     for part in torch.split(gradient.view(-1), _BUFFER):
-        buffer = _buffer()[: part.numel()]
+        buffer = scratch[: part.numel()]
         buffer.copy_(part)
         norms.append(torch.linalg.vector_norm(buffer))
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
 
-@functools.cache
-def _buffer() -> Tensor:
-    return torch.empty(_BUFFER)
+_of_thread: Final = threading.local()
+
+
+def _scratch() -> Tensor:
+    buffer: Tensor | None = getattr(_of_thread, "buffer", None)
+    if buffer is None:
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+            buffer = _of_thread.buffer = torch.empty(_BUFFER, dtype=torch.float32, device=HOST)
+    return buffer

@@ -9,6 +9,7 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from hf_adaclip.controllers.ops import Value
 from hf_adaclip.gradients.sharding import local_part
+from hf_adaclip.gradients.transfer import moved
 
 
 def scale_(gradients: list[Tensor], coefficient: Value) -> None:
@@ -19,6 +20,8 @@ def scale_(gradients: list[Tensor], coefficient: Value) -> None:
         coefficient: float32; shape `[]` for one factor on all, `[len(gradients)]` for one each. A tensor is never read by the host;
             a number in host memory that is exactly 1 saves the whole pass.
     """
+    if isinstance(coefficient, np.ndarray) and not coefficient.ndim:
+        coefficient = coefficient[()]  # one factor on all, of a run whose other numbers are arrays
     if not isinstance(coefficient, Tensor | np.ndarray) and coefficient == 1:
         return
     gradients = [local_part(g) for g in gradients]  # of a DTensor this rank scales what it holds
@@ -38,10 +41,11 @@ def _scale_on_device(gradients: list[Tensor], coefficient: Tensor) -> None:
     if coefficient.dim() == 0:
         for members in _by_device_and_dtype(gradients):
             # As in stock clipping; whether torch rounds the factor to a half-precision dtype first is up to the device.
-            torch._foreach_mul_(members, coefficient.to(members[0].device, non_blocking=True))
+            torch._foreach_mul_(members, moved(coefficient, members[0].device))
         return
-    for gradient, factor in zip(gradients, coefficient.unbind(), strict=True):
-        gradient.mul_(factor.to(gradient.device, non_blocking=True))
+    factors = {device: moved(coefficient, device).unbind() for device in {g.device for g in gradients}}
+    for position, gradient in enumerate(gradients):
+        gradient.mul_(factors[gradient.device][position])
 
 
 def _by_device_and_dtype(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

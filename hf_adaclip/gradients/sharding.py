@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
+from hf_adaclip.errors import UnsupportedSetupError
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -24,8 +26,18 @@ def is_sharded(gradient: Tensor) -> "TypeGuard[DTensor]":
 
 
 def local_part(gradient: Tensor) -> Tensor:
-    """What this rank holds of a gradient, sharing its memory; a plain tensor is its own part."""
-    return gradient.to_local() if is_sharded(gradient) else gradient
+    """What this rank holds of a gradient, as real numbers, sharing its memory; a plain real tensor is its own part."""
+    part = gradient.to_local() if is_sharded(gradient) else gradient
+    return real_view(part) if part.is_complex() else part
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """The numbers of a complex tensor in an axis of length 2 at its end, sharing its memory.
+
+    Its norm is that of the complex tensor, and scaling it scales that. Of a tensor that is only marked as conjugated the signs in
+    memory are those before, which neither a norm nor a factor minds.
+    """
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
 
 
 def summed_part(gradient: Tensor) -> Tensor:
@@ -37,7 +49,7 @@ def summed_part(gradient: Tensor) -> Tensor:
         from torch.distributed.tensor import Replicate
 
         placements = [Replicate() if p.is_partial() else p for p in gradient.placements]
-        return gradient.redistribute(placements=placements).to_local()
+        return local_part(gradient.redistribute(placements=placements))
     return local_part(gradient)
 
 
@@ -50,8 +62,18 @@ def layout_of(tensor: Tensor) -> Layout | None:
 
 
 def sum_over_ranks_(values: Tensor, layout: Layout) -> Tensor:
-    """Add up, in place, what the ranks have of tensors of one layout."""
+    """Add up, in place, what the ranks have of tensors of one layout.
+
+    Raises:
+        UnsupportedSetupError: The numbers are in host memory, and the ranks speak to each other over accelerators.
+    """
     mesh, split = layout
+    kind = mesh.device_type  # type: ignore[attr-defined]
+    if kind != values.device.type:
+        raise UnsupportedSetupError(
+            f"`parameters` must have their gradients on {kind}, over which their device mesh is, but they are on {values.device.type} "
+            "instead: sharding with CPU offload has not been run. Train without `CPUOffloadPolicy`, or keep the stock clipping there."
+        )
     for dimension in split:
         torch.distributed.all_reduce(values, group=mesh.get_group(dimension))  # type: ignore[attr-defined]
     return values

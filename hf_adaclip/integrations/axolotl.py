@@ -5,7 +5,6 @@ without it; so this one says a line on stderr once it has attached, and a run wi
 """
 
 import dataclasses
-import difflib
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -13,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.hints import near
 from hf_adaclip.integrations.clip_text import clip_from_text
 from hf_adaclip.integrations.launch import say
 from hf_adaclip.integrations.trainer import attach
@@ -51,9 +51,7 @@ def config_from(cfg: Any) -> AdaptiveClipConfig:
     problems = []
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            problems.append(f"`{key}` must be a key of this plugin, but is unknown instead.{hint}")
+            problems.append(f"`{key}` must be a key of this plugin, but is unknown instead.{near(key, known)}")
     if problems:
         raise ConfigError(problems)
     try:

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import EvalPrediction, get_scheduler
 
 from hf_adaclip.audit.run_report import clipping_section, load_run
@@ -23,7 +22,9 @@ from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.convergence.energy import open_meter
+from hf_adaclip.convergence.progress import Progress
 from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, Point, Stopwatch, append_point, read_points, write_points
+from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.integrations.loop_arguments import LoopArguments
 from hf_adaclip.integrations.script import ClipArguments, Ingredients
 from hf_adaclip.integrations.trainer import LEDGER_FILE, pace_start
@@ -160,11 +161,10 @@ class _Loop:
         return results
 
     def _train(self, step: int) -> dict[str, float]:
-        total = torch.zeros((), device=self._accelerator.device)
+        total = torch.zeros((), dtype=torch.float32, device=self._accelerator.device)
         begun, done, self._logged = step, step >= self._steps, step
         hidden = self._arguments.disable_tqdm or not self._accelerator.is_main_process
-        # None: in a file, where each redrawing would be a line, the log lines are the progress.
-        bar = tqdm(total=self._steps, initial=step, disable=True if hidden else None)
+        bar = Progress(total=self._steps, initial=step, disable=hidden)
         while not done:
             epoch, within = divmod(step, self._per_epoch)
             self._batches.set_epoch(epoch)
@@ -239,7 +239,7 @@ class _Loop:
             self._accelerator.log(logs, step=step)
         if self._accelerator.is_main_process:
             shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in logs.items()}
-            tqdm.write(f"step {step}/{self._steps}: {shown}")
+            Progress.write(f"step {step}/{self._steps}: {shown}")
 
     def _after_step(self, step: int, *, last: bool) -> None:
         if self._arguments.do_eval and (last or self._is_due("eval", step)):
@@ -274,8 +274,8 @@ class _Loop:
             losses.append(self._accelerator.gather_for_metrics(outputs.loss.detach().repeat(rows)))
             if self._parts.compute_metrics is not None:
                 both = self._accelerator.gather_for_metrics((outputs.logits, batch["labels"]))
-                scores.append(both[0].float().cpu())
-                labels.append(both[1].cpu())
+                scores.append(moved(both[0].float(), HOST))
+                labels.append(moved(both[1], HOST))
         self.model.train()
         metrics = {"eval_loss": float(torch.cat(losses).float().mean())}
         if self._parts.compute_metrics is not None:

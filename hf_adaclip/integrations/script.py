@@ -1,7 +1,10 @@
 """What a script needs to choose its clipping by `--clip`: arguments for `HfArgumentParser`, and the Trainer that follows from them."""
 
 import copy
+import dataclasses
+import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.convergence.callback import ConvergenceCallback
-from hf_adaclip.errors import ConfigError
+from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.hints import near, near_controller, near_flag
 from hf_adaclip.integrations.trainer import AdaptiveClipTrainer
 
 STOCK: Final = ("stock", "none")
@@ -43,18 +47,33 @@ class ClipArguments:
         """The config that the flags describe; None for the plain Trainer.
 
         Args:
-            config: What the other flags have filled in.
+            config: What the other flags have filled in. `--controller` counts where `--clip` is left at its default.
 
         Raises:
-            ConfigError: `clip` is none of the names, and no file.
+            ConfigError: `clip` is none of the names, and no file; or other flags say something else, or belong to another controller.
         """
         if self.clip in STOCK:
             return None
+        default = AdaptiveClipConfig().controller
         if self.clip in CONTROLLERS:
-            return config.replace(controller=self.clip)
+            if config.controller not in (default, self.clip) and self.clip != default:
+                raise ConfigError(
+                    f"`--clip` must name the same controller as `--controller` ({config.controller!r}), but is {self.clip!r} instead. "
+                    "Leave one of them out."
+                )
+            chosen = self.clip if config.controller == default else config.controller
+            return AdaptiveClipConfig.from_dict({**config.to_dict(), "controller": chosen})
         if not Path(self.clip).is_file():
             raise ConfigError(
                 f"`--clip` must be one of {', '.join((*STOCK, *CONTROLLERS))}, or the path of a JSON file, but is {self.clip!r} instead."
+                + near_controller(self.clip, (*STOCK, *CONTROLLERS))
+            )
+        flags = [
+            f"`--{name}`" for name, value in config.to_dict().items() if value != getattr(AdaptiveClipConfig, name)
+        ]
+        if flags:
+            raise ConfigError(
+                f"{', '.join(flags)} must be left out with `--clip {self.clip}`: all settings are those of the file. Write them into it."
             )
         return AdaptiveClipConfig.from_json(self.clip)
 
@@ -122,14 +141,40 @@ def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = Training
 
     Returns:
         One object of each kind, then the schedule, [`ClipArguments`] and [`AdaptiveClipConfig`].
+
+    Raises:
+        ConfigError: A flag, or a key of the file, is unknown; the message names the nearest one. Or a setting of the config is wrong.
     """
     parser = HfArgumentParser((*kinds, schedule, ClipArguments, AdaptiveClipConfig))  # type: ignore[arg-type]
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        parsed: tuple[Any, ...] = parser.parse_json_file(argv[0])
-    elif len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
-        parsed = parser.parse_yaml_file(argv[0])
+    names = [
+        f.name
+        for kind in (*kinds, schedule, ClipArguments, AdaptiveClipConfig)
+        for f in dataclasses.fields(kind)
+        if f.init
+    ]
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+        values = _read_settings(Path(argv[0]))
+        unknown = [
+            f"`{key}` in {argv[0]} is no setting of this script.{near(key, names)}"
+            for key in values
+            if key not in names
+        ]
+        if unknown:
+            raise ConfigError(unknown)
+        if values.get("clip") in CONTROLLERS:
+            values.setdefault(
+                "controller", values["clip"]
+            )  # the config is made of the keys that are there, and looks at them
+        parsed: tuple[Any, ...] = parser.parse_dict(values)
     else:
-        parsed = parser.parse_args_into_dataclasses(list(argv))
+        *found, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+        unknown = [
+            f"`{text}` is no flag of this script.{near_flag(text, flags)}" for text in rest if text.startswith("-")
+        ]
+        if rest:
+            raise ConfigError(unknown or f"{' '.join(map(repr, rest))} belongs to no flag of this script.")
+        parsed = tuple(found)
     training_args = parsed[-3]
     level = training_args.get_process_log_level() if schedule is TrainingArguments else logging.INFO
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
@@ -137,13 +182,37 @@ def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = Training
     return parsed
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml  # type: ignore[import-untyped]
+
+            values = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} must be a readable file of settings, but is not: {error}.") from error
+    except Exception as error:  # yaml has errors of its own, and need not be there for JSON
+        raise ConfigError(f"{path} must be YAML, but is not: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings by name, but holds {type(values).__name__}.")
+    return {str(key): value for key, value in values.items()}
+
+
 def run_script(main: Callable[[], Any]) -> None:
     """Run a script's `main`, then end what its processes share, so that no rank is torn down while another still talks to it.
+
+    A setting that is wrong, or a setup that is not supported, ends the script with its message and exit code 2, without a traceback.
 
     Args:
         main: The script, with its arguments from the command line.
     """
-    main()
+    try:
+        main()
+    except (ConfigError, UnsupportedSetupError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
     PartialState().destroy_process_group()
 
 

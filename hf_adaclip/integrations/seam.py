@@ -1,13 +1,12 @@
 """The seam of `transformers.Trainer`: whether it is there, whether it is ours, and for which `max_grad_norm` it is called."""
 
 import logging
-import math
-import numbers
-from typing import Final
+from typing import Any, Final
 
 import transformers
 from transformers import Trainer
 
+from hf_adaclip.config import as_number
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 
 logger = logging.getLogger(__name__)
@@ -61,15 +60,20 @@ def warn_of_own_clipping(kind: type, mixin: type) -> None:
         )
 
 
-def check_max_grad_norm(value: float | None) -> None:
+def check_max_grad_norm(value: Any) -> None:
     """Whether transformers calls the seam for this value, at construction and in every step.
 
     Raises:
         ConfigError: It does not, or the value is no threshold.
     """
-    if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+    if isinstance(value, bool) or (value is not None and not isinstance(as_number(value), float)):
         raise ConfigError(
-            f"`max_grad_norm` must be above 0 and finite under adaptive clipping, but is {value!r} instead: at 0 transformers never calls "
-            "the clipping seam. It is the threshold of the warm-up, and the ceiling where it cut most of that: keep the default 1.0, or "
-            "set one that never acts, such as 1e9."
+            f"`max_grad_norm` must be a number, but is {value!r} instead: pass 1.0, or `inf` for a threshold that never acts. "
+            "'auto' belongs into a DeepSpeed JSON, which takes the Trainer's number for it."
+        )
+    if value is None or not value > 0:
+        raise ConfigError(
+            f"`max_grad_norm` must be above 0 under adaptive clipping, but is {value} instead: transformers would never call the "
+            "clipping seam. It is the threshold of the warm-up, and the ceiling where it cut most of that: keep the default 1.0, or "
+            "set `inf`, which never acts."
         )

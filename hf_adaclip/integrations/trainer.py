@@ -19,12 +19,13 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_adaclip.audit.run_report import clipping_section, load_run
 from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.clipper import AdaptiveClipper
-from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
+from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
 from hf_adaclip.events import ClipEvent
 from hf_adaclip.integrations.attaching import TrainBegin, find_train_begin, take_replaced
 from hf_adaclip.integrations.seam import check_instance, check_max_grad_norm, check_seam, warn_of_own_clipping
 from hf_adaclip.integrations.watch import SeamWatch
+from hf_adaclip.statistics import for_reporters
 from hf_adaclip.support import (
     check_accelerator,
     check_device,
@@ -55,8 +56,8 @@ class AdaptiveClipMixin(_Base):
     cut most of that, the ceiling afterwards (`ceiling_share`).
 
     Args:
-        clip (`str`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
-            Name of a controller, a config, or the path of a config's JSON.
+        clip (`str`, `dict`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
+            Name of a controller, a config or its fields, or the path of a config's JSON.
         args, kwargs:
             What the Trainer takes.
 
@@ -119,7 +120,7 @@ class AdaptiveClipMixin(_Base):
                 one_step_late=True
             )  # what is not possible there is refused here, not at the first step
         if config.static_threshold is None:
-            config = config.replace(static_threshold=float(self.args.max_grad_norm))
+            config = config.replace(static_threshold=as_number(self.args.max_grad_norm))
         return config
 
     # -- the run -------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ class AdaptiveClipMixin(_Base):
             metrics = self.clipper.metrics()
             if self.clipper.config.max_pace > 1 and not self.clipper.config.shadow and metrics:
                 metrics["clip/learning_rate"] = logs["learning_rate"] * float(metrics["clip/pace"])
-            logs = {**logs, **metrics}
+            logs = {**logs, **for_reporters(metrics, self.callback_handler.callbacks)}
         super().log(logs, *args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -318,8 +319,9 @@ class AdaptiveClipMixin(_Base):
             return
         if self.clipper is not None:
             self.clipper.flush()
+        section = clipping_section(load_run(ledger), find_tail(ledger).sha256, learning_rate=self.args.learning_rate)
         text = ModelCard.load(card)
-        text.text = f"{text.text.rstrip()}\n\n{clipping_section(load_run(ledger), find_tail(ledger).sha256)}"
+        text.text = f"{text.text.rstrip()}\n\n{section}"
         tags = text.data.tags or []
         text.data.tags = [*([tags] if isinstance(tags, str) else tags), "hf_adaclip"]
         text.save(card)
@@ -329,14 +331,14 @@ class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
     """`transformers.Trainer` with adaptive clipping: everything else is Trainer.
 
     Args:
-        clip (`str`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
-            Name of a controller, a config, or the path of a config's JSON.
+        clip (`str`, `dict`, `Path` or `AdaptiveClipConfig`, *optional*, defaults to `"adaptive"`):
+            Name of a controller, a config or its fields, or the path of a config's JSON.
         args, kwargs:
             What the Trainer takes.
 
     Writes `clip_ledger.jsonl` into `args.output_dir`, `clip_state.safetensors` into every checkpoint, and logs `clip/threshold`,
-    `clip/coefficient`, `clip/fraction`, `clip/pace`, `clip/phase` and `clip/skipped` beside `grad_norm`; with `max_pace` above 1 also
-    `clip/learning_rate`, the rate of the last step with its pace.
+    `clip/coefficient`, `clip/fraction`, `clip/norm_max`, `clip/spikes`, `clip/skipped`, `clip/pace`, `clip/phase` and more beside
+    `grad_norm` (see `RunStatistics.metrics`); with `max_pace` above 1 also `clip/learning_rate`, the rate of the last step with its pace.
     """
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from hf_adaclip.errors import ClippingDefeatedError
-from hf_adaclip.gradients.guard import unwrap_optimizer
+from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.integrations.seam import check_max_grad_norm
 
 if TYPE_CHECKING:

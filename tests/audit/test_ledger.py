@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, LedgerError
 from hf_adaclip.audit import Ledger, verify_ledger
-from hf_adaclip.audit.reader import _parse
+from hf_adaclip.audit.reader import parse_line
 from hf_adaclip.audit.schema import encode, number, parse_number
 from tests.loops import make, train
 
@@ -123,7 +123,7 @@ def test_the_very_last_byte_counts(ledger_bytes, tmp_path, replacement):
 @settings(max_examples=60, deadline=None)
 def test_removed_doubled_and_swapped_lines_are_found_and_located(ledger_bytes, tmp_path_factory, data):
     lines = ledger_bytes.splitlines(keepends=True)
-    i = data.draw(st.integers(0, len(lines) - 2), label="line")
+    i = data.draw(st.integers(0, len(lines) - 2), label="line")  # the last seal has a test of its own
     kind = data.draw(st.sampled_from(["remove", "double", "swap"]))
     changed = list(lines)
     if kind == "remove":
@@ -170,23 +170,25 @@ def test_a_rewritten_decision_with_a_new_chain_is_still_found(ledger_bytes, tmp_
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.7, 0.99])
-def test_a_torn_tail_is_tolerated_and_reported(ledger_bytes, tmp_path, keep):
+def test_a_torn_tail_is_reported_and_no_violation(ledger_bytes, tmp_path, keep):
     path = tmp_path / "l.jsonl"
     path.write_bytes(ledger_bytes[: int(len(ledger_bytes) * keep)])
     report = verify_ledger(path)
 
-    assert report.ok, report.findings
+    assert report.status == "incomplete", report.findings
+    assert report.unsealed
     assert not report.closed
+    assert "NOT verified as a whole" in report.summary()
 
 
 def test_a_line_may_be_torn_anywhere():
     line = encode(
         {"kind": "step", "norm": 1e-05, "big": 1e22, "loss_scale": None, "yes": True, "no": [False, -1], "x": "é\n"}
     )
-    torn = [_parse(1, line[:n]) for n in range(1, len(line))]
+    torn = [parse_line(1, line[:n]) for n in range(1, len(line))]
     assert [line[:n] for n, found in enumerate(torn, start=1) if not found.cut] == []
-    assert _parse(1, line).content is not None
-    assert not _parse(1, b'{"kind":?"step","norm":1').cut, "a byte that was flipped is not the end of a write"
+    assert parse_line(1, line).content is not None
+    assert not parse_line(1, b'{"kind":?"step","norm":1').cut, "a byte that was flipped is not the end of a write"
 
 
 def test_a_killed_run_can_be_continued(tmp_path):
@@ -217,18 +219,57 @@ def test_a_first_write_that_was_cut_off_does_not_block_the_next_start(tmp_path, 
 
 def test_two_writers_are_not_let_at_one_file(tmp_path):
     first = Ledger(tmp_path / "l.jsonl", {"x": 1})
-    with pytest.raises(LedgerError, match="is being written by another"):
+    with pytest.raises(LedgerError, match="by a clipper of this process that was not closed"):
         Ledger(tmp_path / "l.jsonl", {"x": 2})
     first.close()
     Ledger(tmp_path / "l.jsonl", {"x": 3}).close()
 
 
-def test_a_file_that_is_no_ledger_is_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"chapter one\n",
+        b'{"kind":"header"}\nchapter one\n',
+        b'{"kind":"header","schema":1,"title":"a log of mine"}\n',
+        b'{"kind":"header","schema":1,"title":"a log of mine"}\n{"kind":"step","x":1}\n',
+        b'{"kind":"header","schema":1}\n{"kind":"seal","lines":1,"previous":"0","sha256":"0"}\n',
+        b'{"kind":"seal","sha256":"1"}\nmy notes\n',
+    ],
+)
+def test_a_file_that_is_no_ledger_is_left_alone(tmp_path, caplog, content):
     path = tmp_path / "thesis.txt"
-    path.write_text("chapter one\n")
-    with pytest.raises(LedgerError, match=r"has no sealed block\. It is left as it is"):
-        write_run(path)
-    assert path.read_text() == "chapter one\n"
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match=r"It is left as it is"):
+        write_run(path, CONFIG.replace(ledger_required=True))
+    assert path.read_bytes() == content
+    clipper = write_run(path)
+    assert clipper.step == 45
+    assert path.read_bytes() == content
+    assert "Training goes on without a ledger" in caplog.text
+
+
+@pytest.mark.parametrize("added", [b"my own notes\n", b'{"kind":"step","x":1}\n', b'{"kind":"note"}\n', b"[1]", b"x"])
+def test_what_others_wrote_behind_a_ledger_is_not_cut_off(tmp_path, ledger_bytes, added):
+    path = tmp_path / "l.jsonl"
+    path.write_bytes(ledger_bytes + added)
+    write_run(path)
+    assert path.read_bytes() == ledger_bytes + added
+
+
+def test_a_broken_chain_is_not_continued(tmp_path, ledger_bytes):
+    path = tmp_path / "l.jsonl"
+    damaged = ledger_bytes.replace(b'"norm":', b'"norm": ', 1)
+    path.write_bytes(damaged)
+    with pytest.raises(LedgerError, match=r"the seal in line \d+ does not fit"):
+        write_run(path, CONFIG.replace(ledger_required=True))
+    assert path.read_bytes() == damaged
+
+
+def test_a_tail_filled_with_nul_by_the_file_system_is_a_torn_one(tmp_path, ledger_bytes):
+    path = tmp_path / "l.jsonl"
+    path.write_bytes(ledger_bytes + b'{"kind":"step","st' + b"\0" * 4000)
+    write_run(path)
+    assert verify_ledger(path).ok
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"\x00\xff\n", b"[1,2]\n"])

@@ -1,6 +1,8 @@
 """`hf-adaclip report` of a run: as a page in a real browser, as Markdown, PNG and JSON; live in TensorBoard."""
 
+import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -11,11 +13,13 @@ import sys
 import numpy as np
 import pytest
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer, LedgerError
-from hf_adaclip.audit.run_report import load_run
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer, LedgerError
+from hf_adaclip.audit.run_report import answer, clipping_section, load_run, summary, write_html, write_markdown
 from hf_adaclip.cli import main
+from hf_adaclip.controllers import Reason
 from tests.audit.test_ledger import CONFIG, write_run
 from tests.integrations.trainers import arguments, build, run
+from tests.loops import make, train
 
 CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
 
@@ -43,15 +47,20 @@ def write_interesting_run(folder):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_works_in_a_browser_and_shows_a_hostile_name_as_text(tmp_path):
+@pytest.mark.parametrize("interactive", [False, True])
+def test_the_page_works_in_a_browser_and_shows_a_hostile_name_as_text(tmp_path, interactive):
     folder = write_interesting_run(tmp_path / "<script>alert(1)<b>&\"'")
-    assert main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    flags = ["--interactive"] if interactive else []
+    assert main(["report", str(folder), "--output", str(tmp_path / "page.html"), *flags]) == 0
     dom, console = open_in_browser(tmp_path / "page.html", tmp_path)
 
     assert console == []
-    assert len(re.findall(r'class="main-svg"', dom)) >= 4 * 2  # norms, phases, pace, loss: drawn, not only asked for
+    drawn = 'class="main-svg"' if interactive else '<svg class="chart"'
+    # Norms, phases, pace, loss: drawn, not only asked for.
+    assert len(re.findall(drawn, dom)) >= (4 * 2 if interactive else 4)
     assert "<script>alert(1)" not in dom
     assert "&lt;script&gt;alert(1)&lt;b&gt;" in dom
+    assert (tmp_path / "page.html").stat().st_size < (6_000_000 if interactive else 150_000)
     assert re.search(r"verified\. 120 steps", dom)
     assert "The norm left the range upward" in dom
 
@@ -70,7 +79,10 @@ def test_the_page_is_self_contained_and_complete(tmp_path):
         "Training loss",
         "Adjustments",
         "Settings",
+        "Reasons",
         "warmup_observations",
+        "Yes: clipping scaled down",
+        Reason.SPIKE.sentence,
         "torch",
     ):
         assert piece in outside
@@ -117,7 +129,8 @@ def test_a_resumed_run_is_one_run(tmp_path):
     report = load_run(path)
 
     assert len(report.series) == 45
-    assert max(e.until for e in report.events) == 44
+    assert 30 <= max(e.until for e in report.events) <= 44
+    assert report.repeated == 30
     assert [e.step for e in report.events if e.kind == "spike"].count(20) == 1
 
 
@@ -137,19 +150,23 @@ def test_what_holds_neither_is_refused(tmp_path, capsys):
 
 
 def test_a_million_steps_stay_a_page(tmp_path):
-    from hf_adaclip.audit.figures import norms_figure
+    from hf_adaclip.audit.chart import svg
+    from hf_adaclip.audit.figures import interactive, norms_chart
 
     n = 1_000_000
     steps, values = np.arange(n), np.exp(0.1 * np.random.default_rng(0).standard_normal(n)).astype(np.float32)
     values[777_777] = 500.0
     coefficients = np.ones(n, np.float32)
     coefficients[777_777] = 0.01
-    figure = norms_figure(steps, values, np.full(n, 2.0, np.float32), coefficients, np.array([5]))
+    chart = norms_chart(steps, values, np.full(n, 2.0, np.float32), coefficients, np.array([5]))
 
-    assert len(figure.data[0].x) <= 4000
-    assert 777_777 in figure.data[0].x
-    assert figure.data[2].x[0] == 777_777
+    figure = interactive(chart)
+    for line, mark in ((chart.lines[0], chart.marks[0]), (figure.data[0], figure.data[2])):
+        assert len(line.x) <= 4000
+        assert 777_777 in line.x
+        assert mark.x[0] == 777_777
     assert len(figure.to_json()) < 1_000_000
+    assert len(svg(chart)) < 60_000
 
 
 def test_live_in_trackio(tmp_path):
@@ -189,3 +206,130 @@ def test_live_in_tensorboard(tmp_path):
     phases = [e.tensor_proto.string_val[0].decode() for e in events.Tensors(texts[0])]
     assert phases[0] == "warmup"
     assert set(phases[3:]) <= {"stable", "unstable", "vanishing", "held"}
+
+
+def test_steps_that_were_done_again_count_once(tmp_path):
+    path = tmp_path / "clip_ledger.jsonl"
+    model, optimizer = make()
+    config = CONFIG.replace(ledger=str(path))
+    first = AdaptiveClipper(config, optimizer=optimizer)
+    clip = lambda clipper: lambda m, loss: clipper.clip_(m.parameters(), loss=loss)  # noqa: E731
+    train(model, optimizer, clip(first), 100)
+    first.save_state(tmp_path)
+    train(model, optimizer, clip(first), 2, start=100)  # lost in a crash after this
+    first.close(clean=False)
+    second = AdaptiveClipper(config, optimizer=optimizer)
+    assert second.load_state(tmp_path)
+    train(model, optimizer, clip(second), 100, start=100)
+    second.close()
+    report = load_run(path)
+    text = write_markdown(report, tmp_path / "r.md").read_text()
+
+    assert report.verdict.steps == 202
+    assert (len(report.series), report.repeated, second.statistics.steps) == (200, 2, 200)
+    assert "| steps | 200 (2 done again after a resumption, counted once) |" in text
+    assert "The run has 200 steps: 2 were done again" in text
+    assert summary(report)["steps"] == 200
+
+
+@pytest.mark.parametrize(
+    ("config", "faults", "start"),
+    [
+        ({"static_threshold": 1e3}, {5: 1.0}, "No: clipping left all 60 gradients as they were"),
+        ({"static_threshold": 1e3}, {40: 90.0}, "Yes: clipping scaled down 1 of 60 gradients (1.7%)"),
+        (
+            {"static_threshold": 1e3},
+            {40: math.nan},
+            "Yes: clipping scaled down 0 of 60 gradients (0.0%), and left out 1 step (1 not",
+        ),
+        ({"static_threshold": 1e3, "on_spike": "skip"}, {40: 90.0}, "and left out 1 step (0 not finite)"),
+        ({"static_threshold": 1e-3, "shadow": True}, {40: 90.0}, "Shadow run: the static threshold 0.001 was applied"),
+    ],
+)
+def test_the_first_sentence_answers_whether_clipping_did_anything(tmp_path, config, faults, start):
+    write_run(tmp_path / "clip_ledger.jsonl", CONFIG.replace(max_edge=1.9, **config), steps=60, faults=faults)
+    report = load_run(tmp_path)
+    assert start in answer(report)
+    for write in (write_html, write_markdown):
+        assert start.split("(")[0] in write(report, tmp_path / "r").read_text()
+
+
+def test_changed_settings_come_first_and_the_rest_is_folded(tmp_path):
+    folder = write_interesting_run(tmp_path / "run")
+    text = write_html(load_run(folder), tmp_path / "r.html").read_text()
+    settings = text[text.index("<h2>Settings") :]
+    changed, rest = settings.split("<details>")
+
+    for name in ("warmup_observations", "ceiling_share", "ring_capacity", "max_pace", "max_edge"):
+        assert name in changed
+        assert name not in rest
+    assert changed.count('<tr class="marked">') == 5
+    assert "min_far_width" in rest
+
+
+def test_the_axis_reads_in_order():
+    from hf_adaclip.audit.chart import Chart, Line, linear_ticks, log_ticks, svg
+
+    assert log_ticks(0.3, 400) == [1, 10, 100]
+    assert log_ticks(0.9, 30) == [1, 2, 5, 10, 20]
+    for low, high in ((1e-8, 1e8), (3.1, 3.2), (0.99, 1.01), (1e-30, 1e30), (5.0, 5.1)):
+        for ticks in (log_ticks(low, high), linear_ticks(low, high)):
+            assert ticks == sorted(set(ticks))
+            assert 2 <= len(ticks) <= 9
+    line = Line([0, 1, 2], [1.0, math.nan, 1e9], "<b>", "norm")
+    for chart in (
+        Chart("x", "y", [line], log=True),
+        Chart("x", "y"),
+        Chart("x", "y", [Line([], [], "a", "norm")], log=True),
+    ):
+        drawn = svg(chart)
+        assert "nan" not in drawn
+        assert "<b>" not in drawn.replace("<b class", "")
+
+
+def test_good_and_bad_are_not_told_by_colour_alone_nor_is_unstable_green():
+    from hf_adaclip.audit.chart import PHASE_COLOURS
+    from hf_adaclip.controllers.base import PHASES
+
+    assert set(PHASE_COLOURS) == set(PHASES)
+    assert PHASE_COLOURS["unstable"] == PHASE_COLOURS["trouble"] == "cut"
+    assert PHASE_COLOURS["stable"] not in ("cut", "threshold", "out")
+
+
+def test_the_adjustments_as_csv(tmp_path, capsys):
+    folder = write_interesting_run(tmp_path / "run")
+    assert main(["report", str(folder), "--format", "csv"]) == 0
+    rows = list(csv.DictReader((folder / "report.csv").open()))
+
+    assert {r["quantity"] for r in rows} == {"norm", "threshold", "pace"}
+    assert next(r for r in rows if r["kind"] == "spike" and r["step"] == "60")["code"] == "SPIKE"
+
+
+def test_the_card_says_threshold_pace_and_effective_rate(tmp_path):
+    folder = write_interesting_run(tmp_path / "run")
+    section = clipping_section(load_run(folder), "abc", learning_rate=1e-3)
+    pace = summary(load_run(folder))["largest_pace"]
+
+    assert "| max_grad_norm | 1 |" in section
+    assert "| max_pace | 2.0 |" in section
+    assert (
+        f"| effective learning rate | at most {1e-3 * pace:.3g}: the given 0.001 times a pace of at most {pace:.3g} |"
+        in section
+    )
+    (folder / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": 101, "learning_rate": 5e-4}, {"loss": 1, "step": 2}]})
+    )
+    report = load_run(folder)
+    assert report.series.paces is not None
+    rate = 5e-4 * float(report.series.paces[100])
+    assert summary(report)["effective_rate"] == pytest.approx(rate)
+    assert f"at most {rate:.3g} in a logged step" in clipping_section(report, "abc")
+
+
+@pytest.mark.parametrize("name", ["a: b", "x|y", "$a$ <b>", "`c`"])
+def test_any_folder_name_will_do(tmp_path, name):
+    folder = write_interesting_run(tmp_path / name)
+    for form in ("html", "md", "png", "json", "csv"):
+        assert main(["report", str(folder), "--format", form]) == 0
+    assert "verified. 120 steps" in (folder / "report.html").read_text()
+    assert ": verified" not in clipping_section(load_run(folder), "abc").replace("Ledger: verified", "")

@@ -227,3 +227,56 @@ def test_a_real_script_is_compared(tmp_path, monkeypatch):
     assert all(s["ledger"]["verified"] for s in task["arms"][1]["seeds"])
     assert task["arms"][1]["seeds"][0]["clipped"] is not None
     assert comparison["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("script", "title"),
+    [
+        (
+            ("a/b/run_glue.py", "--task_name", "rte", "--model_name_or_path", "/data/models/tiny-bert"),
+            "run_glue: rte, tiny-bert",
+        ),
+        (("t.py", "--dataset_name=me/digits", "--lr", "1"), "t: digits"),
+        (("/very/long/" + "x" * 200 + "/train.py", "--output_dir", "/y" * 100), "train"),
+        (("t.py", "--model_name_or_path", "m" * 100), "t"),
+        (("t.py", "--task_name"), "t"),
+    ],
+)
+def test_the_title_is_a_short_name(script, title):
+    from hf_adaclip.convergence.present import MAX_TITLE
+    from hf_adaclip.convergence.script_compare import _short_title
+
+    assert _short_title(script) == title
+    assert len(title) <= MAX_TITLE
+
+
+@pytest.mark.parametrize("title", ["run.py --a /some/where/very/far/away --b 3 --c " + "x" * 90, "w " * 70])
+def test_long_titles_of_older_comparisons_are_shortened(title):
+    from hf_adaclip.convergence.present import MAX_TITLE, title_of
+
+    assert 0 < len(title_of({"title": title, "task": "run"})) <= MAX_TITLE
+
+
+@pytest.mark.parametrize(("quality", "there"), [("loss", False), ("accuracy", True), ("perplexity", True)])
+def test_the_loss_has_one_column(quality, there):
+    from hf_adaclip.convergence.present import columns, table_rows
+
+    seed = {"error": None, "clipped": 1, "skipped": 0, "total_steps": 10}
+    entry = {
+        **dict.fromkeys(
+            ("median_step", "median_train_seconds", "median_energy_wh", "ratio_step", "ratio_train_seconds")
+        ),
+        "arm": "stock",
+        "reached": 1,
+        "seeds": [seed],
+        "median_final_eval_loss": 0.5,
+        "median_quality": 0.5,
+    }
+    labels = columns({"quality": quality})
+    (row,) = table_rows({"quality": quality, "arms": [entry]})
+
+    assert (quality in labels) == there
+    assert "final loss" in labels
+    assert len(row) == len(labels)
+    assert row[labels.index("final loss")] == "0.500"
+    assert row[labels.index("clipped")] == "10.0%"

@@ -91,12 +91,14 @@ def test_the_device_decides_as_the_host_does(tmp_path):
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
-def test_gradients_on_host_and_device_together_are_one_norm():
-    parameters = [torch.nn.Parameter(torch.ones(n, device=d)) for n, d in ((3, DEVICE), (5, "cpu"), (7, DEVICE))]
+@pytest.mark.parametrize("order", [(DEVICE, "cpu", DEVICE), ("cpu", DEVICE, DEVICE)], ids=str)
+def test_gradients_on_host_and_device_together_are_one_norm(order):
+    sizes = zip((3, 5, 7), order, strict=True)
+    parameters = [torch.nn.Parameter(torch.ones(n, device=d)) for n, d in sizes]
     for p in parameters:
         p.grad = torch.full_like(p, 2.0)
     clipper = AdaptiveClipper("static", static_threshold=1.0)
-    norm = clipper.clip_(parameters)
+    norm = clipper.clip_(parameters, loss=torch.tensor(0.5, device=DEVICE))
 
     assert float(norm) == pytest.approx(2.0 * 15**0.5)
     assert all(p.grad is not None and p.grad.tolist() == pytest.approx([15**-0.5] * p.numel()) for p in parameters)

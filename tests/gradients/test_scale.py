@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.gradients import scale_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -70,3 +71,24 @@ def test_mixed_dtypes():
     scale_(gradients, torch.tensor(0.5))
 
     assert [g[0].item() for g in gradients] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("coefficient", [np.array(0.5, np.float32), np.array(1.0, np.float32)])
+def test_an_array_of_no_axes_is_one_factor(coefficient):
+    gradients = [torch.full((3,), 2.0), torch.full((2,), 4.0)]
+    scale_(gradients, coefficient)
+
+    assert [g[0].item() for g in gradients] == [2 * float(coefficient), 4 * float(coefficient)]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "module"])
+def test_shadow_by_tensor_scales_by_the_static_threshold(granularity):
+    model = torch.nn.Linear(4, 4)
+    config = AdaptiveClipConfig(granularity=granularity, shadow=True, static_threshold=0.1)
+    clipper = AdaptiveClipper(config, model=model)
+    model(torch.ones(2, 4)).square().sum().mul(100).backward()
+    clipper.clip_(model.parameters())
+
+    assert torch.nn.utils.get_total_norm(
+        [p.grad for p in model.parameters() if p.grad is not None]
+    ).item() == pytest.approx(0.1, rel=1e-4)

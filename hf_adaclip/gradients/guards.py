@@ -1,0 +1,282 @@
+"""All optimizers that step on one set of gradients: armed together, and found out when others step in their place."""
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
+
+from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.gradients.callers import steps_running
+from hf_adaclip.gradients.guard import StepGuard
+from hf_adaclip.gradients.norms import Gradients
+from hf_adaclip.gradients.optimizers import Path
+
+logger = logging.getLogger(__name__)
+
+PATIENCE: Final = 20
+"""Finite steps in a row that are prepared and never made, until somebody is told. A loop may leave out some by itself."""
+
+
+class Guards:
+    """The guards of all optimizers that step on one set of gradients; there may be none, when no optimizer is known.
+
+    Args:
+        optimizers: Optimizers, wrapped by Accelerate or not.
+        scaler: Whether a `GradScaler` drives them.
+    """
+
+    def __init__(self, optimizers: Sequence[Any], *, scaler: bool) -> None:
+        self._scaler = scaler
+        self._guards = [StepGuard(o, scaler=scaler) for o in optimizers]
+        self._adopted = False
+        self._seen: tuple[int, ...] | None = None
+        self._skip: Value | None = None
+        self._known_skip: bool | None = None
+        self._idle = 0
+        self._told = False
+        self._strangers = _Strangers(self)
+
+    def __bool__(self) -> bool:
+        return bool(self._guards)
+
+    @property
+    def why(self) -> list[str]:
+        """Per optimizer, how a step is left out and why so."""
+        return [guard.why for guard in self._guards]
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers, without what Accelerate wraps around them."""
+        return [guard.optimizer for guard in self._guards]
+
+    @property
+    def others_look(self) -> bool:
+        """Whether hooks of others run before a step: they are to see gradients as clipping leaves them."""
+        hooks = [h for guard in self._guards for h in guard.optimizer._optimizer_step_pre_hooks.values()]
+        return any(not isinstance(getattr(hook, "__self__", None), StepGuard) for hook in hooks)
+
+    @property
+    def paths(self) -> list[Path]:
+        """How each leaves a step out."""
+        return [guard.path for guard in self._guards]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters of all optimizers."""
+        return [p for guard in self._guards for group in guard.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def consumed(self) -> int:
+        """Prepared steps that were made or left out, of all optimizers together."""
+        return sum(guard.consumed for guard in self._guards)
+
+    @property
+    def unarmed(self) -> int:
+        """Steps that were made without being prepared, so on gradients that nobody has clipped."""
+        return sum(guard.unarmed for guard in self._guards)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether they seem to be the ones that step on these gradients."""
+        return bool(self._guards) and self._idle < PATIENCE
+
+    def adopt(self, optimizers: Sequence[Any]) -> None:
+        """Guard these, if none is guarded yet; should others take their place later, guard those."""
+        if not self._guards and optimizers:
+            self._guards, self._adopted = [StepGuard(o, scaler=self._scaler) for o in optimizers], True
+
+    def changed(self) -> bool:
+        """Whether the optimizers are others than at the last call, or the number of hooks that run before their steps is."""
+        before = self._seen
+        hooks = sum(hook is not _before_any_step for hook in torch_optimizer._global_optimizer_pre_hooks.values())
+        now = tuple(n for g in self._guards for n in (id(g), hooks + len(g.optimizer._optimizer_step_pre_hooks)))
+        self._seen = now
+        return before is not None and before != now
+
+    def arm(
+        self,
+        gradients: Gradients,
+        *,
+        finite: Value,
+        pace: Value | None,
+        ops: Ops,
+        measure: Callable[[list[Tensor]], None] | None,
+        fold: Tensor | None = None,
+    ) -> None:
+        """Prepare the coming step.
+
+        Args:
+            gradients: What the optimizers step on.
+            finite: Bool, shape `[]`; False leaves the step out, be it that it is not finite or that the controller wants it so.
+            pace: Multiplier on the learning rate, None to leave it alone.
+            ops: The kind of numbers that `finite` and `pace` are.
+            measure: Called with the gradients as the first optimizer is about to read them, or has scaled them.
+            fold: What the one optimizer is to divide the gradients by; None where they are scaled already.
+        """
+        idle, within = self._count_idle(), any(guard.running for guard in self._guards)
+        skip = self._skip = ~finite
+        known: bool | None = None
+        if ops.on_host:
+            known = bool(skip)
+        elif idle or not self._guards or any(guard.path != "device" for guard in self._guards):
+            # The one host read of this path, for both numbers.
+            if isinstance(pace, Tensor):
+                flag, pace = torch.stack([skip.float().reshape(()), pace.float().reshape(())]).tolist()
+                known = flag > 0
+            else:
+                known = bool(skip)
+        self._known_skip = known
+        if known and (idle or within or not self._guards):
+            # Every optimizer passes over parameters without a gradient: no weight, moment or counter of theirs moves.
+            _drop([gradients.parameters[i] for i in gradients.present])
+        if self._guards:
+            self._strangers.watch(gradients.parameters)
+
+        def take_measure() -> None:
+            tensors = [g for i in gradients.present if (g := gradients.parameters[i].grad) is not None]
+            if tensors and measure is not None:
+                with torch.no_grad():
+                    measure(tensors)
+
+        for position, guard in enumerate(self._guards):
+            guard.arm(
+                skip=skip if known is None else known,
+                pace=pace,
+                measure=None if measure is None or position else take_measure,
+                fold=fold,
+            )
+
+    def detach(self) -> None:
+        """Let go of all optimizers."""
+        self._strangers.remove()
+        for guard in self._guards:
+            guard.detach()
+
+    def _count_idle(self) -> int:
+        """Steps in a row up to now that were prepared, finite as far as that is known, and not made by any optimizer."""
+        if not self._guards or not all(guard.armed for guard in self._guards):
+            self._idle = 0
+        elif self._known_skip is not True:  # a loop or a loss scaler may leave those out by itself
+            self._idle += 1
+            if self._idle == PATIENCE:
+                self._tell(f"its `step` was not called in {PATIENCE} steps")
+        return self._idle
+
+    def _tell(self, what: str) -> None:
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "Adaptive clipping: `optimizer` must be the one that steps on these gradients, but %s: it is neither paced nor measured. "
+                "Make a new clipper with the optimizer that steps.",
+                what,
+            )
+
+    # -- asked by `_Strangers` -------------------------------------------------------------------------------------
+
+    def _expects(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step of this optimizer is nothing to wonder at: it is known, or called by one that is."""
+        return any(guard.optimizer is optimizer or guard.running for guard in self._guards)
+
+    def _untouched(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Those whose prepared step nobody has made yet."""
+        made = {
+            id(p) for g in self._guards if not g.armed for group in g.optimizer.param_groups for p in group["params"]
+        }
+        return [p for p in parameters if id(p) not in made]
+
+    def _replaced_by(self, optimizer: torch.optim.Optimizer) -> None:
+        name = type(optimizer).__name__
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if self._adopted and any(id(p) in theirs for p in self.parameters):
+            logger.warning(
+                "Adaptive clipping: the optimizer that Accelerate had prepared no longer steps on these gradients; the %s that does is "
+                "guarded from here on.",
+                name,
+            )
+            for guard in self._guards:
+                guard.detach()
+            self._guards = [StepGuard(optimizer, scaler=self._scaler)]
+        else:
+            self._tell(f"another one, {name}, has made a step on them")
+
+
+class _Strangers:
+    """Looks at every step of any torch optimizer in the process while a prepared step waits: the optimizer may have been made anew.
+
+    Args:
+        guards: Who knows the right ones; not kept alive.
+    """
+
+    def __init__(self, guards: Guards) -> None:
+        self._guards = weakref.ref(guards)
+        self._parameters: list[Tensor] = []
+        self._ids: set[int] | None = None
+        self._others: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # known to be none of ours
+        self._stepping: tuple[torch.optim.Optimizer, int] | None = None
+
+    def watch(self, parameters: list[Tensor]) -> None:
+        """From here on, for these parameters, which have just been prepared for a step."""
+        self._parameters, self._ids = parameters, None
+        _WATCHING.add(self)
+        if not _HANDLES:
+            _HANDLES.append(torch_optimizer.register_optimizer_step_pre_hook(_before_any_step))
+            _HANDLES.append(torch_optimizer.register_optimizer_step_post_hook(_after_any_step))
+
+    def remove(self) -> None:
+        """Look no longer."""
+        _WATCHING.discard(self)
+        while not _WATCHING and _HANDLES and not steps_running(None):
+            _HANDLES.pop().remove()
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step begins, of any optimizer."""
+        guards = self._guards()
+        if guards is None or optimizer in self._others or guards._expects(optimizer):
+            return
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if self._ids is None:
+            self._ids = {id(p) for p in self._parameters}
+        if theirs.isdisjoint(self._ids):
+            return
+        waiting = [p for p in guards._untouched(self._parameters) if id(p) in theirs and p.grad is not None]
+        if waiting:
+            if bool(guards._skip):  # a host read, where a device has the flag
+                _drop(waiting)
+            self._stepping = (optimizer, guards.consumed)
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """It has ended."""
+        guards = self._guards()
+        if guards is None or self._stepping is None or self._stepping[0] is not optimizer:
+            return
+        before, self._stepping = self._stepping[1], None
+        if guards.consumed > before:
+            self._others.add(optimizer)  # it wraps one that is known (Lookahead, SAM)
+            return
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._parameters, self._ids = [p for p in self._parameters if id(p) not in theirs], None
+        guards._replaced_by(optimizer)
+
+
+# Torch has these hooks for all optimizers of a process only.
+_WATCHING: Final[weakref.WeakSet[_Strangers]] = weakref.WeakSet()
+_HANDLES: Final[list[Any]] = []
+
+
+def _before_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for strangers in list(_WATCHING):
+        strangers.before(optimizer)
+
+
+def _after_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for strangers in list(_WATCHING):
+        strangers.after(optimizer)
+
+
+def _drop(parameters: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

@@ -1,0 +1,89 @@
+"""What has to be known of one optimizer, whoever wrote it, before its steps can be guarded."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_adaclip.errors import ClippingDefeatedError
+
+Path = Literal["device", "scaler", "host"]
+_DEVICE_SKIP = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside `AcceleratedOptimizer` wrappers, which do not forward attributes.
+
+    Raises:
+        TypeError: There is no `torch.optim.Optimizer` inside.
+    """
+    inner = optimizer
+    while not isinstance(inner, torch.optim.Optimizer) or hasattr(inner, "accelerator_state"):
+        deeper = getattr(inner, "optimizer", None)
+        if deeper is None or deeper is inner:
+            raise TypeError(
+                f"`optimizer` must be a torch.optim.Optimizer, possibly prepared by Accelerate, but is "
+                f"{type(optimizer).__name__} instead."
+            )
+        inner = deeper
+    return inner
+
+
+def copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def moves(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step just made had gradients and a rate: without, it only builds state (FSDP2 does that as it loads a checkpoint)."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    still = all(not isinstance(rate, Tensor) and rate == 0 for rate in rates)
+    return not still and any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+def without_parameters(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimizer with nothing to step on; what it sets on itself is lost."""
+    stand_in: torch.optim.Optimizer = object.__new__(type(optimizer))
+    stand_in.__dict__.update(vars(optimizer), param_groups=[], state=defaultdict(dict))
+    return stand_in
+
+
+def choose_path(optimizer: torch.optim.Optimizer, scaler: bool) -> tuple[Path, str]:
+    name = type(optimizer).__name__
+    if scaler:
+        return "scaler", "a GradScaler is active and skips overflowing steps by itself"
+    if type(optimizer) not in _DEVICE_SKIP:
+        return "host", f"{name} cannot skip a step on the device; one flag is read by the host per step"
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        return "host", f"{name} is not fused; one flag is read by the host per step (`fused=True` avoids it)"
+    return "device", f"fused {name} skips a step on the device; the host reads nothing"
+
+
+def watched(
+    closure: Callable[[], Any], optimizer: torch.optim.Optimizer, clipped_within: Callable[[], bool]
+) -> Callable[[], Any]:
+    """A closure that is found out when it computes the gradients anew after they were clipped.
+
+    Args:
+        closure: What `optimizer.step` was given.
+        optimizer: The optimizer.
+        clipped_within: Whether the closure has had its gradients clipped itself.
+    """
+
+    def call() -> Any:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
+        value = closure()
+        anew = any(
+            p.grad is not None and (p.grad is not grad or p.grad._version != version)
+            for p, (grad, version) in zip(parameters, before, strict=True)
+        )
+        if anew and not clipped_within():
+            raise ClippingDefeatedError(
+                "`closure` must leave the gradients as `clip_` left them, but it has computed them anew in `optimizer.step(closure)`. "
+                "Call `clip_` in the closure, after `backward`, or call `optimizer.step()` without it."
+            )
+        return value
+
+    return call

@@ -1,0 +1,79 @@
+"""What somebody probably meant: near names, and what methods known by other names are called here."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Final
+
+OTHER_NAMES: Final[dict[str, str]] = {
+    "zclip": "'zscore', or with its own arguments `AdaptiveClipConfig.from_zclip(...)`",
+    "autoclip": "'percentile', or with its own arguments `AdaptiveClipConfig.from_autoclip(...)`",
+    "quantileclip": "'percentile', or with its own arguments `AdaptiveClipConfig.from_autoclip(...)`",
+    "percentileclipping": "'percentile', or `AdaptiveClipConfig.from_bitsandbytes_percentile(...)`",
+    "bitsandbytes": "'percentile', or `AdaptiveClipConfig.from_bitsandbytes_percentile(...)`",
+    "trellis": "'percentile' with `percentile_capped=True`",
+    "adagc": "'ema_ratio'",
+    "ema": "'ema_ratio'",
+    "agc": "'weight_ratio'",
+    "nfnet": "'weight_ratio'",
+    "unitwise": "'weight_ratio'",
+    "icefall": "'median'",
+    "scaledadam": "'median'",
+    "zipformer": "'median'",
+    "olmo": "'mean_sd'",
+    "olmocore": "'mean_sd'",
+    "skipstep": "'mean_sd'",
+    "skipstepoptimizer": "'mean_sd'",
+    "lingvo": "'log_zscore'",
+    "gradnormtracker": "'log_zscore'",
+    "spam": "'second_moment'",
+    "adamwclip": "'second_moment'",
+    "dp": "'quantile'",
+    "adaclip": "'adaptive', this package's own, or 'quantile' (adaptive clipping as in differential privacy)",
+    "hfadaclip": "'adaptive'",
+    "auto": "'adaptive'",
+    "default": "'adaptive'",
+    "constant": "'static'",
+    "fixed": "'static'",
+    "norm": "'static'",
+    "gradnorm": "'static'",
+    "maxgradnorm": "'static'",
+    "clipgradnorm": "'static'",
+    "stock": "'static', or the Trainer of transformers as it is",
+    "none": "'static' with a `static_threshold` that never acts, or the Trainer of transformers as it is",
+    "off": "'static' with a `static_threshold` that never acts, or the Trainer of transformers as it is",
+}
+"""Methods by the names that they have elsewhere, in small letters without signs."""
+
+
+def near(name: object, names: Iterable[str], quote: str = "`") -> str:
+    """A hint at the nearest of some names, as a sentence with a space before it; empty where none is near.
+
+    Args:
+        name: What was given.
+        names: What there is.
+        quote: Stands around the name.
+    """
+    known = {_plain(n): n for n in sorted(names, reverse=True)}
+    found = difflib.get_close_matches(_plain(str(name)), list(known), n=1)
+    return f" Did you mean {quote}{known[found[0]]}{quote}?" if found else ""
+
+
+def near_controller(name: object, names: Iterable[str]) -> str:
+    """The same for the name of a controller, by its name elsewhere too."""
+    other = OTHER_NAMES.get(_plain(str(name)))
+    if other is not None:
+        return f" {name} is here {other}."
+    return near(name, names, "'")
+
+
+def near_flag(flag: str, flags: Iterable[str]) -> str:
+    """The same for a flag of the command line, with or without a value behind `=`."""
+    given, known = flag.split("=", 1)[0], list(flags)
+    # Parsers of transformers know every flag twice, with - and with _: it is told as it was meant.
+    alike = [f for f in known if ("-" in f.lstrip("-")) == ("-" in given.lstrip("-"))]
+    return near(given, alike) or near(given, known)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

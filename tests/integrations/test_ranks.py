@@ -1,0 +1,21 @@
+"""Ranks that do not decide alike are stopped, wherever it is known that they have to; those that do are left alone."""
+
+import pytest
+
+from tests.integrations import launching
+
+
+@pytest.mark.parametrize(
+    ("kind", "lane", "stops"),
+    [
+        ("alike", "host", None),
+        ("larger", "host", 100),
+        ("larger", "device", 119),
+        ("one-nan", "host", 100),
+        ("plain", "host", 100),
+    ],
+)
+def test_ranks_that_decide_otherwise_are_stopped_within_fifty_steps(kind, lane, stops, tmp_path):
+    """In host memory at the comparison itself, on a device when the rows are read."""
+    ranks = launching.launch("tests.integrations.ranks_worker", [kind, lane], tmp_path / "two")
+    assert [rank["stopped"] for rank in ranks] == [stops, stops]
