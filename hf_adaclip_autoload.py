@@ -57,7 +57,7 @@ class _WatchedSpec(ModuleSpec):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "_initializing" and not value:
-            self.__class__ = ModuleSpec
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
             module = sys.modules.get(self.name)
             if module is not None and hasattr(module, "Trainer"):
                 _hook(module)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple
 
 from transformers import Trainer
@@ -24,14 +25,15 @@ def find_train_begin(trainer: Trainer) -> TrainBegin | None:
 
     The Trainer keeps neither on itself: which event it is at, and which checkpoint it resumes from, only its frames know.
     """
-    frame, beginning = sys._getframe(1), False
+    frame: FrameType | None = sys._getframe(1)
+    beginning = False
     while frame is not None:
         name, local = frame.f_code.co_name, frame.f_locals
         if name == "on_train_begin" and local.get("self") is trainer.callback_handler:
             beginning = True
         elif beginning and name == "_inner_training_loop" and "resume_from_checkpoint" in local:
             return TrainBegin(local["resume_from_checkpoint"], local.get("trial"))
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

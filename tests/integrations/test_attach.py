@@ -1,6 +1,7 @@
 """`attach` to a Trainer with a life of its own: in `on_train_begin`, and over methods that somebody has put on the object."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ CONFIG = AdaptiveClipConfig(warmup_observations=6, ceiling_share=1.0, max_pace=4
 class Attaches(TrainerCallback):
     """As a callback of some tool does, which is given the Trainer before it is built."""
 
-    trainer = None
+    trainer: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not isinstance(self.trainer, AdaptiveClipMixin):
@@ -84,7 +85,7 @@ def test_over_a_clipping_on_the_object_ours_acts_and_that_is_said(before, tmp_pa
     class Replaced(Trainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self._clip_grad_norm = self.theirs
+            vars(self)["_clip_grad_norm"] = self.theirs
 
         def theirs(self, model):
             raise AssertionError("not called any more")

@@ -37,7 +37,14 @@ def environment(*site, **variables):
     """The variables of this process without ours; `site` are folders to be put on the path."""
     path = os.pathsep.join([*map(str, site), str(ROOT), os.environ.get("PYTHONPATH", "")])
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_ADACLIP")}
-    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    programs = os.pathsep.join([str(Path(PYTHON).parent), os.environ.get("PATH", "")])
+    own = {
+        "PATH": programs,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+    }
     return {**kept, **own, **variables}
 
 

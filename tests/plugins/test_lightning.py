@@ -8,6 +8,7 @@ import torch
 pl = pytest.importorskip("lightning.pytorch", reason="needs Lightning: make test-plugins")
 # ruff: noqa: E402
 from lightning.fabric import Fabric
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 
@@ -76,7 +77,7 @@ def test_a_step_that_is_not_finite_is_left_out_without_a_trace(tmp_path, precisi
         return
     seen = []
 
-    class Look(pl.Callback):
+    class Look(Callback):
         def on_train_batch_end(self, trainer, module, *args):
             state = trainer.optimizers[0].state[module.net[0].weight]
             seen.append((flat(module), state["exp_avg"].clone(), float(state["step"])))
@@ -177,7 +178,7 @@ def test_metrics_reach_the_logger(tmp_path):
 
 
 def test_what_grows_again_after_clipping_is_found(tmp_path):
-    class Undo(pl.Callback):
+    class Undo(Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             for p in module.parameters():
                 p.grad.mul_(100)
