@@ -39,7 +39,7 @@ from hf_adaclip.gradients.norms import Parameters, as_tensors
 from hf_adaclip.gradients.reach import check_rates
 from hf_adaclip.lifetime import detach, let_go, weakly
 from hf_adaclip.per_parameter import PerParameter
-from hf_adaclip.ranks import RankCheck
+from hf_adaclip.ranks import RankCheck, world_size
 from hf_adaclip.recorder import is_rank_zero
 from hf_adaclip.run import Run
 from hf_adaclip.selftest import FirstStepCheck, check_on_a_copy
@@ -175,7 +175,8 @@ class AdaptiveClipper:
 
         Args:
             parameters: Any iterable of parameters, or one tensor.
-            loss: Training loss of this step, one real number. Recorded; needed by `divergence_spreads`.
+            loss: Training loss of this step, one real number: evidence of progress for `adaptive`, needed by `divergence_spreads`. Over
+                several ranks it counts where they are known: by `accelerator`, or by `model` in `DistributedDataParallel`.
             measure: Whether to measure and record the norm that really reaches the optimizer (one more read of the gradients, on
                 the device). By default once in 50 steps.
 
@@ -264,9 +265,13 @@ class AdaptiveClipper:
         return RankCheck(groups[0]) if groups else None
 
     def _observe(self, loss: Tensor | float | None, device: torch.device) -> Value:
-        if loss is None and self.config.looks_at_loss:
+        if loss is None and self.config.divergence_spreads > 0:
             self.alerts.warn_once("`divergence_spreads` > 0 needs the training loss: call `clip_(..., loss=loss)`.")
-        return observe_loss(loss, device, self._run.ops, average=self.config.looks_at_loss)
+        average = self.config.looks_at_loss
+        if average and not (self._port or self._run.ranks or self.config.divergence_spreads > 0) and world_size() > 1:
+            # Ranks that see different losses would decide differently, and who they are is not known here: some may have no clipper.
+            average, loss = False, None
+        return observe_loss(loss, device, self._run.ops, average=average)
 
     def _measure(self, gradients: list[Tensor]) -> None:
         assert self._run.recorder is not None

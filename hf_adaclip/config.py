@@ -205,7 +205,14 @@ class AdaptiveClipConfig(HyperParameters):
     @property
     def looks_at_loss(self) -> bool:
         """Whether decisions depend on the training loss; then all ranks have to see the same one."""
-        return self.divergence_spreads > 0
+        return self.divergence_spreads > 0 or any(CONTROLLERS[name].looks_at_loss for name in self._controllers)
+
+    @property
+    def _controllers(self) -> set[str]:
+        """Names of all controllers that decide, those of `parameter_rules` among them."""
+        rules = self.parameter_rules if isinstance(self.parameter_rules, dict) else {}
+        own = (rule if isinstance(rule, str) else rule.get("controller", self.controller) for rule in rules.values())
+        return {self.controller, *own} & set(CONTROLLERS)
 
     def resolved(self) -> "AdaptiveClipConfig":
         """The same with 'auto' granularity spelled out: what runs, ledgers and checkpoints go by.

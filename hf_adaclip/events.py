@@ -47,6 +47,7 @@ _KINDS: Final[dict[Reason, Kind]] = {
     Reason.LIMIT_CEILING: "limit",
     Reason.LIMIT_WIDENING: "limit",
     Reason.HELD: "held",
+    Reason.BOUNDED: "clipped",
     Reason.CLIPPED: "clipped",
     Reason.SPIKE: "spike",
     Reason.FALLBACK: "fallback",
@@ -143,6 +144,7 @@ class _Run:
     cut: int = 0
     out: int = 0
     shadow: bool = False
+    spoiled: bool = False
 
     def event(self) -> ClipEvent | None:
         if self.kind == "widened" and not self.after > self.before:
@@ -159,7 +161,7 @@ class _Run:
             return ""
         if self.shadow and code != Reason.NONFINITE.name:
             return _SHADOW
-        if code == Reason.TROUBLE_STATISTICS.name and math.isnan(self.after):
+        if self.spoiled:
             return "The gradient was multiplied by what is no number."
         if self.out == steps:
             return f"The step was {_LEFT_OUT}" if steps == 1 else f"The {steps} steps were {_LEFT_OUT}"
@@ -236,6 +238,7 @@ class EventTracker:
             quantity: Quantity = "threshold" if by_threshold and kind != "spike" else "norm"
             now = _Run(kind, reason.name, cause, quantity, step, step, *values, shadow=self._shadow)
             now.cut, now.out = int(finite and 0 < coefficient < 1), int(not finite or coefficient == 0)
+            now.spoiled = math.isnan(coefficient)
             yield from self._step(now)
         else:
             yield from self._end("_run")

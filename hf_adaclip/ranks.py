@@ -18,6 +18,12 @@ TOLERANCE: Final = 1e-3
 """Relative difference that rounding on unlike devices explains."""
 
 
+def world_size() -> int:
+    """How many processes train together, as torch knows it."""
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if known else 1
+
+
 class RankCheck:
     """Compares decisions over ranks.
 

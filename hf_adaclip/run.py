@@ -20,7 +20,7 @@ from hf_adaclip.audit.records import (
 from hf_adaclip.checkpoint import BESIDE, read_state, write_state
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Decision, Observation, build_controller
-from hf_adaclip.controllers.ops import Ops, Value, ops_for
+from hf_adaclip.controllers.ops import SCALAR, Ops, Value, ops_for
 from hf_adaclip.controllers.states import Keeping, carry_over
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.events import ClipEvent
@@ -73,6 +73,11 @@ class Run:
         if self._state is None:
             return dict(self._loaded or {})
         return state_fields(self._state)
+
+    @property
+    def start_threshold(self) -> Value:
+        """What rules before the first norm is known: the static threshold, within the limits."""
+        return self._keeping.controller.start_threshold(SCALAR(self.static_threshold), SCALAR)
 
     @property
     def ceiling_held(self) -> bool | None:

@@ -132,12 +132,12 @@ def test_to_dict_is_json():
 def test_types_and_ranges_and_pairs_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         AdaptiveClipConfig(
-            decay="a lot",  # type: ignore[arg-type]
+            decay="a lot",
             max_pace=0.5,
             near_width=9.0,
             min_threshold=2.0,
             max_threshold=1.0,
-            shadow=1,  # type: ignore[arg-type]
+            shadow=1,
             fold="nevr",
             on_trouble="stop",
         )
@@ -159,7 +159,7 @@ def test_types_and_ranges_and_pairs_are_reported_together():
 def test_every_field_of_the_wrong_type_is_named():
     fields = AdaptiveClipConfig.__dataclass_fields__
     with pytest.raises(ConfigError) as caught:
-        AdaptiveClipConfig(**dict.fromkeys(fields, object()))  # type: ignore[arg-type]
+        AdaptiveClipConfig(**dict.fromkeys(fields, object()))
 
     assert [p.split("`")[1] for p in caught.value.problems] == list(fields)
 
@@ -279,7 +279,7 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_field():
 def test_a_parser_may_be_followed_by_a_flag_that_names_the_controller():
     from transformers import HfArgumentParser
 
-    (config,) = HfArgumentParser(AdaptiveClipConfig).parse_args_into_dataclasses(["--median_factor", "3"])  # type: ignore[arg-type]
+    (config,) = HfArgumentParser(AdaptiveClipConfig).parse_args_into_dataclasses(["--median_factor", "3"])
     chosen = AdaptiveClipConfig.from_dict({**config.to_dict(), "controller": "median"})
 
     assert chosen.median_factor == 3

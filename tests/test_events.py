@@ -179,7 +179,7 @@ def test_a_spike_between_two_log_lines_is_in_the_log_and_in_the_metrics(caplog):
     assert first["clip/coefficient"] < 0.05
     assert (first["clip/spikes"], first["clip/spikes_total"]) == (1, 1)
     assert (second["clip/spikes"], second["clip/spikes_total"]) == (0, 1)
-    assert second["clip/coefficient"] == 1
+    assert second["clip/coefficient"] > 10 * first["clip/coefficient"]
     assert clipper.metrics() == second  # no step since: the last window again
     assert len([r for r in caplog.records if "step 40: spike" in r.message]) == 1
 

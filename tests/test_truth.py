@@ -30,6 +30,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "cutting": {"on_spike": "clip"},
     "budget": {"max_skipped": 1},
     "fallback": {"max_skipped": 1, "on_trouble": "fallback", "max_threshold": 0.4, "min_threshold": 0.01},
+    "fallback without limits": {"max_skipped": 1, "on_trouble": "fallback"},
     "divergence": {"divergence_spreads": 0.01, "divergence_steps": 3},
     "shadow": {"shadow": True},
     "scaled": {},
@@ -131,7 +132,7 @@ def reaching(r):
 # What each reason's sentence says in numbers, of a step that is judged as a whole.
 CLAIMS = {
     Reason.WITHIN: lambda r, c: r.norm <= r.threshold * (1 + 1e-5),
-    Reason.WIDENED: lambda r, c: (r.state.width > r.before.width) and r.norm <= r.threshold * (1 + 1e-5),
+    Reason.WIDENED: lambda r, c: r.threshold > r.before.quiet and r.norm <= r.threshold * (1 + 1e-5),
     Reason.FROZEN: lambda r, c: r.step >= c.freeze_after and r.norm <= r.threshold * (1 + 1e-5),
     Reason.WARMUP: lambda r, c: close(r.threshold, r.static) and r.before.count < WARMUP,
     Reason.VANISHING: lambda r, c: r.norm == 0 or r.norm < r.before.level,
@@ -140,15 +141,17 @@ CLAIMS = {
     Reason.LIMIT_CEILING: lambda r, c: close(r.threshold, c.max_threshold),
     Reason.LIMIT_WIDENING: lambda r, c: any(
         close(r.threshold, float(edge) * factor)
-        for edge, factor in (
-            (r.before.oversight_edge, c.max_widening_step),
-            (r.before.oversight_anchor, c.max_widening_100),
+        for factor, edges in (
+            (c.max_widening_step, [r.before.oversight_edge]),
+            (c.max_widening_100, [*r.before.oversight_floors, *r.state.oversight_floors]),
         )
+        for edge in edges
     ),
     Reason.HELD: lambda r, c: r.norm > r.static and close(r.threshold, r.static),
+    Reason.BOUNDED: lambda r, c: r.norm > r.threshold,
     Reason.CLIPPED: lambda r, c: reaching(r),
     Reason.SPIKE: lambda r, c: r.norm > r.before.level and reaching(r),
-    Reason.FALLBACK: lambda r, c: close(r.threshold, clamped(r, c)) or close(r.threshold, r.static),
+    Reason.FALLBACK: lambda r, c: close(r.threshold, clamped(r, c)),
     Reason.SCALER_SKIPPED: lambda r, c: left_out(r) and same_state(r),
     Reason.NONFINITE: lambda r, c: not math.isfinite(r.norm) and same_state(r),
     Reason.TROUBLE_STATISTICS: lambda r, c: not 0 < r.threshold < math.inf,
@@ -160,7 +163,7 @@ CLAIMS = {
 SPLIT_CLAIMS = {
     Reason.NONFINITE: lambda r, c: not math.isfinite(r.norm),
     Reason.HELD: lambda r, c: (r.norms > r.static).any(),
-    Reason.WIDENED: lambda r, c: (r.state.width > r.before.width).any(),
+    Reason.WIDENED: lambda r, c: (r.state.level > 0).any(),  # which threshold, of many, is not in the row
     Reason.VANISHING: lambda r, c: (r.norms == 0).any() or (r.norms < r.before.level).any(),
 }
 

@@ -31,7 +31,8 @@ _TEMPLATE = """<!doctype html>
   table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; width: 100%; }
   th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--line); }
   th { white-space: nowrap; }
-  th:first-child, td:first-child, td.words, th.words { text-align: left; } td { overflow-wrap: break-word; }
+  th:first-child, td:first-child, td.words, th.words { text-align: left; }
+  td { overflow-wrap: break-word; }
   td.words { min-width: 200px; } td.words, table.facts td { overflow-wrap: anywhere; }
   table.facts td { text-align: left; } table.facts td:first-child { width: 14rem; color: var(--soft); }
   th { color: var(--soft); font-weight: 600; position: sticky; top: 0; background: var(--ground); }

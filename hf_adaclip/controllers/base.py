@@ -31,15 +31,16 @@ class Reason(enum.IntEnum):
     LIMIT_CEILING = 7
     LIMIT_WIDENING = 8
     HELD = 9
-    CLIPPED = 10
-    SPIKE = 11
-    FALLBACK = 12
-    SCALER_SKIPPED = 13
-    NONFINITE = 14
-    TROUBLE_STATISTICS = 15
-    TROUBLE_DIVERGENCE = 16
-    TROUBLE_BUDGET = 17
-    SKIPPED = 18  # out of order: only a step as a whole is skipped
+    BOUNDED = 10
+    CLIPPED = 11
+    SPIKE = 12
+    FALLBACK = 13
+    SCALER_SKIPPED = 14
+    NONFINITE = 15
+    TROUBLE_STATISTICS = 16
+    TROUBLE_DIVERGENCE = 17
+    TROUBLE_BUDGET = 18
+    SKIPPED = 19  # out of order: only a step as a whole is skipped
 
     @property
     def sentence(self) -> str:
@@ -60,7 +61,7 @@ class Reason(enum.IntEnum):
 # Each says why, and claims nothing that the reason alone does not settle: what became of the gradient is in the row (see `events`).
 _SENTENCES = {
     Reason.WITHIN: "The norm is inside the range.",
-    Reason.WIDENED: "The norm is inside the range, and the width of the range grew by `widen_step` spreads.",
+    Reason.WIDENED: "The norm is inside the range, which is a little wider than in the last step that was left as it was.",
     Reason.FROZEN: "The controller is frozen: it has stopped adapting, and the norm is inside the range that it kept.",
     Reason.WARMUP: "The controller is still learning what is normal; the static threshold rules.",
     Reason.VANISHING: "The norm is zero or fell below the range; the step is flagged as vanishing.",
@@ -68,7 +69,8 @@ _SENTENCES = {
     Reason.LIMIT_FLOOR: "A threshold below `min_threshold` was asked for; the floor holds.",
     Reason.LIMIT_CEILING: "A threshold above `max_threshold` was asked for; the ceiling holds.",
     Reason.LIMIT_WIDENING: "A threshold was asked for that `max_widening_step` or `max_widening_100` does not allow yet; the limit holds.",
-    Reason.HELD: "The norm is inside the range, but above the static threshold, which holds there as well.",
+    Reason.HELD: "The norm is above the static threshold, which is what holds here.",
+    Reason.BOUNDED: "The norm is above the bound that the given level, the loss and the static threshold set.",
     Reason.CLIPPED: "The norm is at or above the threshold.",
     Reason.SPIKE: "The norm left the range upward.",
     Reason.FALLBACK: "The controller was put aside after trouble; the static threshold rules, within the limits that are set.",
@@ -91,6 +93,7 @@ _PHASES = {
     Reason.LIMIT_CEILING: "limited",
     Reason.LIMIT_WIDENING: "limited",
     Reason.HELD: "held",
+    Reason.BOUNDED: "limited",
     Reason.CLIPPED: "unstable",
     Reason.SPIKE: "unstable",
     Reason.FALLBACK: "fallback",
@@ -176,6 +179,9 @@ class Controller(Generic[State]):
         fine: It bounds single units or elements (see `FineController`).
         granularities: On what it can work, the usual one first.
         skips: By default a step that it would cut is left out instead (see `SkippingController`).
+        looks_at_loss: Decisions depend on the training loss; then all ranks have to see the same one.
+        revision: Which version of its rule this is; ledgers and states of an older one are recognised by it.
+        new_fields: Fields of the state that older state files lack; a missing one takes its value from `init`.
     """
 
     idea: ClassVar[str]
@@ -187,6 +193,9 @@ class Controller(Generic[State]):
     fine: ClassVar[bool] = False
     skips: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("global", "module", "tensor")
+    looks_at_loss: ClassVar[bool] = False
+    revision: ClassVar[int] = 1
+    new_fields: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def of_the_run(self) -> frozenset[str]:
@@ -202,6 +211,10 @@ class Controller(Generic[State]):
         """The state before the first step, for norms of this shape."""
         raise NotImplementedError
 
+    def start_threshold(self, static_threshold: Value, ops: Ops) -> Value:
+        """What rules before the first norm is known."""
+        return static_threshold
+
     def update(self, state: State, observation: Observation) -> tuple[Decision, State]:
         """Decide on one step from what came before it, then learn a bounded version of what was seen."""
         raise NotImplementedError
@@ -213,11 +226,19 @@ def is_finite_norm(norm: Value, ops: Ops) -> Value:
 
 
 def coefficient_of(norm: Value, threshold: Value, ops: Ops) -> Value:
-    """`min(1, threshold / (norm + 1e-6))`, rounded as `torch.nn.utils.clip_grads_with_norm_` rounds it.
+    """`min(1, threshold / (norm + 1e-6))`, rounded as `torch.nn.utils.clip_grads_with_norm_` rounds it: what the static threshold does.
 
     torch divides a Python number by a tensor as number times reciprocal, which is not the same last bit as a division.
     """
     return ops.minimum(ops(1.0) / (norm + ops(CLIP_EPS)) * threshold, ops(1.0))
+
+
+def cut_to(norm: Value, threshold: Value, ops: Ops) -> Value:
+    """`threshold / norm` where the norm is above the threshold, else exactly 1: what a controller does with a threshold of its own.
+
+    Nothing is added to the norm: 1e-6 is much where norms are small, and would scale what is inside the range.
+    """
+    return ops.where(norm > threshold, threshold / norm, ops(1.0))
 
 
 def decide_by_threshold(
@@ -239,7 +260,8 @@ def decide_by_threshold(
     finite = is_finite_norm(norm, ops)
     usable = finite & (norm > ops(0.0))
     threshold = ops.where(warm, static_threshold, threshold)
-    coefficient = ops.where(finite, coefficient_of(norm, threshold, ops), ops(1.0))
+    own, stock = cut_to(norm, threshold, ops), coefficient_of(norm, static_threshold, ops)
+    coefficient = ops.where(finite, ops.where(warm, stock, own), ops(1.0))
     reason = ops.where(coefficient < ops(1.0), ops(float(Reason.CLIPPED)), ops(float(Reason.WITHIN)))
     reason = ops.where(warm, ops(float(Reason.WARMUP)), reason)
     reason = ops.where(usable, reason, ops(float(Reason.VANISHING)))

@@ -54,6 +54,7 @@ class EmaRatioController(Controller[EmaRatioState]):
     source: ClassVar[str] = "AdaGC, Wang et al. 2025"
     choose: ClassVar[str] = "to repeat AdaGC in pre-training; never where norms rise for good"
     granularities: ClassVar[tuple[str, ...]] = ("tensor", "module", "global")
+    revision: ClassVar[int] = 2
 
     ema_factor: float = 1.05
     ema_decay: float = 0.98

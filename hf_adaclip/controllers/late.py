@@ -5,9 +5,9 @@
     D_t, s  = the controller's own decision on n_t, and its state after it
     E_t     = threshold of the controller from state s, were a norm like min(n_t, D_t.threshold) to come again
 
-E_0 is the static threshold. A step that is not finite teaches nothing, so E_t = E_{t-1} there. What the controller learns is the same
-as without the delay; only what is applied is older. So a spike is bounded by the edge of the range, not cut back to its level: the
-engine has to be told one number for calm steps and spikes alike.
+E_0 is the static threshold, within the limits. A step that is not finite teaches nothing, so E_t = E_{t-1} there. What the controller
+learns is the same as without the delay; only what is applied is older. So a spike is bounded by the edge of the range, not cut back to
+its level: the engine has to be told one number for calm steps and spikes alike.
 """
 
 from collections import namedtuple
@@ -33,8 +33,13 @@ class LateController(Controller[Any]):
     """
 
     paces: ClassVar[bool] = False
+    revision: ClassVar[int] = 2
 
     inner: Controller[Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "new_fields", self.inner.new_fields)
+        object.__setattr__(self, "revision", max(self.inner.revision, type(self).revision))
 
     @property
     def of_the_run(self) -> frozenset[str]:
@@ -55,7 +60,8 @@ class LateController(Controller[Any]):
         one = ops(1.0)
         finite = is_finite_norm(norm, ops)
         known = abs(state.late_threshold) < ops(float("inf"))
-        threshold = ops.where(known, state.late_threshold, observation.static_threshold)
+        start = self.inner.start_threshold(observation.static_threshold, ops)
+        threshold = ops.where(known, state.late_threshold, start)
         own, after = self.inner.update(self._inner_type(*state[:-1]), observation)
         again = observation._replace(norm=ops.minimum(norm, own.threshold))
         ahead, _ = self.inner.update(after, again)
@@ -65,10 +71,10 @@ class LateController(Controller[Any]):
         reason = own.reason
         clipped, spike = ops(float(Reason.CLIPPED)), ops(float(Reason.SPIKE))
         # What the controller says of a gradient that it would have cut is not so when the engine did not cut it, and the other way round.
-        held = reason == ops(float(Reason.HELD))
-        quiet = (reason < clipped) & (reason != ops(float(Reason.WARMUP))) & ~held
-        reason = ops.where(cut & quiet, clipped, reason)
-        uncut = ~cut & ((reason == clipped) | (reason == spike) | held)
-        reason = ops.where(uncut, ops(float(Reason.WITHIN)), reason)
+        bounded = (reason == ops(float(Reason.HELD))) | (reason == ops(float(Reason.BOUNDED)))
+        quiet = (reason < clipped) & (reason != ops(float(Reason.WARMUP))) & ~bounded
+        # Nor is what it says of a range that was widened: the engine was told of it a step before.
+        uncut = ~cut & ((reason == clipped) | (reason == spike) | bounded | (reason == ops(float(Reason.WIDENED))))
+        reason = ops.where(cut & quiet, clipped, ops.where(uncut, ops(float(Reason.WITHIN)), reason))
         told = ops.where(finite, ahead.threshold, threshold)
         return Decision(threshold, coefficient, own.pace, reason), _state_type(after._fields)(*after, told)

@@ -66,6 +66,7 @@ class LogZScoreController(Controller[LogZScoreState]):
     source: ClassVar[str] = "lingvo, GradNormTracker"
     choose: ClassVar[str] = "when bad batches should leave no trace at all"
     skips: ClassVar[bool] = True
+    revision: ClassVar[int] = 2
 
     log_width: float = 4.0
     log_decay: float = 0.995

@@ -13,7 +13,8 @@ Differs from OLMo-core in:
    blocks the method for a whole window;
 3. a step that is left out moves nothing at all; there the update is multiplied by 0, and 0 * NaN is NaN in the moments;
 4. until `warmup_observations` norms are known (64 there) the static threshold rules, where OLMo-core does nothing;
-5. the state is in the checkpoint; there each resumption starts with an empty window.
+5. the state is in the checkpoint; there each resumption starts with an empty window;
+6. a standard deviation below a thousandth of the mean counts as that: a norm that is constant is never left out.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ from typing import ClassVar
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.ops import Ops, Shape, ops_of
-from hf_adaclip.controllers.window import Window, empty_window, moments_of, remember
+from hf_adaclip.controllers.window import Window, empty_window, mean_and_sd, remember
+
+MIN_SD = 1e-3
+"""Smallest standard deviation, as part of the mean."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class MeanSdController(Controller[Window]):
     source: ClassVar[str] = "OLMo-core, SkipStepOptimizer"
     choose: ClassVar[str] = "as log_zscore, if you come from OLMo-core"
     skips: ClassVar[bool] = True
+    revision: ClassVar[int] = 2
 
     sd_width: float = 6.0
     sd_window: int = 128
@@ -55,8 +60,8 @@ class MeanSdController(Controller[Window]):
     def update(self, state: Window, observation: Observation) -> tuple[Decision, Window]:
         norm = observation.norm
         ops = ops_of(norm)
-        mean, variance = moments_of(state, ops)
-        bound = mean + ops(self.sd_width) * ops.sqrt(variance)
+        mean, sd = mean_and_sd(state, ops)
+        bound = mean + ops(self.sd_width) * ops.maximum(sd, ops(MIN_SD) * mean)
         warm = state.count < ops(float(self.warmup_observations))
         decision, usable = decide_by_threshold(norm, bound, observation.static_threshold, warm=warm, ops=ops)
         return decision, remember(state, ops.where(warm, norm, ops.minimum(norm, bound)), usable, ops)

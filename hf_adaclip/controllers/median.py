@@ -1,7 +1,7 @@
 """`median`: a multiple of the running median.
 
     threshold_t = factor * median(n_{t-1}, ..., n_{t-W})
-    coefficient = min(1, threshold / (n_t + 1e-6))
+    coefficient = min(1, threshold / n_t)
 
 Source: `ScaledAdam` of k2-fsa/icefall (`clipping_scale`; factor 2, W = 100 there and here), the optimizer of the Zipformer recipes, Yao
 et al. 2024 (arXiv 2310.11230). Half of the window has to be far away before the median follows, so spikes do not move it, and a lasting
@@ -42,6 +42,7 @@ class MedianController(Controller[Window]):
     idea: ClassVar[str] = "twice the running median"
     source: ClassVar[str] = "icefall, ScaledAdam"
     choose: ClassVar[str] = "a plain guard that a spike cannot move"
+    revision: ClassVar[int] = 2
 
     median_factor: float = 2.0
     median_window: int = 100

@@ -46,6 +46,12 @@ class MixedController(Controller[Any]):
     parts: tuple[Part, ...]
     max_pace: float = 1.0
 
+    def __post_init__(self) -> None:
+        made = [(i, part.controller) for i, part in enumerate(self.parts) if part.controller is not None]
+        fields = frozenset(f"part{i}_{name}" for i, controller in made for name in controller.new_fields)
+        object.__setattr__(self, "new_fields", fields)
+        object.__setattr__(self, "revision", max((controller.revision for _, controller in made), default=1))
+
     @cached_property
     def _types(self) -> list[Any]:
         return [None if p.controller is None else type(p.controller.init(SCALAR, ())) for p in self.parts]

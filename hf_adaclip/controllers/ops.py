@@ -21,6 +21,9 @@ Value: TypeAlias = Any
 
 Shape: TypeAlias = tuple[int, ...]
 
+SMALLEST_NORMAL: Final = 2.0**-126
+"""Below it float32 has fewer digits; norms that small are counted as this one where a level is learned."""
+
 # The parts of a float32: exponent bias, bits of the fraction, and the bits of 1.0.
 _BIAS, _FRACTION, _ONE = 127, 0x007FFFFF, 0x3F800000
 

@@ -1,14 +1,14 @@
 """Limits around any controller: what it may not do, when it stops adapting, and when it is put aside.
 
     freeze      from step F on the controller's state stays as it is
-    floor/ceil  T_t = min(max(T_t, min_threshold), max_threshold)
-    widening    T_t <= W * E,  E the edge of the last step that was not cut back; T_t <= W100 * A, A the edge at the last multiple of 100
-                steps (both from the end of the warm-up on)
-    divergence  m_t = 0.9 m_{t-1} + 0.1 loss_t;  dev_t likewise of |loss_t - m_{t-1}|;  best_t = min over m;
-                bad_t = bad_{t-1} + 1 while m_t > best_t + k dev_t, else 0;  trouble when bad_t >= M
+    floor/ceil  T_t = min(max(T_t, min_threshold), max_threshold), in every step: in the warm-up and after a fallback too
+    widening    T_t <= W * E,  E the threshold of the last step that was not cut back from a spike; T_t <= W100 * A, A the smallest such
+                threshold of the last 100 to 109 steps (both from the end of the warm-up on)
+    divergence  bad_t = bad_{t-1} + 1 while the loss is more than k spreads, and a fifth, above its best (`trend.py`), else 0; trouble
+                when bad_t >= M. A loss that is not finite changes nothing
     budget      trouble when more than B steps have been left out
     statistics  trouble when a threshold is not a positive finite number
-    fallback    from the step of trouble on (policy `fallback`): T_t = static threshold, pace 1
+    fallback    from the step of trouble on (policy `fallback`): T_t = static threshold, within the limits; pace 1
 
 All of it is state in, state out, on the device, so that it is recorded, verified and replayed like the controller's own decisions.
 """
@@ -18,12 +18,25 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, ClassVar, NamedTuple
 
-from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason, coefficient_of, is_finite_norm
+from hf_adaclip.controllers.base import (
+    Controller,
+    Decision,
+    Observation,
+    Reason,
+    coefficient_of,
+    cut_to,
+    is_finite_norm,
+)
 from hf_adaclip.controllers.ops import SCALAR, Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.trend import LossTrend, far_from_best, follow_loss, known_trend
 
-_OF_THE_NORM = ("edge", "anchor")  # the others go on when the set of parameters changes
-LOSS_DECAY = 0.9
-BLOCK = 100
+_OF_THE_NORM = ("edge", "floors")  # the others go on when the set of parameters changes
+
+SLACK = 0.2
+"""Part of the best loss that is never far above it: a restart of the learning rate or a harder stretch of data is no divergence."""
+
+BLOCK, BLOCKS = 10, 11
+"""The smallest threshold is kept for each of the last 11 blocks of 10 steps, the present one among them: at least 100 steps back."""
 
 
 class OversightState(NamedTuple):
@@ -32,17 +45,16 @@ class OversightState(NamedTuple):
     Attributes:
         steps: Steps seen, those left out among them.
         edge: Threshold of the last step that was not cut back, 0 before the first.
-        anchor: The same at the last multiple of 100 steps.
         skipped: Steps left out.
-        loss_mean, loss_spread, loss_best: Of the training loss; NaN until one is known.
+        loss_mean, loss_spread, loss_best, loss_seen: See `hf_adaclip.controllers.trend`.
         bad: Steps in a row with the loss far above its best.
         held_pace: Pace of the last step before the freeze.
         trouble: 0, or the code of the `Reason` that this step was found in trouble for; under the policy `fallback`, of the first.
+        floors: Smallest threshold of each of the last blocks, shape `[11, *norm.shape]`; +inf where there is none.
     """
 
     steps: Value
     edge: Value
-    anchor: Value
     skipped: Value
     loss_mean: Value
     loss_spread: Value
@@ -50,6 +62,8 @@ class OversightState(NamedTuple):
     bad: Value
     held_pace: Value
     trouble: Value
+    loss_seen: Value
+    floors: Value
 
 
 @cache
@@ -73,6 +87,7 @@ class GovernedController(Controller[Any]):
     """
 
     paces: ClassVar[bool] = True
+    revision: ClassVar[int] = 2
 
     inner: Controller[Any]
     freeze_after: int | None = None
@@ -85,6 +100,11 @@ class GovernedController(Controller[Any]):
     divergence_steps: int = 50
     fallback: bool = False
 
+    def __post_init__(self) -> None:
+        # What an instance says of its state and its rule covers the controller inside.
+        object.__setattr__(self, "new_fields", self.inner.new_fields | {"oversight_loss_seen", "oversight_floors"})
+        object.__setattr__(self, "revision", max(self.inner.revision, type(self).revision))
+
     @property
     def of_the_run(self) -> frozenset[str]:
         mine = {f"oversight_{name}" for name in OversightState._fields if name not in _OF_THE_NORM}
@@ -96,9 +116,12 @@ class GovernedController(Controller[Any]):
 
     def init(self, ops: Ops, shape: Shape) -> Any:
         inner = self.inner.init(ops, shape)
-        nan = float("nan")
-        mine = OversightState(*(ops.full(shape, v) for v in (0.0, 0.0, 0.0, 0.0, nan, nan, nan, 0.0, 1.0, 0.0)))
+        nothing = OversightState(*(ops.full(shape, 0.0) for _ in OversightState._fields))
+        mine = nothing._replace(held_pace=ops.full(shape, 1.0), floors=ops.full((BLOCKS, *shape), float("inf")))
         return _state_type(inner._fields)(*inner, *mine)
+
+    def start_threshold(self, static_threshold: Value, ops: Ops) -> Value:
+        return self._within(self.inner.start_threshold(static_threshold, ops), ops)[0]
 
     def update(self, state: Any, observation: Observation) -> tuple[Decision, Any]:
         norm = observation.norm
@@ -110,114 +133,117 @@ class GovernedController(Controller[Any]):
         finite = is_finite_norm(norm, ops)
         one, zero = ops(1.0), ops(0.0)
         warm = decision.reason == ops(float(Reason.WARMUP))
-        threshold, reason, pace = decision.threshold, decision.reason, decision.pace
+        wanted, coefficient, pace, reason = decision
 
-        frozen = ops.full(ops.shape(norm), 0.0) > zero
         if self.freeze_after is not None:
             frozen = mine.steps >= ops(float(self.freeze_after))
             after = self._inner_type(*(ops.where(frozen, b, a) for b, a in zip(before, after, strict=True)))
             pace = ops.where(frozen, mine.held_pace, pace)
-            quiet = frozen & (decision.coefficient == one) & finite
+            quiet = frozen & (coefficient == one) & finite
             reason = ops.where(quiet, ops(float(Reason.FROZEN)), reason)
 
-        bounded, reason = self._bound(threshold, reason, mine, warm=warm, ops=ops)
-        reason = ops.where(finite, reason, decision.reason)
-        moved = bounded != threshold
-        coefficient = ops.where(moved & finite, coefficient_of(norm, bounded, ops), decision.coefficient)
-
-        mine = self._watch(mine, observation, decision, bounded, warm=warm, finite=finite, ops=ops)
-        found = mine.trouble  # of this step; what an earlier step found is kept only where it decides
+        trouble, watched = self._watch(mine, observation, wanted, finite=finite, ops=ops)
+        aside = (trouble > zero) & (trouble < zero)
         if self.fallback:
-            earlier = state[split + OversightState._fields.index("trouble")]
-            mine = mine._replace(trouble=ops.where(earlier > zero, earlier, found))
-            found = ops.where(earlier > zero, zero, found)
-            aside = mine.trouble > zero
+            found = trouble
+            earlier = mine.trouble > zero
+            watched = watched._replace(trouble=ops.where(earlier, mine.trouble, found))
+            trouble = ops.where(
+                earlier, zero, found
+            )  # of this step; what an earlier step found is kept only where it decides
+            aside = watched.trouble > zero
             static = ops.expand(observation.static_threshold, ops.shape(norm))
-            bounded = ops.where(aside, static, bounded)
+            wanted = ops.where(aside, static, wanted)
             coefficient = ops.where(aside & finite, coefficient_of(norm, static, ops), coefficient)
             pace = ops.where(aside, one, pace)
             reason = ops.where(aside & finite, ops(float(Reason.FALLBACK)), reason)
-        reason = ops.where(found > zero, found, reason)
-        mine = mine._replace(held_pace=pace)
-        return Decision(bounded, coefficient, pace, reason), type(state)(*after, *mine)
+
+        threshold, limited, floors = self._bound(wanted, reason, mine, known=~warm, ops=ops)
+        reason = ops.where(finite & ~aside, limited, reason)
+        coefficient = ops.where((threshold != wanted) & finite, cut_to(norm, threshold, ops), coefficient)
+        reason = ops.where(trouble > zero, trouble, reason)
+
+        # The near target of a spike is not the width of the range.
+        counts = finite & ~warm & (aside | (decision.reason != ops(float(Reason.SPIKE))))
+        slot = _slot(mine.steps, ops)
+        floor = ops.minimum(ops.pick(floors, slot), threshold)
+        watched = watched._replace(
+            edge=ops.where(counts, threshold, mine.edge),
+            floors=ops.put(floors, slot, floor, ~counts),
+            held_pace=pace,
+        )
+        return Decision(threshold, coefficient, pace, reason), type(state)(*after, *watched)
 
     def _bound(
-        self, threshold: Value, reason: Value, mine: OversightState, *, warm: Value, ops: Ops
-    ) -> tuple[Value, Value]:
-        def limit(threshold: Value, reason: Value, bound: Value, code: Reason, when: Value) -> tuple[Value, Value]:
-            over = when & (threshold > bound)
-            return ops.where(over, bound, threshold), ops.where(over, ops(float(code)), reason)
-
-        known = ~warm & (mine.edge > ops(0.0))
+        self, wanted: Value, reason: Value, mine: OversightState, *, known: Value, ops: Ops
+    ) -> tuple[Value, Value, Value]:
+        """Threshold and reason under all limits, and the floors without those that are more than 100 steps old."""
+        threshold = wanted
+        whole = ops.floor(mine.steps / ops(float(BLOCK))) * ops(float(BLOCK))
+        old = mine.steps == whole
+        floors = ops.put(mine.floors, _slot(mine.steps, ops), ops.full(ops.shape(wanted), float("inf")), ~old)
+        bounds = []
         if self.max_widening_step is not None:
-            bound = mine.edge * ops(self.max_widening_step)
-            threshold, reason = limit(threshold, reason, bound, Reason.LIMIT_WIDENING, known)
+            edge = ops.where(mine.edge > ops(0.0), mine.edge, ops(float("inf")))
+            bounds.append(edge * ops(self.max_widening_step))
         if self.max_widening_100 is not None:
-            bound = mine.anchor * ops(self.max_widening_100)
-            threshold, reason = limit(
-                threshold, reason, bound, Reason.LIMIT_WIDENING, known & (mine.anchor > ops(0.0))
-            )
+            bounds.append(ops.sort(floors)[0] * ops(self.max_widening_100))
+        for bound in bounds:
+            over = known & (bound < ops(float("inf"))) & ~(threshold <= bound)
+            threshold = ops.where(over, bound, threshold)
+            reason = ops.where(over, ops(float(Reason.LIMIT_WIDENING)), reason)
+        inside, over, under = self._within(threshold, ops)
+        reason = ops.where(over, ops(float(Reason.LIMIT_CEILING)), reason)
+        reason = ops.where(under, ops(float(Reason.LIMIT_FLOOR)), reason)
+        return inside, reason, floors
+
+    def _within(self, threshold: Value, ops: Ops) -> tuple[Value, Value, Value]:
+        """The threshold between floor and ceiling, and where either of them holds. What is no number is above."""
+        over = under = (threshold > ops(0.0)) & (threshold < ops(0.0))
         if self.max_threshold is not None:
-            always = threshold == threshold
-            threshold, reason = limit(threshold, reason, ops(self.max_threshold), Reason.LIMIT_CEILING, always)
+            over = ~(threshold <= ops(self.max_threshold))
+            threshold = ops.where(over, ops(self.max_threshold), threshold)
         if self.min_threshold is not None:
             under = threshold < ops(self.min_threshold)
             threshold = ops.where(under, ops(self.min_threshold), threshold)
-            reason = ops.where(under, ops(float(Reason.LIMIT_FLOOR)), reason)
-        return threshold, reason
+        return threshold, over, under
 
     def _watch(
-        self,
-        mine: OversightState,
-        observation: Observation,
-        decision: Decision,
-        threshold: Value,
-        *,
-        warm: Value,
-        finite: Value,
-        ops: Ops,
-    ) -> OversightState:
+        self, mine: OversightState, observation: Observation, wanted: Value, *, finite: Value, ops: Ops
+    ) -> tuple[Value, OversightState]:
+        """The trouble that this step was found in (0: none), and what is remembered of it."""
         one, zero = ops(1.0), ops(0.0)
-        # An edge is learned from steps that were not cut back: the near target of a spike is not the width of the range.
-        quiet = finite & ~warm & (decision.coefficient == one)
-        steps = mine.steps + one
-        edge = ops.where(quiet, threshold, mine.edge)
-        block = ops(float(BLOCK))
-        at_block = steps - ops.floor(steps / block) * block == zero
-        anchor = ops.where((at_block | ~(mine.anchor > zero)) & quiet, threshold, mine.anchor)
         left_out = observation.left_out(finite)
         skipped = ops.where(left_out, mine.skipped + one, mine.skipped)
-
-        loss = ops.expand(observation.loss, ops.shape(observation.norm))
-        known = abs(loss) < ops(float("inf"))
-        started = mine.loss_mean == mine.loss_mean
-        keep, take = ops(LOSS_DECAY), ops(1.0 - LOSS_DECAY)
-        mean = ops.where(started, mine.loss_mean * keep + loss * take, loss)
-        spread = ops.where(started, mine.loss_spread * keep + abs(loss - mine.loss_mean) * take, zero)
-        best = ops.where(started, ops.minimum(mine.loss_best, mean), mean)
-        bad = ops.where(mean > best + ops(self.divergence_spreads) * spread, mine.bad + one, zero)
-
         # Infinite is what a static threshold may be that never acts, and nothing else.
-        endless = (threshold == ops(float("inf"))) & (observation.static_threshold < threshold)
-        sane = ~finite | ((threshold > zero) & ~endless)
+        endless = (wanted == ops(float("inf"))) & (observation.static_threshold < wanted)
+        sane = ~finite | ((wanted > zero) & ~endless)
         trouble = ops.where(sane, zero, ops(float(Reason.TROUBLE_STATISTICS)))
+        mine = mine._replace(steps=mine.steps + one, skipped=skipped)
         if self.divergence_spreads > 0:
+            loss = ops.expand(observation.loss, ops.shape(observation.norm))
+            known = abs(loss) < ops(float("inf"))
+            trend = LossTrend(mine.loss_mean, mine.loss_spread, mine.loss_best, mine.loss_seen)
+            trend = follow_loss(trend, loss, self.divergence_spreads, SLACK, ops)
+            far = known_trend(trend, ops) & far_from_best(trend, self.divergence_spreads, SLACK, ops)
+            bad = ops.where(known, ops.where(far, mine.bad + one, zero), mine.bad)
             # Again after every further M steps: a run that is resumed into its divergence is not left alone.
             patience = ops(float(self.divergence_steps))
             due = (bad >= patience) & (bad - ops.floor(bad / patience) * patience == zero)
             trouble = ops.where(known & due, ops(float(Reason.TROUBLE_DIVERGENCE)), trouble)
+            mine = mine._replace(
+                loss_mean=trend.mean,
+                loss_spread=trend.spread,
+                loss_best=trend.best,
+                loss_seen=trend.seen,
+                bad=bad,
+            )
         if self.max_skipped is not None:
             spent = left_out & (skipped > ops(float(self.max_skipped)))
             trouble = ops.where(spent, ops(float(Reason.TROUBLE_BUDGET)), trouble)
-        return OversightState(
-            steps=steps,
-            edge=edge,
-            anchor=anchor,
-            skipped=skipped,
-            loss_mean=ops.where(known, mean, mine.loss_mean),
-            loss_spread=ops.where(known, spread, mine.loss_spread),
-            loss_best=ops.where(known, best, mine.loss_best),
-            bad=ops.where(known, bad, mine.bad),
-            held_pace=mine.held_pace,
-            trouble=trouble,
-        )
+        return trouble, mine._replace(trouble=trouble)
+
+
+def _slot(steps: Value, ops: Ops) -> Value:
+    block = ops.floor(steps / ops(float(BLOCK)))
+    return block - ops.floor(block / ops(float(BLOCKS))) * ops(float(BLOCKS))

@@ -2,7 +2,7 @@
 
     threshold_t = q_p(n_{t-1}, ..., n_{t-W})        linear interpolation between order statistics
     threshold_t = min(that, max_grad_norm)           with `percentile_capped`
-    coefficient = min(1, threshold / (n_t + 1e-6))
+    coefficient = min(1, threshold / n_t)
 
 Source: Seetharaman, Wichern, Pardo, Le Roux 2020, "AutoClip: Adaptive gradient clipping for source separation
 networks" (arXiv 2007.14469), section 3; p = 10 is the value that the paper recommends, so about 90 % of all steps are
@@ -45,6 +45,7 @@ class PercentileController(Controller[Window]):
     idea: ClassVar[str] = "a percentile of past norms (p = 10 equalises norms rather than guards them)"
     source: ClassVar[str] = "AutoClip, Seetharaman et al. 2020; capped: TRELLIS"
     choose: ClassVar[str] = "to repeat AutoClip; `percentile=95` as a guard"
+    revision: ClassVar[int] = 2
 
     percentile: float = 10.0
     percentile_capped: bool = False

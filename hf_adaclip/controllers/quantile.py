@@ -1,6 +1,6 @@
 """`quantile`: one number that climbs when it is exceeded and sinks when it is not, so that it settles at a quantile.
 
-    threshold_t = C_{t-1}
+    threshold_t = C_{t-1} f(rate * (1 - quantile))
     C_t         = C_{t-1} f(rate * ([n_t > C_{t-1}] - (1 - quantile)))          f(x) = (2 + x) / (2 - x), about exp(x)
 
 In balance a share 1 - quantile of all norms is above C. No history is kept, only the order counts (how far above does not), and a scale
@@ -14,7 +14,8 @@ Differs from the paper in:
 2. hence quantile 0.99 and rate 0.05: a median would cut every second step;
 3. f is the rational form of the exponential, equal to 1e-5 at these rates, so that a replay gives the same bits on every device;
 4. C starts at the first norm, and in the warm-up the rate is at least 1 / count, so that it comes to its place in time;
-5. norms that are not finite, and zeros, move nothing.
+5. norms that are not finite, and zeros, move nothing;
+6. the threshold is C before its last step down, a hair (0.05 %) above it: a norm that is constant is never cut.
 """
 
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class QuantileController(Controller[QuantileState]):
     idea: ClassVar[str] = "one number that climbs when exceeded and sinks when not, and settles at a quantile"
     source: ClassVar[str] = "Andrew et al. 2021"
     choose: ClassVar[str] = "per tensor in very large models: two numbers each"
+    revision: ClassVar[int] = 2
 
     quantile: float = 0.99
     quantile_rate: float = 0.05
@@ -63,7 +65,9 @@ class QuantileController(Controller[QuantileState]):
         ops = ops_of(norm)
         one, two, zero = ops(1.0), ops(2.0), ops(0.0)
         warm = state.count < ops(float(self.warmup_observations))
-        decision, usable = decide_by_threshold(norm, state.bound, observation.static_threshold, warm=warm, ops=ops)
+        down = ops(self.quantile_rate * (1.0 - self.quantile) * 1.001)  # a little more, for the rounding of a step
+        threshold = state.bound * (two + down) / (two - down)
+        decision, usable = decide_by_threshold(norm, threshold, observation.static_threshold, warm=warm, ops=ops)
 
         rate = ops(self.quantile_rate)
         rate = ops.where(warm, ops.maximum(rate, one / (state.count + one)), rate)

@@ -3,8 +3,8 @@
     D_t, s      = the controller's own decision and state
     coefficient = 0,  reason = SKIPPED        where D_t cuts (reason CLIPPED or SPIKE, coefficient < 1)
 
-What is learned is what the controller learns. A step that a limit cut (ceiling, floor, fall-back), or the static threshold in the warm-up
-or as a held ceiling, is not left out. Only for the norm of all gradients together: a step is left out as a whole or not at all.
+What is learned is what the controller learns. A step that a limit cut (ceiling, floor, bound, fall-back), or the static threshold in the
+warm-up or as a held ceiling, is not left out. Only for the norm of all gradients together: a step is left out as a whole or not at all.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,10 @@ class SkippingController(Controller[Any]):
     """
 
     inner: Controller[Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "new_fields", self.inner.new_fields)
+        object.__setattr__(self, "revision", self.inner.revision)
 
     @property
     def of_the_run(self) -> frozenset[str]:

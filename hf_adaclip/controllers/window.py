@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from hf_adaclip.controllers.ops import Ops, Shape, Value
+from hf_adaclip.controllers.ops import SMALLEST_NORMAL, Ops, Shape, Value
 
 
 class Window(NamedTuple):
@@ -52,15 +52,24 @@ def known_in(window: Window, ops: Ops) -> Value:
     return ops.minimum(window.count, ops(float(len(window.history))))
 
 
-def moments_of(window: Window, ops: Ops) -> tuple[Value, Value]:
-    """Mean and sample variance (over count - 1) of what is in the window; the variance of fewer than two is 0."""
+def mean_and_sd(window: Window, ops: Ops) -> tuple[Value, Value]:
+    """Mean and sample standard deviation (over count - 1) of what is in the window; the deviation of fewer than two is 0.
+
+    Squares are taken in units of a power of two near the mean: exact, and they neither overflow nor vanish.
+    """
     one = ops(1.0)
     known = ops.maximum(known_in(window, ops), one)
     there = window.history < ops(float("inf"))
-    values = ops.filled(window.history)
-    mean = _total(values) / known
-    off = (values - mean) * there
-    return mean, _total(off * off) / ops.maximum(known - one, one)
+    mean = _total(ops.filled(window.history) / known)
+    unit = unit_of(mean, ops)
+    off = (ops.filled(window.history) - mean) * there * unit
+    return mean, ops.sqrt(_total(off * off) / ops.maximum(known - one, one)) / unit
+
+
+def unit_of(norm: Value, ops: Ops) -> Value:
+    """The power of two that brings a norm near 1; norms so small or large that it is none are brought as near as goes."""
+    exponent, _ = ops.take_apart(ops.maximum(norm, ops(SMALLEST_NORMAL)))
+    return ops.power_of_two(ops.minimum(ops.maximum(-exponent, ops(-100.0)), ops(100.0)))
 
 
 def _total(values: Value) -> Value:

@@ -1,6 +1,6 @@
 """`zscore`: ZClip.
 
-    z_t         = (n_t - mu_{t-1}) / (sd_{t-1} + 1e-6)
+    z_t         = (n_t - mu_{t-1}) / sd_{t-1}               sd = max(sqrt(var), 1e-3 mu)
     threshold_t = mu_{t-1} + z0 * sd_{t-1} * (z0 / z_t)      when z_t > z0 (reciprocal: larger spikes are cut harder)
     threshold_t = mu_{t-1} + z0 * sd_{t-1}                   otherwise: the bound at which clipping would start
     mu_t        = a mu_{t-1} + (1 - a) min(n_t, bound)
@@ -17,7 +17,9 @@ Differs from the authors' code in:
    about mu: that never learns a lasting rise and clips it for ever;
 3. the variance is taken around the old mean, not the one that this very norm has just moved;
 4. the static cap (`max_grad_norm` 1.0 there) guards the warm-up only: left on, it hides the method;
-5. norms are float32 whatever the gradient's dtype, and the state can be saved and restored.
+5. norms are float32 whatever the gradient's dtype, and the state can be saved and restored;
+6. a standard deviation below a thousandth of the mean counts as that, where 1e-6 is added there: that is much for small norms, which
+   were never spikes, and nothing for large ones, of which a constant one was cut.
 """
 
 from dataclasses import dataclass
@@ -29,19 +31,27 @@ from hf_adaclip.controllers.base import (
     Observation,
     Reason,
     coefficient_of,
+    cut_to,
     is_finite_norm,
 )
 from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.window import unit_of
 
-Z_EPS = 1e-6
+MIN_SD = 1e-3
+"""Smallest standard deviation, as part of the mean."""
 
 
 class ZScoreState(NamedTuple):
-    """`mean` and `variance` of the norm, `count` of finite norms seen."""
+    """`mean` and `variance` of the norm, `count` of finite norms seen.
+
+    The variance is that of the norm times `unit`, a power of two that brings the first norm near 1: squares of large norms overflow, and
+    those of small ones vanish. 0 in a state of an older version: none.
+    """
 
     mean: Value
     variance: Value
     count: Value
+    unit: Value
 
 
 @dataclass(frozen=True)
@@ -60,9 +70,11 @@ class ZScoreController(Controller[ZScoreState]):
         1.01
     """
 
-    idea: ClassVar[str] = "z-score of the norm, cut harder the larger it is; five faults of the published code mended"
+    idea: ClassVar[str] = "z-score of the norm, cut harder the larger it is; six faults of the published code mended"
     source: ClassVar[str] = "ZClip, Kumar et al. 2025"
     choose: ClassVar[str] = "to repeat ZClip"
+    revision: ClassVar[int] = 2
+    new_fields: ClassVar[frozenset[str]] = frozenset({"unit"})
 
     z_threshold: float = 2.5
     decay: float = 0.97
@@ -79,15 +91,17 @@ class ZScoreController(Controller[ZScoreState]):
         usable = finite & (norm > ops(0.0))
         warm = state.count < ops(float(self.warmup_observations))
 
-        sd = ops.sqrt(state.variance)
-        z = (norm - state.mean) / (sd + ops(Z_EPS))
+        unit = ops.where(state.unit > ops(0.0), state.unit, ops(1.0))
+        unit = ops.where(state.count > ops(0.0), unit, unit_of(norm, ops))
+        sd = ops.maximum(ops.sqrt(state.variance) / unit, ops(MIN_SD) * state.mean)
+        z = (norm - state.mean) / sd
         bound = state.mean + z0 * sd
         excursion = z > z0
         cut = state.mean + z0 * sd * (z0 / ops.where(excursion, z, z0))
         threshold = ops.where(warm, observation.static_threshold, ops.where(excursion, cut, bound))
         # Between z0 and the bound's own rounding nothing may be altered, hence the test and not a plain minimum.
-        act = finite & (excursion | warm)
-        coefficient = ops.where(act, coefficient_of(norm, threshold, ops), ops(1.0))
+        stock, own = coefficient_of(norm, threshold, ops), cut_to(norm, threshold, ops)
+        coefficient = ops.where(finite & warm, stock, ops.where(finite & excursion, own, ops(1.0)))
         reason = ops.where(excursion, ops(float(Reason.CLIPPED)), ops(float(Reason.WITHIN)))
         reason = ops.where(warm, ops(float(Reason.WARMUP)), reason)
         reason = ops.where(usable, reason, ops(float(Reason.VANISHING)))
@@ -98,12 +112,14 @@ class ZScoreController(Controller[ZScoreState]):
         learned = ops.where(warm, norm, ops.minimum(norm, bound))
         delta = learned - state.mean
         mean = state.mean + weight * delta
-        welford = (ops(1.0) - weight) * (state.variance + weight * delta * delta)
-        ema = (ops(1.0) - weight) * state.variance + weight * delta * delta
+        far = delta * unit
+        welford = (ops(1.0) - weight) * (state.variance + weight * far * far)
+        ema = (ops(1.0) - weight) * state.variance + weight * far * far
         variance = ops.where(warm, welford, ema)
         new = ZScoreState(
             mean=ops.where(usable, mean, state.mean),
             variance=ops.where(usable, variance, state.variance),
             count=ops.where(usable, state.count + ops(1.0), state.count),
+            unit=ops.where(usable, unit, state.unit),
         )
         return Decision(threshold, coefficient, ops.expand(ops(1.0), ops.shape(norm)), reason), new

@@ -6,7 +6,7 @@ import torch
 
 from hf_adaclip.controllers.logarithm import exponential, logarithm
 from hf_adaclip.controllers.ops import ARRAY, SCALAR, tensor_ops
-from hf_adaclip.controllers.window import Window, moments_of
+from hf_adaclip.controllers.window import Window, mean_and_sd
 
 OPS = tensor_ops(torch.device("cpu"))
 
@@ -44,17 +44,17 @@ def test_the_bits_are_the_same_in_every_lane(function):
 
 @pytest.mark.parametrize("size", [10, 37, 128])
 @pytest.mark.parametrize("known", [1, 2, 9, 200])
-def test_moments_are_those_of_numpy_and_the_same_in_every_lane(size, known):
+def test_mean_and_deviation_are_those_of_numpy_and_the_same_in_every_lane(size, known):
     rng = np.random.default_rng(size + known)
     history = np.full((size, 3), np.inf, np.float32)
     there = min(size, known)
     history[:there] = rng.lognormal(0, 1, (there, 3))
     count = np.full(3, known, np.float32)
-    mean, variance = moments_of(Window(history, count, count), ARRAY)
+    mean, sd = mean_and_sd(Window(history, count, count), ARRAY)
     assert mean == pytest.approx(history[:there].mean(0), rel=1e-5)
-    assert variance == pytest.approx(history[:there].var(0, ddof=1) if there > 1 else np.zeros(3), rel=1e-4)
-    on_device = moments_of(Window(*map(torch.from_numpy, (history, count, count))), OPS)
-    assert [mean.tobytes(), variance.tobytes()] == [v.numpy().tobytes() for v in on_device]
+    assert sd == pytest.approx(history[:there].std(0, ddof=1) if there > 1 else np.zeros(3), rel=1e-4)
+    on_device = mean_and_sd(Window(*map(torch.from_numpy, (history, count, count))), OPS)
+    assert [mean.tobytes(), sd.tobytes()] == [v.numpy().tobytes() for v in on_device]
     for i in range(3):
-        single = moments_of(Window(history[:, i], np.float32(known), np.float32(known)), SCALAR)
-        assert (single[0], single[1]) == (mean[i], variance[i])
+        single = mean_and_sd(Window(history[:, i], np.float32(known), np.float32(known)), SCALAR)
+        assert (single[0], single[1]) == (mean[i], sd[i])

@@ -101,9 +101,10 @@ def golden_file(name: str, lane: str) -> Path:
 def play(name: str, lane: str, folder: Path) -> str:
     """Run `name` on a lane and return what it left behind, as the text of its file; `folder` is for the ledger and checkpoints."""
     run, model = RUNS[name], _model()
-    optimizer = Portable(model.parameters())
+    seen = hashlib.sha256()
+    optimizer = Portable(model.parameters(), seen)
     config = AdaptiveClipConfig(**{**COMMON, **run.settings})
-    draw, seen = Draw(), hashlib.sha256()
+    draw = Draw()
 
     def clipper() -> AdaptiveClipper:
         return AdaptiveClipper(
@@ -121,8 +122,6 @@ def play(name: str, lane: str, folder: Path) -> str:
             _put_gradients(model, step, draw, run)
             loss = None if step == 5 else torch.tensor(_loss(step, draw))
             clip.clip_(model.parameters(), loss=loss, measure=step % 16 == 0)
-            for p in model.parameters():
-                seen.update(b"none" if p.grad is None else p.grad.numpy().tobytes())
             optimizer.step()
         clip.save_state(folder)
         clip.close()
@@ -134,7 +133,7 @@ def play(name: str, lane: str, folder: Path) -> str:
         {
             "ledger": lines,
             "clip_state": _state(folder / "clip_state.safetensors"),
-            "gradients_sha256": seen.hexdigest(),
+            "stepped_on_sha256": seen.hexdigest(),
             "weights": {n: p.detach().flatten().tolist() for n, p in model.named_parameters()},
         }
     )
@@ -209,10 +208,14 @@ def _model() -> torch.nn.Module:
 
 
 class Portable(torch.optim.Optimizer):
-    """Steps along the gradient and keeps Adam's second moment; torch's own optimizers fuse products and sums where the CPU can."""
+    """Steps along the gradient and keeps Adam's second moment; torch's own optimizers fuse products and sums where the CPU can.
 
-    def __init__(self, parameters: Any) -> None:
+    `seen` takes in every gradient that is stepped on, and the rate; of a step that is left out, by whatever means, nothing.
+    """
+
+    def __init__(self, parameters: Any, seen: Any) -> None:
         super().__init__(parameters, {"lr": 2.0**-6, "betas": (0.5, 0.5)})
+        self._seen = seen
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -220,6 +223,7 @@ class Portable(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                self._seen.update(p.grad.numpy().tobytes() + str(float(group["lr"])).encode())
                 state = self.state[p]
                 if not state:
                     state.update(step=torch.tensor(0.0), exp_avg_sq=torch.zeros_like(p))
@@ -284,7 +288,7 @@ def _text(left: dict[str, Any]) -> str:
         "ledger": "[\n  " + ",\n  ".join(lines) + "\n ]",
         "clip_state": json.dumps(state["metadata"]),
         "clip_state_tensors": "{\n  " + ",\n  ".join(tensors) + "\n }",
-        "gradients_sha256": json.dumps(left["gradients_sha256"]),
+        "stepped_on_sha256": json.dumps(left["stepped_on_sha256"]),
         "weights": json.dumps(left["weights"]),
     }
     return "{\n" + ",\n".join(f" {json.dumps(name)}: {block}" for name, block in blocks.items()) + "\n}\n"

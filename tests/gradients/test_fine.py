@@ -35,7 +35,7 @@ def parameters(rng):
     made[4].data.zero_()  # LoRA's B as it begins
     for p in made:
         p.grad = torch.randn_like(p) * torch.rand(()) * 0.01
-    made[0].grad[0] *= 1e-3  # one unit within its bound, whatever is drawn
+    collect(made).tensors[0][0] *= 1e-3  # one unit within its bound, whatever is drawn
     return made
 
 

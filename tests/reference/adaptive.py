@@ -2,6 +2,8 @@
 
 import math
 
+from tests.reference.trend import TrendReference
+
 
 def deviation(norm, level):
     return 2 * (norm - level) / (norm + level)
@@ -59,9 +61,12 @@ class AdaptiveReference:
         self.pace_shrink = pace_shrink
         self.level, self.spread, self.width, self.count = None, min_spread, far_width, 0
         self.excursions = []
+        self.given, self.quiet, self.trend = None, None, TrendReference(2.0, 0.0)
+        self.crest, self.memory, self.was_over = 0.0, 0.0, False
+        self.rivals = [[0.0, 0.0], [0.0, 0.0]]  # level, hits
         self.pace, self.best, self.taken = 1.0 if max_pace == 1 else 1 / self.pace_start, 0.0, 0
 
-    def step(self, norm, reach=math.nan):
+    def step(self, norm, reach=math.nan, loss=math.nan):
         warm = self.count < self.warmup_observations
         if not warm and self.ceiling is None:
             self.share /= self.warmup_observations
@@ -70,73 +75,128 @@ class AdaptiveReference:
         level = self.level if self.level is not None else norm
         far = min(self.width * self.spread, self.max_edge)
         near = min(self.near_width * self.spread, self.max_near)
-        if not math.isfinite(norm):
-            threshold = (
-                self.static_threshold if warm else (self.edge(level, far) if math.isfinite(level) else math.nan)
-            )
-            self._pace(reach, left_out=True)
-            return threshold, 1.0, self.pace, "NONFINITE"
-        if norm == 0:
-            self._pace(reach)
-            return (
-                (self.static_threshold if warm else min(ceiling, self.edge(level, far))),
-                1.0,
-                self.pace,
-                "VANISHING",
-            )
+        bound = self.bound(level, loss)
+        top = self.edge(level, far) if math.isfinite(level) else math.nan
+        if self.memory >= 4:
+            top = max(top, above(self.crest, max(far, 0.6)))
+        top = min(top, bound)
+        if not math.isfinite(norm) or norm == 0:
+            self._pace(reach, left_out=norm != 0)
+            reason = "VANISHING" if norm == 0 else "NONFINITE"
+            return (self.static_threshold if warm else min(ceiling, top)), 1.0, self.pace, reason
         x = deviation(norm, level)
         self.count += 1
+        gain = max(1 / self.count, 1 - self.decay)
         if warm:
-            gain = max(1 / self.count, 1 - self.decay)
             self.share += norm > self.static_threshold
             learned = max(-1.9, min(1.9, x))
             self.level = above(level, gain * learned)
             self.spread = max(self.min_spread, self.spread + gain * (abs(learned) - self.spread))
+            self.trend.learn(loss)
             self._pace(reach)
             return self.static_threshold, min(1.0, self.static_threshold / (norm + 1e-6)), self.pace, "WARMUP"
-        gain = max(1 / self.count, 1 - self.decay)
-        learned = max(-far, min(far, x))
-        high, low = x > far, x < -far
-        accepted = False
+
+        given = level if self.given is None else self.given
+        over, low = norm > top, x < -far
+        mean, accepted = norm, False
         if abs(x) > min(far, 0.6):
             agrees = bool(self.excursions) and abs(deviation(norm, sum(self.excursions) / len(self.excursions))) <= far
             self.excursions = [*self.excursions, norm] if agrees else [norm]
+            mean = sum(self.excursions) / len(self.excursions)
             accepted = len(self.excursions) >= self.accept_after
         else:
             self.excursions = []
-        threshold, coefficient = self.edge(level, far), 1.0
-        if accepted:
-            new_level = sum(self.excursions) / len(self.excursions)
-            self.excursions = []
-            threshold, reason = max(self.edge(new_level, far), norm), "NEW_LEVEL"
+        usual = not self.excursions
+        spike = over and x > far and not accepted
+        recurring = norm > self.edge(level, far) and not over and not accepted
+        learned = max(-far, min(far, x))
+
+        if spike:
+            threshold = min(above(level, near), bound)
+        elif accepted:
+            threshold = min(max(self.edge(mean, far), norm, top), bound)
         else:
-            new_level = above(level, gain * learned)
-            if high:
-                threshold = above(level, near)
-                coefficient, reason = min(1.0, threshold / (norm + 1e-6)), "SPIKE"
-                self.width = max(self.min_far_width, self.width * self.narrow_factor)
-            elif low:
-                reason = "VANISHING"
-            elif norm > threshold:
-                reason = "HELD"
-            else:
-                wider = min(self.max_far_width, self.width + self.widen_step)
-                reason = "WIDENED" if wider > self.width and threshold <= ceiling else "WITHIN"
-                self.width = wider
-        self.level = new_level
-        self.spread = max(self.min_spread, self.spread + gain * (abs(learned) - self.spread))
-        self._pace(reach, spike=high)
-        if threshold > ceiling:
-            threshold = ceiling
-        if norm > threshold:
-            coefficient = min(1.0, threshold / (norm + 1e-6))
-            if reason != "SPIKE":
-                reason = "HELD"
+            threshold = top
+        kept = threshold > ceiling
+        threshold = min(threshold, ceiling)
+        passes = norm <= threshold
+        if spike:
+            reason = "SPIKE"
+            self.width = max(self.min_far_width, self.width * self.narrow_factor)
+        elif not passes:
+            reason = "HELD" if threshold == self.static_threshold else "BOUNDED"
+        elif accepted:
+            reason = "NEW_LEVEL"
+        elif low:
+            reason = "VANISHING"
+        else:
+            wider = self.quiet is not None and threshold > self.quiet and usual and not kept
+            reason = "WIDENED" if wider else "WITHIN"
+        if not (spike or over or low or accepted or recurring):
+            self.width = min(self.max_far_width, self.width + self.widen_step)
+        if passes:
+            self.quiet = threshold
+            coefficient = 1.0
+        else:
+            coefficient = threshold / norm
+        if accepted and mean <= bound:
+            self.excursions = []
+
+        counts = over and (accepted or not self.was_over) and not self.speaks_against()
+        self._remember(norm, far, weight=(2.0 if accepted else 1.0) if counts else 0.0)
+        self.was_over = over
+        if accepted:
+            self.level = mean
+        elif not recurring:
+            self.level = above(level, gain * learned)
+        self.level = min(self.level, bound)
+        if not recurring:
+            self.spread = max(self.min_spread, self.spread + gain * (abs(learned) - self.spread))
+        best, known = self.trend.best, self.trend.known()
+        self.trend.learn(loss)
         if ceiling < math.inf:
-            self.share += (1 - self.decay) * ((norm > ceiling) - self.share)
+            given = min(self.level, self.static_threshold)
+        elif known and self.trend.best < best:
+            given = max(given, min(self.level, 1.03 * given))
+        self.given = given
+        self._pace(reach, spike=over and x > far)
+        if ceiling < math.inf:
+            self.share += (1 - self.decay) * ((norm > self.static_threshold) - self.share)
             if not self.share > self.ceiling_share / 5:
                 self.ceiling = math.inf
         return threshold, coefficient, self.pace, reason
+
+    def speaks_against(self):
+        return self.trend.known() and self.trend.far()
+
+    def bound(self, level, loss):
+        given = level if self.given is None else self.given
+        factor = 8.0
+        if self.trend.known():
+            fine = not self.trend.far() and loss <= self.trend.best + 4 * self.trend.s()
+            factor = 1.25 if fine else 1.0
+        return max(min(self.static_threshold, 50 * given), factor * given)
+
+    def _remember(self, norm, far, *, weight):
+        for rival in self.rivals:
+            rival[1] *= 0.997
+        won = None
+        if weight:
+            hit = next((r for r in self.rivals if r[1] >= 0.5 and abs(deviation(norm, r[0])) <= 0.75), None)
+            if hit is None:
+                weaker = self.rivals[0] if self.rivals[0][1] < self.rivals[1][1] else self.rivals[1]
+                weaker[:] = [norm, weight]
+            else:
+                hit[1] += weight
+                hit[0] += (norm - hit[0]) / hit[1]
+                won = hit if hit[1] >= 4 else None
+        known = self.memory >= 4
+        self.memory *= 0.997
+        if known and abs(deviation(norm, self.crest)) <= 0.6:
+            self.crest = above(self.crest, 0.1 * max(-far, min(far, deviation(norm, self.crest))))
+            self.memory = 60.0
+        if won is not None:
+            self.crest, self.memory, won[1] = won[0], 60.0, 0.0
 
     def edge(self, level, far):
         return max(above(level, min(far, 0.6)), min(above(level, far), self.static_threshold))

@@ -23,6 +23,6 @@ class EmaRatioReference:
         self.count += 1
         passed = min(norm, threshold)
         self.gamma = min(self.gamma, passed) if warm else self.decay * self.gamma + (1 - self.decay) * passed
-        coefficient = min(1.0, threshold / (norm + 1e-6))
+        coefficient = min(1.0, threshold / (norm + 1e-6) if warm else threshold / norm)
         reason = "WARMUP" if warm else ("CLIPPED" if coefficient < 1 else "WITHIN")
         return threshold, coefficient, 1.0, reason

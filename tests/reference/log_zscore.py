@@ -29,6 +29,6 @@ class LogZScoreReference:
         self.second = self.decay * self.second + (1 - self.decay) * y * y
         self.weight = self.decay * self.weight + (1 - self.decay)
         self.learned += 1
-        coefficient = min(1.0, threshold / (norm + 1e-6))
+        coefficient = min(1.0, threshold / (norm + 1e-6) if warm else threshold / norm)
         reason = "WARMUP" if warm else ("CLIPPED" if coefficient < 1 else "WITHIN")
         return threshold, coefficient, 1.0, reason

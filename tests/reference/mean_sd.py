@@ -12,12 +12,15 @@ class MeanSdReference:
     def step(self, norm, loss=math.nan):
         warm = len(self.seen) < self.warmup
         last = self.seen[-self.window :]
-        bound = self.static if warm else statistics.fmean(last) + self.width * statistics.stdev(last)
+        bound = self.static
+        if not warm:
+            mean = statistics.fmean(last)
+            bound = mean + self.width * max(statistics.stdev(last), 1e-3 * mean)
         if not math.isfinite(norm):
             return bound, 1.0, 1.0, "NONFINITE"
         if norm == 0:
             return bound, 1.0, 1.0, "VANISHING"
-        coefficient = min(1.0, bound / (norm + 1e-6))
+        coefficient = min(1.0, bound / (norm + 1e-6) if warm else bound / norm)
         self.seen.append(norm if warm else min(norm, bound))
         reason = "WARMUP" if warm else ("CLIPPED" if coefficient < 1 else "WITHIN")
         return bound, coefficient, 1.0, reason

@@ -22,6 +22,6 @@ class MedianReference:
         if norm == 0:
             return threshold, 1.0, 1.0, "VANISHING"
         self.seen.append(norm)
-        coefficient = min(1.0, threshold / (norm + 1e-6))
+        coefficient = min(1.0, threshold / (norm + 1e-6) if warm else threshold / norm)
         reason = "WARMUP" if warm else ("CLIPPED" if coefficient < 1 else "WITHIN")
         return threshold, coefficient, 1.0, reason

@@ -21,7 +21,7 @@ class PercentileReference:
             return threshold, 1.0, 1.0, "NONFINITE"
         if norm == 0:
             return threshold, 1.0, 1.0, "VANISHING"
-        coefficient = min(1.0, threshold / (norm + 1e-6))
+        coefficient = min(1.0, threshold / (norm + 1e-6) if warm else threshold / norm)
         self.seen.append(norm)
         reason = "WARMUP" if warm else ("CLIPPED" if coefficient < 1 else "WITHIN")
         return threshold, coefficient, 1.0, reason

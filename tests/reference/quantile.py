@@ -10,7 +10,7 @@ class QuantileReference:
 
     def step(self, norm, loss=math.nan):
         warm = self.count < self.warmup
-        threshold = self.static if warm else self.bound
+        threshold = self.static if warm else self.bound * math.exp(self.eta * (1 - self.gamma))
         if not math.isfinite(norm):
             return threshold, 1.0, 1.0, "NONFINITE"
         if norm == 0:
@@ -24,6 +24,6 @@ class QuantileReference:
             # The rational form is for large steps (the first few) not close to the exponential, so it is taken there as it is.
             self.bound *= (2 - x) / (2 + x) if warm else math.exp(-x)
         self.count += 1
-        coefficient = min(1.0, threshold / (norm + 1e-6))
+        coefficient = min(1.0, threshold / (norm + 1e-6) if warm else threshold / norm)
         reason = "WARMUP" if warm else ("CLIPPED" if coefficient < 1 else "WITHIN")
         return threshold, coefficient, 1.0, reason

@@ -10,7 +10,7 @@ class ZScoreReference:
 
     def step(self, norm, loss=math.nan):
         warm = len(self.buffer) < self.warmup
-        sd = math.sqrt(self.variance)
+        sd = max(math.sqrt(self.variance), 1e-3 * self.mean)
         bound = self.mean + self.z0 * sd
         if not math.isfinite(norm):
             return (self.static if warm else bound), 1.0, 1.0, "NONFINITE"
@@ -21,11 +21,11 @@ class ZScoreReference:
             self.mean = sum(self.buffer) / len(self.buffer)
             self.variance = sum((b - self.mean) ** 2 for b in self.buffer) / len(self.buffer)
             return self.static, min(1.0, self.static / (norm + 1e-6)), 1.0, "WARMUP"
-        z = (norm - self.mean) / (sd + 1e-6)
+        z = (norm - self.mean) / sd
         threshold, coefficient, reason = bound, 1.0, "WITHIN"
         if z > self.z0:
             threshold = self.mean + self.z0 * sd * self.z0 / z
-            coefficient, reason = min(1.0, threshold / (norm + 1e-6)), "CLIPPED"
+            coefficient, reason = min(1.0, threshold / norm), "CLIPPED"
         learned = min(norm, bound)
         self.variance = self.decay * self.variance + (1 - self.decay) * (learned - self.mean) ** 2
         self.mean = self.decay * self.mean + (1 - self.decay) * learned
