@@ -2,6 +2,8 @@
 # make test    install and run lint, types and all tests
 # make install only the environment, in .venv
 # make test-oldest  the tests on the oldest supported transformers and accelerate, in .venv-oldest
+# make test-plugins the tests with Axolotl, ms-swift, Lightning and LLaMA-Factory, each in .venv-plugins/NAME, and with commands under
+#                   hf-adaclip run; test-plugin-NAME for one of them (3 GB to install and 10 minutes in all, on idle cores)
 # make test-gpu     the GPU tests, with the result in model_cards/gpu/tests.json
 # make gpu          all that wants a GPU: these tests, both benchmarks and the study's core, 25 minutes of it at a time; goes on past what fails
 # make test-kill    kill a run 20 times at random moments, resume it, and compare its end with a run that was left alone
@@ -15,8 +17,9 @@ DEMO ?= adaclip-demo
 
 STUDY ?= runs/study
 DATA ?=
+PLUGINS := lightning axolotl swift llamafactory
 
-.PHONY: reproduce-glue reproduce-vit reproduce-clm install demo test test-oldest test-gpu gpu test-kill lint tune clean
+.PHONY: test-plugins $(PLUGINS:%=test-plugin-%) reproduce-glue reproduce-vit reproduce-clm install demo test test-oldest test-gpu gpu test-kill lint tune clean
 
 install: $(VENV)/installed
 
@@ -49,6 +52,22 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[dev]'
 	touch $@
 
+test-plugins: $(PLUGINS:%=test-plugin-%)
+
+# The Lightning environment, which has the newest transformers and TRL, is also the one for commands that need no plug-in.
+$(PLUGINS:%=test-plugin-%): test-plugin-%: .venv-plugins/%/installed
+	.venv-plugins/$*/bin/python -m pytest -m 'not gpu' tests/plugins/test_$*.py \
+	$(if $(filter lightning,$*),tests/plugins/test_launch.py tests/plugins/test_run.py)
+
+# torch first and by itself, for the build that this machine is to have; then the listed packages exactly, whatever they say of each other.
+.venv-plugins/%/installed: pyproject.toml constraints-plugins-%.txt
+	test -x .venv-plugins/$*/bin/python || $(PYTHON) -m venv .venv-plugins/$*
+	.venv-plugins/$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-plugins/$*/bin/python -m pip install --quiet torch==2.13.0
+	.venv-plugins/$*/bin/python -m pip install --quiet --no-deps -r constraints-plugins-$*.txt
+	.venv-plugins/$*/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 test-gpu: install
 	$(BIN)/python -m scripts.test_gpu
 
@@ -74,4 +93,4 @@ tune: install
 	cp runs/tuning/tuned.json hf_adaclip/convergence/tuned.json
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-plugins build dist *.egg-info

@@ -197,7 +197,7 @@ class Slot:
         Given when it is first asked for, and then to all that are still there: a clipper that another one has replaced by then, as in a
         notebook's cell that is run again, takes no number.
         """
-        for slot in self._all:
+        for slot in self._all if self in self._all else [*self._all, self]:  # saved again after `close`
             if slot._number is None:
                 taken = {other._number for other in self._all}
                 slot._number = next(i for i in range(len(self._all) + 1) if i not in taken)

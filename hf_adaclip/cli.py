@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import signal
 import sys
@@ -16,11 +17,13 @@ from hf_adaclip.convergence.commands import add_commands as add_convergence_comm
 from hf_adaclip.convergence.commands import show_comparison
 from hf_adaclip.errors import ConfigError, HfAdaclipError
 from hf_adaclip.hints import near, near_flag
+from hf_adaclip.integrations.launch import VARIABLE, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 fine, 1 a check failed, 2 bad input or usage, 3 not all could be checked (`verify`)."""
     arguments = build_parser().parse_args(argv)
+    os.environ.pop(VARIABLE, None)  # the stock arm of a comparison is to stay stock; `run` sets it anew
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # a job scheduler's way to say stop: workers must not be left behind
     try:
@@ -92,7 +95,34 @@ def build_parser() -> argparse.ArgumentParser:
         help="figures of the page by plotly, to zoom into; it is 4.8 MB larger for that (default: light drawings)",
     )
     report.set_defaults(run=_report)
+    _add_run(commands)
     return parser
+
+
+def _add_run(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="run a training command in which every Trainer clips adaptively",
+        usage="hf-adaclip run [-h] [--clip CLIP] -- COMMAND ...",
+        description="Run any command that trains by transformers.Trainer (python train.py, torchrun, accelerate launch, trl sft, "
+        "llamafactory-cli train) with adaptive clipping, without editing it: every Trainer in it and in its child processes is attached as "
+        "its `train` begins. With HF_ADACLIP=CLIP in the environment the same happens without this command.",
+        epilog="Exit status: the command's own; 1 if that is 0 and no Trainer was attached; 2 for bad usage.",
+    )
+    parser.add_argument(
+        "--clip",
+        default="adaptive",
+        help="a controller, NAME:FIELD=VALUE,..., or the path of a config's JSON (default: %(default)s)",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="program and arguments")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        raise ConfigError("`COMMAND` must follow, as in `hf-adaclip run -- python train.py`, but there is none.")
+    return run_command(command, arguments.clip)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -193,10 +193,12 @@ class StepGuard:
         if self._depth:
             return
         if self.armed:
-            measure = self._measure if self._fold is not None else None
+            measure = self._measure if self._fold is not None or self._within else None
             self._clear()
             self.consumed += 1
-            if measure is not None:  # the fused step has written the scaled gradients back
+            if (
+                measure is not None
+            ):  # the fused step has written the scaled gradients back, or the closure had more to do
                 measure()
         elif self.consumed and not self._others_armed and moves(optimizer):
             self.unarmed += 1
@@ -209,7 +211,7 @@ class StepGuard:
                 )
 
     def _begin(self) -> None:
-        if self._measure is not None and self._fold is None:
+        if self._measure is not None and self._fold is None and not self._within:
             self._measure()
         if self._pace is not None:
             # Fused Adam(W) takes the rate as a tensor; other optimizers compute with it on the host.

@@ -22,6 +22,7 @@ from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
 from hf_adaclip.events import ClipEvent
+from hf_adaclip.integrations.attaching import TrainBegin, find_train_begin, take_replaced
 from hf_adaclip.integrations.seam import check_instance, check_max_grad_norm, check_seam, warn_of_own_clipping
 from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.statistics import for_reporters
@@ -102,6 +103,7 @@ class AdaptiveClipMixin(_Base):
         self._max_grad_norm = self.args.max_grad_norm
         self._max_grad_norm_was_set = False
         self._logs_own_line = False
+        self._joined = False
         self._watch = SeamWatch(self)
         self.add_callback(self._watch)
         warn_of_own_clipping(type(self), AdaptiveClipMixin)
@@ -145,6 +147,15 @@ class AdaptiveClipMixin(_Base):
             self.args.logging_nan_inf_filter = filters  # it is the caller's object
         self._end_clipping(clean=True)
         return output
+
+    def _join_run(self, run: TrainBegin) -> None:
+        """Take part in a run whose loop is not ours: it was begun before clipping was attached, by nobody who will end it for us."""
+        self._joined = True
+        self.clip_config = self._complete_config(run.trial)
+        self.args.logging_nan_inf_filter = (
+            self.args.logging_nan_inf_filter and not self.clip_config.nan_filter_on_device
+        )
+        self._load_clip_state(run.checkpoint)
 
     def _end_clipping(self, *, clean: bool) -> None:
         # The clipper stays: its statistics and its config are what people look at after training.
@@ -276,6 +287,9 @@ class AdaptiveClipMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        self._load_clip_state(checkpoint)
+
+    def _load_clip_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         try:
@@ -329,10 +343,10 @@ class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
 
 
 def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
-    """Give adaptive clipping to a Trainer that somebody else built, before its `train()`. Returns the same object.
+    """Give adaptive clipping to a Trainer that somebody else built, before its `train()` or in `on_train_begin`. Returns the same object.
 
     Args:
-        trainer: Any `transformers.Trainer`, of any subclass.
+        trainer: Any `transformers.Trainer`, of any subclass. Methods replaced on the object are called like those of a base class.
         clip: As for [`AdaptiveClipTrainer`].
 
     Raises:
@@ -345,11 +359,13 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
         raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {what} instead.")
     if isinstance(trainer, AdaptiveClipMixin):
         raise ConfigError("`trainer` must not have adaptive clipping yet, but it has: attach once, before `train()`.")
-    if trainer.is_in_train:
+    begun = find_train_begin(trainer) if trainer.is_in_train else None
+    if trainer.is_in_train and begun is None:
         raise ConfigError(
-            "`trainer` must not be in the middle of `train()`, but is, or was when an exception ended it: attach before, to a new Trainer."
+            "`trainer` must not be in the middle of `train()`, but is, or was when an exception ended it: attach before, to a new Trainer, "
+            "or in `on_train_begin`."
         )
-    if trainer.state.global_step:
+    if begun is None and trainer.state.global_step:
         logger.warning(
             "`attach` comes after %d steps of training, which were not clipped adaptively; the next `train()` is.",
             trainer.state.global_step,
@@ -357,11 +373,14 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
     config = AdaptiveClipConfig.resolve(clip)
     kind, before = type(trainer), dict(trainer.__dict__)
     # A subclass made on the spot, so that `super()` finds the methods of whatever Trainer this is.
+    base = take_replaced(trainer, AdaptiveClipMixin)
     trainer.__class__ = type(
-        f"AdaptiveClip{kind.__name__}", (AdaptiveClipMixin, kind), {"__module__": kind.__module__}
+        f"AdaptiveClip{kind.__name__}", (AdaptiveClipMixin, base), {"__module__": kind.__module__}
     )
     try:
         AdaptiveClipMixin._set_up_clipping(trainer, config)  # type: ignore[arg-type]
+        if begun is not None:
+            AdaptiveClipMixin._join_run(trainer, begun)  # type: ignore[arg-type]
     except Exception:
         trainer.__class__ = kind
         trainer.__dict__.clear()

@@ -55,6 +55,11 @@ class SeamWatch(TrainerCallback):
             )
         self._looked, self._stepped = False, 0
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._joined:
+            self._trainer._joined = False
+            self._trainer._end_clipping(clean=True)
+
     def end(self) -> None:
         """Let go of the optimizer."""
         if self._handle is not None:

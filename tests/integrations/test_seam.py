@@ -399,24 +399,6 @@ def test_clipping_of_a_class_of_ones_own_is_said_to_be_no_longer_called(tmp_path
     assert not caplog.records
 
 
-@pytest.mark.parametrize("name", ["_clip_grad_norm", "_inner_training_loop", "_save_optimizer_and_scheduler"])
-def test_attach_over_a_method_on_the_object_is_refused(tmp_path, name):
-    trainer = stock(tmp_path)
-    setattr(trainer, name, lambda *args, **kwargs: None)
-    with pytest.raises(ConfigError, match=f"`trainer.{name}` must be the method of its class"):
-        attach(trainer)
-    assert type(trainer) is Trainer
-
-
-def test_a_training_step_on_the_object_hides_the_loss_and_is_warned_of(tmp_path, caplog):
-    trainer = stock(tmp_path, args=arguments(tmp_path, max_steps=4))
-    inner = trainer.training_step
-    trainer.training_step = lambda *args, **kwargs: inner(*args, **kwargs)
-    run(attach(trainer, "static"))
-    assert len([r for r in caplog.records if "the loss of a step is not known" in r.message]) == 1
-    assert {s["loss"] for s in steps_of(tmp_path)} == {None}
-
-
 def test_an_optimizer_made_on_the_object_is_the_one_that_is_guarded(tmp_path):
     trainer = stock(tmp_path, args=arguments(tmp_path, max_steps=4))
     made = []
