@@ -62,7 +62,8 @@ def _growth(rate: float) -> Trial:
 def _mixed(name: str, larger: Callable[[Rng], np.ndarray]) -> Trial:
     def norms(rng: Rng) -> np.ndarray:
         which = larger(rng)
-        return np.where(which, LARGER, 1.0) * _calm(rng)
+        mixed: np.ndarray = np.where(which, LARGER, 1.0) * _calm(rng)
+        return mixed
 
     def cut(norms: np.ndarray, coefficients: np.ndarray) -> float:
         shares = []

@@ -195,7 +195,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
             try:
                 found[name] = float(value)
             except OverflowError:  # a whole number beyond every float
-                found[name] = math.inf if int(value) > 0 else -math.inf
+                found[name] = math.inf if str(value)[0] != "-" else -math.inf
     return found
 
 

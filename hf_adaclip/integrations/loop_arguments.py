@@ -42,7 +42,7 @@ class LoopArguments(TrainingArguments):
         ignored: Names of fields that were given and that the loop does not follow.
     """
 
-    mixed_precision: str | None = field(
+    mixed_precision: str | None = field(  # type: ignore[assignment]  # None: as launched
         default=None, metadata={"help": "no, bf16 or fp16 (default: --bf16, --fp16, or as `accelerate launch` says)."}
     )
 
@@ -73,6 +73,6 @@ def make_accelerator(arguments: LoopArguments) -> Accelerator:
         mixed_precision=arguments.mixed_precision or chosen,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
-        log_with=[*arguments.report_to] or None,
+        log_with=[*(arguments.report_to or ())] or None,
         project_dir=arguments.output_dir,
     )

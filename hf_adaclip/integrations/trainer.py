@@ -353,8 +353,8 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
         ConfigError: It has adaptive clipping already, or a setting is wrong.
         UnsupportedSetupError: transformers or the distributed setup is not supported.
     """
-    if not isinstance(trainer, Trainer):
-        given: Any = trainer
+    given: Any = trainer
+    if not isinstance(given, Trainer):
         what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
         raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {what} instead.")
     if isinstance(trainer, AdaptiveClipMixin):

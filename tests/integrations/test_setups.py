@@ -193,7 +193,7 @@ def test_the_sft_trainer_of_trl_through_the_mixin(tmp_path):
 
     from datasets import Dataset
 
-    class AdaptiveSFTTrainer(AdaptiveClipMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
+    class AdaptiveSFTTrainer(AdaptiveClipMixin, trl.SFTTrainer):  # type: ignore[name-defined]
         pass
 
     texts = [t.lower()[i : i + 60] for t in list(topics.values())[:40] for i in range(0, 240, 60)]
@@ -231,7 +231,7 @@ def test_the_grpo_trainer_of_trl_runs(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    class AdaptiveGRPOTrainer(AdaptiveClipMixin, trl.GRPOTrainer):  # type: ignore[misc, name-defined]
+    class AdaptiveGRPOTrainer(AdaptiveClipMixin, trl.GRPOTrainer):  # type: ignore[name-defined]
         pass
 
     args = trl.GRPOConfig(
