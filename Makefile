@@ -90,7 +90,7 @@ reproduce-glue reproduce-vit reproduce-clm: reproduce-%: install
 
 tune: install
 	$(BIN)/hf-adaclip compare --tune --output runs/tuning
-	cp runs/tuning/tuned.json hf_adaclip/convergence/tuned.json
+	cp runs/tuning/tuned.json hf_adaclip/compare/tuned.json
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-plugins build dist *.egg-info

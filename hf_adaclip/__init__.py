@@ -17,23 +17,23 @@ from hf_adaclip.errors import (
     TrainingTroubleError,
     UnsupportedSetupError,
 )
-from hf_adaclip.events import ClipEvent
+from hf_adaclip.run.events import ClipEvent
 
 if TYPE_CHECKING:
-    from hf_adaclip.convergence.callback import ConvergenceCallback
-    from hf_adaclip.integrations.script import ClipArguments, make_trainer
-    from hf_adaclip.integrations.trainer import AdaptiveClipMixin, AdaptiveClipTrainer, attach
+    from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
+    from hf_adaclip.integrations.script_args import ClipArguments, make_trainer
+    from hf_adaclip.integrations.transformers import AdaptiveClipMixin, AdaptiveClipTrainer, attach
 
 __version__ = "0.1.0"
 
 # Importing transformers takes seconds; a plain PyTorch loop never needs it (PEP 562).
 _LAZY = {
-    "AdaptiveClipMixin": "hf_adaclip.integrations.trainer",
-    "AdaptiveClipTrainer": "hf_adaclip.integrations.trainer",
-    "ConvergenceCallback": "hf_adaclip.convergence.callback",
-    "ClipArguments": "hf_adaclip.integrations.script",
-    "attach": "hf_adaclip.integrations.trainer",
-    "make_trainer": "hf_adaclip.integrations.script",
+    "AdaptiveClipMixin": "hf_adaclip.integrations.transformers",
+    "AdaptiveClipTrainer": "hf_adaclip.integrations.transformers",
+    "ConvergenceCallback": "hf_adaclip.integrations.convergence_callback",
+    "ClipArguments": "hf_adaclip.integrations.script_args",
+    "attach": "hf_adaclip.integrations.transformers",
+    "make_trainer": "hf_adaclip.integrations.script_args",
 }
 
 __all__ = [

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_adaclip.audit.commands import add_commands as add_audit_commands
-from hf_adaclip.convergence.commands import add_commands as add_convergence_commands
-from hf_adaclip.convergence.commands import show_comparison
+from hf_adaclip.compare.commands import add_commands as add_convergence_commands
+from hf_adaclip.compare.commands import show_comparison
 from hf_adaclip.errors import ConfigError, HfAdaclipError
 from hf_adaclip.hints import near, near_flag
 from hf_adaclip.integrations.launch import VARIABLE, run_command
+from hf_adaclip.report.commands import add_commands as add_audit_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +130,7 @@ def _report(arguments: argparse.Namespace) -> int:
     if (source / "comparison.json").is_file():
         path = _report_comparison(source, arguments.format, arguments.output, arguments.interactive)
     else:
-        from hf_adaclip.audit import run_report
+        from hf_adaclip.report import run_report
 
         writers: dict[str, Callable[[Any, Path], Path]] = {
             "html": partial(run_report.write_html, zoom=arguments.interactive),
@@ -147,9 +147,9 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _report_comparison(folder: Path, form: str, output: Path | None, zoom: bool) -> Path:
-    from hf_adaclip.convergence.card import write_card
-    from hf_adaclip.convergence.plots import draw_png
-    from hf_adaclip.convergence.report import write_report
+    from hf_adaclip.compare.card import write_card
+    from hf_adaclip.compare.plots import draw_png
+    from hf_adaclip.compare.report import write_report
 
     if form == "csv":
         raise ConfigError("`--format` must be html, md, png or json for a comparison, but is 'csv' instead.")

@@ -11,18 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_adaclip.accelerator import AcceleratorPort, Slot
-from hf_adaclip.alerts import Alerts
-from hf_adaclip.checkpoint import state_file
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.controllers import leaves_out
 from hf_adaclip.controllers.base import coefficient_of, is_finite_norm
-from hf_adaclip.controllers.ops import Value
-from hf_adaclip.describe import describe
-from hf_adaclip.engine import EnginePort
+from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.errors import ConfigError, StateError
-from hf_adaclip.events import ClipEvent
-from hf_adaclip.following import EngineFollower
 from hf_adaclip.gradients import (
     Guards,
     check_loss,
@@ -34,16 +27,23 @@ from hf_adaclip.gradients import (
     to_value,
 )
 from hf_adaclip.gradients.absence import AbsenceCheck, norms_of
-from hf_adaclip.gradients.fold import scale_of
+from hf_adaclip.gradients.distance import check_rates
+from hf_adaclip.gradients.fused import scale_of
 from hf_adaclip.gradients.norms import Parameters, as_tensors
-from hf_adaclip.gradients.reach import check_rates
-from hf_adaclip.lifetime import detach, let_go, weakly
-from hf_adaclip.per_parameter import PerParameter
-from hf_adaclip.ranks import RankCheck, world_size
-from hf_adaclip.recorder import is_rank_zero
-from hf_adaclip.run import Run
-from hf_adaclip.selftest import FirstStepCheck, check_on_a_copy
-from hf_adaclip.statistics import RunStatistics
+from hf_adaclip.ports.accelerate import AcceleratorPort, Slot
+from hf_adaclip.ports.deepspeed import EnginePort
+from hf_adaclip.ports.follow import EngineFollower
+from hf_adaclip.ports.lifetime import detach, let_go, weakly
+from hf_adaclip.run.alerts import Alerts
+from hf_adaclip.run.checkpoint import state_file
+from hf_adaclip.run.counts import RunStatistics
+from hf_adaclip.run.events import ClipEvent
+from hf_adaclip.run.explain import describe
+from hf_adaclip.run.per_parameter import PerParameter
+from hf_adaclip.run.ranks import RankCheck, world_size
+from hf_adaclip.run.recorder import is_rank_zero
+from hf_adaclip.run.run import Run
+from hf_adaclip.run.selftest import FirstStepCheck, check_on_a_copy
 from hf_adaclip.support import check_capture, check_optimizer_given
 
 logger = logging.getLogger(__name__)

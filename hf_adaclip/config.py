@@ -13,7 +13,7 @@ from hf_adaclip.errors import ConfigError
 from hf_adaclip.fields import HyperParameters
 from hf_adaclip.hints import near, near_controller
 from hf_adaclip.migrate import autoclip_fields, bitsandbytes_fields, zclip_fields
-from hf_adaclip.rules import (
+from hf_adaclip.validation import (
     COMMON,
     FOLDS,
     GRANULARITIES,

@@ -17,12 +17,12 @@ import torch
 from hf_adaclip import AdaptiveClipConfig
 from hf_adaclip.audit import Ledger, verify_ledger
 from hf_adaclip.audit.ingest import load_series
-from hf_adaclip.audit.records import Summary, state_to_json
 from hf_adaclip.audit.replay import replay
 from hf_adaclip.controllers import Observation, build_controller
-from hf_adaclip.controllers.ops import SCALAR
-from hf_adaclip.recorder import Recorder, ledger_header
-from hf_adaclip.statistics import RunStatistics
+from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.ledger.records import Summary, state_to_json
+from hf_adaclip.run.counts import RunStatistics
+from hf_adaclip.run.recorder import Recorder, ledger_header
 
 
 def write_ledger(path: Path, steps: int) -> None:

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
-from hf_adaclip.convergence.progress import Progress
 from hf_adaclip.gradients import scale_
-from hf_adaclip.gradients.reach import EVERY
-from hf_adaclip.versions import environment
+from hf_adaclip.gradients.distance import EVERY
+from hf_adaclip.run.versions import environment
+from hf_adaclip.telemetry.progress import Progress
 
 Way = Callable[[], None]
 STEP, REFERENCE = "step alone", "clip_grad_norm_ + step"

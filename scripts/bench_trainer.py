@@ -21,8 +21,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer
-from hf_adaclip.convergence.progress import Progress
-from hf_adaclip.versions import environment
+from hf_adaclip.run.versions import environment
+from hf_adaclip.telemetry.progress import Progress
 from scripts.bench_step import require_device
 
 ARMS: dict[str, AdaptiveClipConfig | None] = {

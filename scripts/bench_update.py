@@ -15,7 +15,7 @@ import torch
 
 from hf_adaclip import CONTROLLERS, AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.controllers import Observation
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
 
 
 def microseconds(call: Callable[[], object], *, calls: int, rounds: int) -> tuple[float, float]:

@@ -8,8 +8,8 @@ A test holds the README equal to this, and the verdicts equal to a fresh run of 
 
 import json
 
-from hf_adaclip.audit.gauntlet import percent, spike, steps
 from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.gauntlet.verdict import percent, spike, steps
 from scripts.readme_section import ROOT, write_section
 
 VERDICTS = ROOT / "model_cards" / "gauntlet" / "verdicts.json"

@@ -6,7 +6,7 @@ python scripts/index_cards.py
 import json
 from pathlib import Path
 
-from hf_adaclip.convergence.present import table_rows
+from hf_adaclip.compare.present import table_rows
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 

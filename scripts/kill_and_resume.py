@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.convergence.progress import Progress
+from hf_adaclip.telemetry.progress import Progress
 
 SAVE_STEPS = 4
 ROOT = Path(__file__).parent.parent

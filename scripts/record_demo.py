@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from hf_adaclip.convergence.present import heading, markdown_table
+from hf_adaclip.compare.present import heading, markdown_table
 from scripts.readme_section import ROOT, write_section
 
 CARD = ROOT / "model_cards" / "demo"

@@ -24,7 +24,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, run_script, train_and_evaluate
+from hf_adaclip.integrations.script_args import (
+    Ingredients,
+    make_trainer,
+    parse_arguments,
+    run_script,
+    train_and_evaluate,
+)
 from hf_adaclip.integrations.script_checks import check_size_was_chosen, reader_of
 
 SMALL = "hidden_size=128,intermediate_size=256,num_hidden_layers=4,num_attention_heads=4,num_key_value_heads=4"

@@ -23,7 +23,13 @@ from transformers import (
     AutoModelForImageClassification,
 )
 
-from hf_adaclip.integrations.script import Ingredients, make_trainer, parse_arguments, run_script, train_and_evaluate
+from hf_adaclip.integrations.script_args import (
+    Ingredients,
+    make_trainer,
+    parse_arguments,
+    run_script,
+    train_and_evaluate,
+)
 from hf_adaclip.integrations.script_checks import check_size_was_chosen, reader_of
 from hf_adaclip.metrics import metric_path
 

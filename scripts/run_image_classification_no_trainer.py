@@ -15,7 +15,7 @@ from run_image_classification import DataArguments, ModelArguments, prepare
 
 from hf_adaclip.integrations.loop import run_loop
 from hf_adaclip.integrations.loop_arguments import LoopArguments, make_accelerator
-from hf_adaclip.integrations.script import parse_arguments, run_script
+from hf_adaclip.integrations.script_args import parse_arguments, run_script
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

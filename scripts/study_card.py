@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import TypeAlias
 
-from hf_adaclip.convergence.statistics import PairedRatio, median
+from hf_adaclip.compare.statistics import PairedRatio, median
 from scripts.readme_section import write_section
 from scripts.study_results import AT, LOSS, QUALITY, SECONDS, STEP, STUDY, Range, TaskResults, load_study
 

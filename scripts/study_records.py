@@ -12,11 +12,11 @@ import numpy as np
 
 from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.audit.replay import replay
+from hf_adaclip.compare.script_compare import TUNED_FILE, ScriptStudy
+from hf_adaclip.compare.script_runs import LEDGER_FILE, ScriptRun, defaults_behind
+from hf_adaclip.compare.worker import RESULT_FILE, finished_result, write_result
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
-from hf_adaclip.convergence.script_compare import TUNED_FILE, ScriptStudy
-from hf_adaclip.convergence.script_runs import LEDGER_FILE, ScriptRun, defaults_behind
-from hf_adaclip.convergence.worker import RESULT_FILE, finished_result, write_result
 from hf_adaclip.errors import LedgerError
 from scripts.study_tasks import BASE, Place, StudyTask
 

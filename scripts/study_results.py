@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_adaclip.convergence.statistics import BOOTSTRAP_SAMPLES, PairedRatio, paired_ratio
-from hf_adaclip.convergence.tuning import TUNING_SEEDS, early
+from hf_adaclip.compare.statistics import BOOTSTRAP_SAMPLES, PairedRatio, paired_ratio
+from hf_adaclip.compare.tuning import TUNING_SEEDS, early
 from scripts.study_records import current_lines
 from scripts.study_tasks import TASKS, StudyTask
 from scripts.study_tasks_cuda import CUDA_TASKS

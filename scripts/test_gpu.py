@@ -46,7 +46,7 @@ def main() -> int:
 
     import torch
 
-    from hf_adaclip.versions import environment
+    from hf_adaclip.run.versions import environment
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     counts = {o: sum(t["outcome"] == o for t in recorder.tests) for o in ("passed", "failed", "skipped")}

@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer
-from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.cli import main
-from hf_adaclip.convergence.card import GRAMS_CO2_PER_WH, card_metadata
-from hf_adaclip.convergence.present import markdown_table
+from hf_adaclip.compare.card import GRAMS_CO2_PER_WH, card_metadata
+from hf_adaclip.compare.present import markdown_table
+from hf_adaclip.ledger.tail import find_tail
 from scripts.index_cards import CARDS, index
 from tests.integrations.trainers import arguments, build, run
 

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, StateError
-from hf_adaclip.audit.records import new_fields
 from hf_adaclip.controllers import CONTROLLERS, build_controller
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.ledger.records import new_fields
 from tests.loops import make, train, weights
 
 NAME = "clip_state.safetensors"

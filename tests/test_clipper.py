@@ -16,7 +16,7 @@ from hf_adaclip import (
     TrainingTroubleError,
 )
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.loops import HostReads, make, train, weights
 
 CONFIG = AdaptiveClipConfig(warmup_observations=20, ceiling_share=1.0)
@@ -26,7 +26,7 @@ CONFIG = AdaptiveClipConfig(warmup_observations=20, ceiling_share=1.0)
 def lane(request, monkeypatch):
     """Plain numbers, as for gradients in host memory, or tensors, as on an accelerator."""
     if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 
 
@@ -90,7 +90,7 @@ def test_a_planted_spike_is_cut_before_it_reaches_the_optimizer(lane, granularit
 
 def test_the_controller_never_reads_the_host(monkeypatch):
     """On an accelerator: norms, decision, scaling, recording, skipping, pace. Counted over everything that a step does."""
-    monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+    monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     for config in (CONFIG, CONFIG.replace(max_pace=3.0), CONFIG.replace(granularity="tensor")):
         model, optimizer = make()
         clipper = AdaptiveClipper(config, optimizer=optimizer)
@@ -112,7 +112,7 @@ def test_the_controller_never_reads_the_host(monkeypatch):
 
 
 def test_host_reads_of_an_optimizer_that_cannot_skip_are_one_per_step(monkeypatch):
-    monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+    monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     model, optimizer = make(fused=False, foreach=True)
     clipper = AdaptiveClipper(CONFIG, optimizer=optimizer)
     model(torch.ones(4, 8)).sum().backward()
@@ -128,7 +128,7 @@ def test_both_lanes_give_the_same_run_and_the_same_ledger(monkeypatch, tmp_path)
     runs = []
     for name in ("host", "device"):
         if name == "device":
-            monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+            monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
         model, optimizer = make()
         clipper = AdaptiveClipper(CONFIG.replace(fold="never"), optimizer=optimizer, ledger=tmp_path / f"{name}.jsonl")
         train(model, optimizer, clip_with(clipper), 90, factors={40: 50.0, 60: float("nan")})

@@ -8,11 +8,11 @@ import torch
 from transformers import TrainerCallback
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
-from hf_adaclip.alerts import Alerts
-from hf_adaclip.audit.run_report import load_run
 from hf_adaclip.controllers import Reason
-from hf_adaclip.events import ClipEvent, EventTracker
-from hf_adaclip.statistics import TEXT_METRICS, for_reporters
+from hf_adaclip.report.run_report import load_run
+from hf_adaclip.run.alerts import Alerts
+from hf_adaclip.run.counts import TEXT_METRICS, for_reporters
+from hf_adaclip.run.events import ClipEvent, EventTracker
 from tests.integrations.test_trainer import AdaptiveSpikeTrainer
 from tests.integrations.trainers import arguments, build, run
 from tests.loops import make, train
@@ -232,7 +232,7 @@ def test_words_are_kept_from_those_who_take_only_numbers():
 def test_those_who_take_only_numbers_are_called_so_in_transformers():
     from transformers.integrations import integration_utils
 
-    from hf_adaclip.statistics import _NUMBERS_ONLY
+    from hf_adaclip.run.counts import _NUMBERS_ONLY
 
     assert all(hasattr(integration_utils, name) for name in _NUMBERS_ONLY)
 

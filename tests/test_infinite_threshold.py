@@ -12,7 +12,7 @@ from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError, StateEr
 from hf_adaclip.audit import verify_ledger
 from hf_adaclip.cli import main
 from hf_adaclip.controllers import CONTROLLERS
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.loops import make, train, weights
 
 
@@ -79,7 +79,7 @@ def test_nothing_is_cut_by_static_and_every_norm_is_recorded(lane, tmp_path):
 
 def test_an_infinite_threshold_that_nobody_set_is_still_trouble():
     from hf_adaclip.controllers import Observation, Reason, build_controller
-    from hf_adaclip.controllers.ops import SCALAR
+    from hf_adaclip.controllers.numerics.ops import SCALAR
 
     controller = build_controller(AdaptiveClipConfig(on_trouble="fallback", max_skipped=5, warmup_observations=2))
     reasons = []

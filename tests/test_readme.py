@@ -172,7 +172,7 @@ def test_the_demos_numbers_are_those_of_its_card():
 
     assert read_section("demo") == demo_section()
     card = (CARD / "README.md").read_text(encoding="utf-8")
-    from hf_adaclip.convergence.present import markdown_table
+    from hf_adaclip.compare.present import markdown_table
 
     for task in json.loads((CARD / "comparison.json").read_text())["tasks"]:
         assert markdown_table(task) in card
@@ -192,7 +192,7 @@ def test_the_table_of_controllers_is_generated():
     "rule", [r for r in REPLAYABLE if r not in ("mean_sd", "log_zscore", "percentile")]
 )  # seconds each
 def test_the_table_holds_what_the_gauntlet_measures(rule):
-    from hf_adaclip.audit.gauntlet import judge_config, parse_controller
+    from hf_adaclip.gauntlet.verdict import judge_config, parse_controller
     from scripts.controller_table import VERDICTS
 
     recorded = json.loads(VERDICTS.read_text(encoding="utf-8"))
@@ -249,7 +249,7 @@ def test_the_script_runs_as_the_readme_has_it(tmp_path):
 
 def test_the_comparison_of_a_script_is_one_that_starts(monkeypatch):
     from hf_adaclip import HfAdaclipError, cli
-    from hf_adaclip.integrations.script import parse_arguments
+    from hf_adaclip.integrations.script_args import parse_arguments
     from scripts import run_glue
 
     started = []
@@ -258,7 +258,7 @@ def test_the_comparison_of_a_script_is_one_that_starts(monkeypatch):
         started.append(study)
         raise HfAdaclipError("started")
 
-    monkeypatch.setattr("hf_adaclip.convergence.script_compare.compare_script", start)
+    monkeypatch.setattr("hf_adaclip.compare.script_compare.compare_script", start)
     words = shlex.split(block_with("text", "--arms stock,tuned").replace("\\\n", " "))
     assert cli.main(words[1:]) == 2
     [study] = started

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ClippingDefeatedError
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.loops import make, train, weights
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
@@ -72,7 +72,7 @@ def test_it_passes_with_limits_that_no_norm_reaches(lane, settings):
 @pytest.mark.parametrize("threshold", [1e-6, 1.0, 1e9, 1e19, float("inf")])
 @pytest.mark.parametrize("large", [False, True])
 def test_a_scaling_that_does_nothing_is_found_at_every_threshold(lane, monkeypatch, dtype, threshold, large):
-    monkeypatch.setattr("hf_adaclip.selftest.scale_", lambda gradients, coefficient: None)
+    monkeypatch.setattr("hf_adaclip.run.selftest.scale_", lambda gradients, coefficient: None)
     # A model of which every tensor is large (LoRA on wide layers) is not let through unseen.
     parameters = [torch.nn.Parameter(torch.ones(100_000 if large else 9, dtype=dtype))]
     with pytest.raises(ClippingDefeatedError, match="A planted spike must be cut"):
@@ -82,13 +82,13 @@ def test_a_scaling_that_does_nothing_is_found_at_every_threshold(lane, monkeypat
 def test_a_norm_that_is_taken_too_small_is_found(monkeypatch):
     from hf_adaclip.gradients import tensor_norms
 
-    monkeypatch.setattr("hf_adaclip.selftest.tensor_norms", lambda tensors: tensor_norms(tensors) / 1000)
+    monkeypatch.setattr("hf_adaclip.run.selftest.tensor_norms", lambda tensors: tensor_norms(tensors) / 1000)
     with pytest.raises(ClippingDefeatedError, match="A planted spike must be cut"):
         AdaptiveClipper(CONFIG).self_test([torch.nn.Parameter(torch.ones(9))])
 
 
 def test_a_scaling_that_does_nothing_is_found(monkeypatch):
-    monkeypatch.setattr("hf_adaclip.selftest.scale_", lambda gradients, coefficient: None)
+    monkeypatch.setattr("hf_adaclip.run.selftest.scale_", lambda gradients, coefficient: None)
     _, optimizer = make()
     with pytest.raises(ClippingDefeatedError, match="A planted spike must be cut"):
         AdaptiveClipper(CONFIG.replace(static_threshold=1e-3), optimizer=optimizer).self_test()
@@ -150,7 +150,7 @@ def test_it_costs_nothing_after_the_first_step(lane, monkeypatch):
     model, optimizer = make()
     clipper = AdaptiveClipper(CONFIG, optimizer=optimizer)
     train(model, optimizer, lambda m, _: clipper.clip_(m.parameters()), 2)
-    monkeypatch.setattr("hf_adaclip.selftest.global_norm", None)
+    monkeypatch.setattr("hf_adaclip.run.selftest.global_norm", None)
     train(model, optimizer, lambda m, _: clipper.clip_(m.parameters()), 5, start=2)
 
 

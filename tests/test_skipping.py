@@ -5,7 +5,7 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.integrations.test_fp16 import Fp16Accelerator
 from tests.loops import HostReads, make, train, weights
 
@@ -15,7 +15,7 @@ SPIKE = {60: 1e3}
 @pytest.fixture(params=["host", "device"])
 def lane(request, monkeypatch):
     if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 
 
@@ -61,7 +61,7 @@ def test_shadow_decides_to_skip_and_does_not(tmp_path):
 
 
 def test_a_fused_optimizer_skips_without_a_host_read(monkeypatch):
-    monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+    monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     model, optimizer = make()
     clipper = AdaptiveClipper(
         AdaptiveClipConfig(on_spike="skip", warmup_observations=20, self_test=False), optimizer=optimizer

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from hf_adaclip import CONTROLLERS, AdaptiveClipConfig
-from hf_adaclip.audit.records import Summary, summarise
 from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.base import CLIP_EPS
-from hf_adaclip.controllers.ops import ARRAY, SCALAR
-from hf_adaclip.events import SPIKE_TIMES, EventTracker
+from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR
+from hf_adaclip.ledger.records import Summary, summarise
+from hf_adaclip.run.events import SPIKE_TIMES, EventTracker
 from tests.streams import eventful, losses, reaches
 
 STATIC = 0.5

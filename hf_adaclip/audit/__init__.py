@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_adaclip.audit.ledger import Ledger
+from hf_adaclip.ledger.writer import Ledger
 
 if TYPE_CHECKING:
     from hf_adaclip.audit.verify import Finding, VerifyReport, verify_ledger

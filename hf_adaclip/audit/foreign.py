@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from hf_adaclip.audit.numbers import NotANumberError, read_norm, read_number, read_step
-from hf_adaclip.audit.reader import open_regular
 from hf_adaclip.audit.series import Series, of_rows
 from hf_adaclip.errors import LedgerError
+from hf_adaclip.ledger.reader import open_regular
 
 MAX_FOREIGN_BYTES: Final = 512 * 1024 * 1024
 STATE: Final = "trainer_state.json"

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from hf_adaclip.audit import foreign
-from hf_adaclip.audit.reader import open_ledger, open_regular, read_lines, what_it_is
-from hf_adaclip.audit.schema import parse_number
 from hf_adaclip.audit.series import MAX_STEP, Series, array
 from hf_adaclip.errors import LedgerError
+from hf_adaclip.ledger.reader import open_ledger, open_regular, read_lines, what_it_is
+from hf_adaclip.ledger.schema import parse_number
 
 __all__ = ["Series", "ledger_records", "load_series"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from hf_adaclip.audit.ingest import Series
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation, Reason, build_controller
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
 from hf_adaclip.errors import ConfigError
 
 REPLAYABLE: Final = tuple(name for name, kind in CONTROLLERS.items() if not kind.fine)

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from hf_adaclip.audit.header import check_counts, check_header, is_text
-from hf_adaclip.audit.records import Summary, revisions, state_bytes, state_from_json, summarise
-from hf_adaclip.audit.schema import STEP_FIELDS, parse_number
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.base import coefficient_of
-from hf_adaclip.controllers.fine import FineController
-from hf_adaclip.controllers.ops import ARRAY, SCALAR
-from hf_adaclip.controllers.states import Keeping, carry_over
+from hf_adaclip.controllers.elementwise import FineController
+from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR
+from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
+from hf_adaclip.ledger.header import check_counts, check_header, is_text
+from hf_adaclip.ledger.records import Summary, revisions, state_bytes, state_from_json, summarise
+from hf_adaclip.ledger.schema import STEP_FIELDS, parse_number
 
 APPLIED_TOLERANCE = 0.01
 """Relative difference between a measured and an intended norm that rounding explains (bfloat16 gradients: 1 in 256)."""

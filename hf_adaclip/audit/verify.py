@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from hf_adaclip.audit.anchors import Anchor, anchors_beside
-from hf_adaclip.audit.reader import Line, open_ledger, read_lines
-from hf_adaclip.audit.schema import BODY_KINDS, GENESIS, SCHEMA_VERSION, seal_line
 from hf_adaclip.audit.segment import Segment
-from hf_adaclip.audit.tail import HASH
+from hf_adaclip.ledger.anchors import Anchor, anchors_beside
+from hf_adaclip.ledger.reader import Line, open_ledger, read_lines
+from hf_adaclip.ledger.schema import BODY_KINDS, GENESIS, SCHEMA_VERSION, seal_line
+from hf_adaclip.ledger.tail import HASH
 
 MAX_FINDINGS = 50
 """Violations kept in full, and notes; further ones are only counted."""

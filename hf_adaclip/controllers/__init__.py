@@ -20,7 +20,7 @@ from hf_adaclip.controllers.weight_ratio import WeightRatioController
 from hf_adaclip.controllers.zscore import ZScoreController
 
 if TYPE_CHECKING:
-    from hf_adaclip.controllers.mixed import Part
+    from hf_adaclip.controllers.wrappers.by_group import Part
 
 Parts: TypeAlias = Sequence[tuple[str | None, int]]
 
@@ -58,16 +58,16 @@ def build_controller(config: Any, parts: Parts = ()) -> Controller[Any]:
     """
     # What stands around a controller is imported where it is asked for: most runs need none of it, and all pay for their imports.
     if config.parameter_rules and parts:
-        from hf_adaclip.controllers.mixed import MixedController
+        from hf_adaclip.controllers.wrappers.by_group import MixedController
 
         return MixedController(tuple(_part(config, *part) for part in parts), max_pace=config.max_pace)
     governed = _governed(config)
     if leaves_out(config):
-        from hf_adaclip.controllers.skipping import SkippingController
+        from hf_adaclip.controllers.wrappers.skip import SkippingController
 
         return SkippingController(governed)
     if config.one_step_late:
-        from hf_adaclip.controllers.late import LateController
+        from hf_adaclip.controllers.wrappers.delayed import LateController
 
         return LateController(governed)
     return governed
@@ -75,7 +75,7 @@ def build_controller(config: Any, parts: Parts = ()) -> Controller[Any]:
 
 def _part(config: Any, pattern: str | None, size: int) -> "Part":
     own = config if pattern is None else config.for_pattern(pattern)
-    from hf_adaclip.controllers.mixed import Part
+    from hf_adaclip.controllers.wrappers.by_group import Part
 
     if own is None:
         return Part(size, None)
@@ -94,7 +94,7 @@ def _governed(config: Any) -> Controller[Any]:
     free = all(v is None for v in limits.values())
     if free and config.divergence_spreads == 0:
         return inner
-    from hf_adaclip.controllers.oversight import GovernedController
+    from hf_adaclip.controllers.wrappers.limits import GovernedController
 
     return GovernedController(
         inner=inner,

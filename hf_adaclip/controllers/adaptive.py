@@ -64,9 +64,9 @@ from hf_adaclip.controllers.base import (
     cut_to,
     is_finite_norm,
 )
-from hf_adaclip.controllers.ops import SMALLEST_NORMAL, Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.numerics.ops import SMALLEST_NORMAL, Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.numerics.trend import LossTrend, far_from_best, follow_loss, known_trend, spread_of
 from hf_adaclip.controllers.pace import Pace, PaceState, update_pace
-from hf_adaclip.controllers.trend import LossTrend, far_from_best, follow_loss, known_trend, spread_of
 
 MAX_DEVIATION = 1.9
 """Largest deviation used for an edge: u(1.9, L) = 39 L. At 2 the inverse would be infinite."""
@@ -111,7 +111,7 @@ class AdaptiveState(NamedTuple):
         crest, memory: The remembered second level, and what is left of its hits.
         rival, hits, other, other_hits: The two rivals.
         above: 1 where the last usable norm was unusual upward, else 0.
-        loss_mean, loss_spread, loss_best, loss_seen: See `hf_adaclip.controllers.trend`.
+        loss_mean, loss_spread, loss_best, loss_seen: See `hf_adaclip.controllers.numerics.trend`.
         pace, best_reach, pace_steps: See `hf_adaclip.controllers.pace`.
     """
 
@@ -205,7 +205,7 @@ class AdaptiveController(Controller[AdaptiveState]):
 
     Example:
         >>> import numpy as np
-        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> from hf_adaclip.controllers.numerics.ops import SCALAR
         >>> rule = AdaptiveController(warmup_observations=4)
         >>> state = rule.init(SCALAR, ())
         >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):

@@ -10,7 +10,7 @@ import dataclasses
 import enum
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from hf_adaclip.controllers.ops import Ops, Shape, Value
+from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value
 
 State = TypeVar("State", bound=tuple[Value, ...])
 

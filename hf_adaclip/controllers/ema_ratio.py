@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
-from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
 
 
 class EmaRatioState(NamedTuple):
@@ -40,7 +40,7 @@ class EmaRatioController(Controller[EmaRatioState]):
 
     Example:
         >>> import numpy as np
-        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> from hf_adaclip.controllers.numerics.ops import SCALAR
         >>> rule = EmaRatioController(warmup_observations=4)
         >>> state = rule.init(SCALAR, ())
         >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):

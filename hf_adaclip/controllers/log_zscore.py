@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
-from hf_adaclip.controllers.logarithm import exponential, logarithm
-from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.numerics.logarithm import exponential, logarithm
+from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
 
 MIN_SD = 1e-3
 
@@ -52,7 +52,7 @@ class LogZScoreController(Controller[LogZScoreState]):
 
     Example:
         >>> import numpy as np
-        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> from hf_adaclip.controllers.numerics.ops import SCALAR
         >>> rule = LogZScoreController(warmup_observations=4)
         >>> state = rule.init(SCALAR, ())
         >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
-from hf_adaclip.controllers.ops import Ops, Shape, ops_of
-from hf_adaclip.controllers.window import Window, empty_window, mean_and_sd, remember
+from hf_adaclip.controllers.numerics.ops import Ops, Shape, ops_of
+from hf_adaclip.controllers.numerics.window import Window, empty_window, mean_and_sd, remember
 
 MIN_SD = 1e-3
 """Smallest standard deviation, as part of the mean."""
@@ -34,7 +34,7 @@ class MeanSdController(Controller[Window]):
 
     Example:
         >>> import numpy as np
-        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> from hf_adaclip.controllers.numerics.ops import SCALAR
         >>> rule = MeanSdController(warmup_observations=4)
         >>> state = rule.init(SCALAR, ())
         >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):

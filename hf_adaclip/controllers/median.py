@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
-from hf_adaclip.controllers.ops import Ops, Shape, ops_of
-from hf_adaclip.controllers.window import Window, empty_window, quantile_of, remember
+from hf_adaclip.controllers.numerics.ops import Ops, Shape, ops_of
+from hf_adaclip.controllers.numerics.window import Window, empty_window, quantile_of, remember
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MedianController(Controller[Window]):
 
     Example:
         >>> import numpy as np
-        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> from hf_adaclip.controllers.numerics.ops import SCALAR
         >>> rule = MedianController(warmup_observations=4)
         >>> state = rule.init(SCALAR, ())
         >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):

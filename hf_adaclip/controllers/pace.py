@@ -1,6 +1,6 @@
 """The pace: a multiplier on the learning rate of one step, led by how far the training could usefully go.
 
-    reach_t = d_t / lr_base               d_t: the distance estimate of Prodigy, see `hf_adaclip.gradients.reach`
+    reach_t = d_t / lr_base               d_t: the distance estimate of Prodigy, see `hf_adaclip.gradients.distance`
     best_t  = max(best_{t-1}, reach_t)
     floor_t = min(1, t / start)           the start: t counts from 1 the steps that were not left out
     aim_t   = min(max_pace, max(reach_t, hold best_t))
@@ -20,7 +20,7 @@ algorithm 4.
 
 from typing import NamedTuple
 
-from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.controllers.numerics.ops import Ops, Value
 
 
 class Pace(NamedTuple):

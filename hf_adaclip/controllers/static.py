@@ -21,7 +21,7 @@ from hf_adaclip.controllers.base import (
     coefficient_of,
     is_finite_norm,
 )
-from hf_adaclip.controllers.ops import SCALAR, Ops, Shape, Value, ops_of  # noqa: F401 - SCALAR is for the doctest
+from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, Value, ops_of  # noqa: F401 - SCALAR is for the doctest
 
 
 class StaticState(NamedTuple):

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from hf_adaclip.controllers.fine import FineController
+from hf_adaclip.controllers.elementwise import FineController
 
 
 @dataclass(frozen=True)

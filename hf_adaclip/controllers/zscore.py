@@ -34,8 +34,8 @@ from hf_adaclip.controllers.base import (
     cut_to,
     is_finite_norm,
 )
-from hf_adaclip.controllers.ops import Ops, Shape, Value, ops_of
-from hf_adaclip.controllers.window import unit_of
+from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.numerics.window import unit_of
 
 MIN_SD = 1e-3
 """Smallest standard deviation, as part of the mean."""
@@ -60,7 +60,7 @@ class ZScoreController(Controller[ZScoreState]):
 
     Example:
         >>> import numpy as np
-        >>> from hf_adaclip.controllers.ops import SCALAR
+        >>> from hf_adaclip.controllers.numerics.ops import SCALAR
         >>> rule = ZScoreController(warmup_observations=4)
         >>> state = rule.init(SCALAR, ())
         >>> for norm in (1.0, 1.2, 0.8, 1.0, 10.0):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.controllers.numerics.ops import Ops, Value
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.observe import to_value

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from hf_adaclip.controllers.ops import Ops, Value
+from hf_adaclip.controllers.numerics.ops import Ops, Value
 from hf_adaclip.gradients.callers import steps_running
-from hf_adaclip.gradients.guard import StepGuard
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.optimizers import Path
+from hf_adaclip.gradients.step_guard import StepGuard
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_adaclip.controllers.ops import Ops, TensorOps, Value, tensor_ops
+from hf_adaclip.controllers.numerics.ops import Ops, TensorOps, Value, tensor_ops
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.sharding import is_sharded, summed_part
 from hf_adaclip.gradients.transfer import HOST, moved

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_adaclip.controllers.ops import Value
+from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.gradients.scale import scale_
 
 logger = logging.getLogger(__name__)

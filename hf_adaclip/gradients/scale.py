@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from hf_adaclip.controllers.ops import Value
+from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.gradients.sharding import local_part
 from hf_adaclip.gradients.transfer import moved
 

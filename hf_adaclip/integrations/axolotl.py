@@ -15,7 +15,7 @@ from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.hints import near
 from hf_adaclip.integrations.clip_text import clip_from_text
 from hf_adaclip.integrations.launch import say
-from hf_adaclip.integrations.trainer import attach
+from hf_adaclip.integrations.transformers import attach
 
 PREFIX = "adaclip_"
 

@@ -6,7 +6,7 @@ from typing import Any
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError
-from hf_adaclip.rules import json_or_text
+from hf_adaclip.validation import json_or_text
 
 
 def clip_from_text(clip: ClipArgument) -> AdaptiveClipConfig:

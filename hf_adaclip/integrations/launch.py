@@ -34,7 +34,7 @@ def attach_by_environment(trainer: Any) -> None:
         ConfigError: The variable is wrong, or so is `max_grad_norm`.
         UnsupportedSetupError: The setup is not supported.
     """
-    from hf_adaclip.integrations.trainer import AdaptiveClipMixin, attach
+    from hf_adaclip.integrations.transformers import AdaptiveClipMixin, attach
 
     kind = type(trainer).__name__
     if isinstance(trainer, AdaptiveClipMixin):

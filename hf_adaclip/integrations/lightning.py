@@ -17,11 +17,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hf_adaclip.checkpoint import STATE_FILE
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import ClipArgument
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.integrations.clip_text import clip_from_text
+from hf_adaclip.run.checkpoint import STATE_FILE
 
 logger = logging.getLogger(__name__)
 

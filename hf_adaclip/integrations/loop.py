@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, get_scheduler
 
-from hf_adaclip.audit.run_report import clipping_section, load_run
-from hf_adaclip.audit.tail import find_tail
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.convergence.energy import open_meter
-from hf_adaclip.convergence.progress import Progress
-from hf_adaclip.convergence.tracker import CONVERGENCE_FILE, Point, Stopwatch, append_point, read_points, write_points
 from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.integrations.loop_arguments import LoopArguments
-from hf_adaclip.integrations.script import ClipArguments, Ingredients
-from hf_adaclip.integrations.trainer import LEDGER_FILE, pace_start
+from hf_adaclip.integrations.script_args import ClipArguments, Ingredients
+from hf_adaclip.integrations.transformers import LEDGER_FILE, pace_start
+from hf_adaclip.ledger.tail import find_tail
+from hf_adaclip.report.run_report import clipping_section, load_run
+from hf_adaclip.telemetry.energy import open_meter
+from hf_adaclip.telemetry.point import CONVERGENCE_FILE, Point, Stopwatch, append_point, read_points, write_points
+from hf_adaclip.telemetry.progress import Progress
 
 logger = logging.getLogger(__name__)
 

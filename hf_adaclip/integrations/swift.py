@@ -15,7 +15,7 @@ from swift.callbacks.base import TrainerCallback
 
 from hf_adaclip.integrations.clip_text import clip_from_text
 from hf_adaclip.integrations.launch import VARIABLE, say
-from hf_adaclip.integrations.trainer import AdaptiveClipMixin, attach
+from hf_adaclip.integrations.transformers import AdaptiveClipMixin, attach
 
 NAME = "adaclip"
 

@@ -10,7 +10,7 @@ from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.integrations.seam import check_max_grad_norm
 
 if TYPE_CHECKING:
-    from hf_adaclip.integrations.trainer import AdaptiveClipMixin
+    from hf_adaclip.integrations.transformers import AdaptiveClipMixin
 
 
 class SeamWatch(TrainerCallback):

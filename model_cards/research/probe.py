@@ -20,7 +20,7 @@ import torch
 
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.base import Observation, Reason
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
 
 STRIDE = 31  # the vector signals are taken on every 31st coordinate of every tensor
 

@@ -7,8 +7,8 @@ import pytest
 
 from hf_adaclip import AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.audit.schema import GENESIS, encode, seal_line
 from hf_adaclip.cli import main
+from hf_adaclip.ledger.schema import GENESIS, encode, seal_line
 from tests.audit.test_ledger import CONFIG, violations, write_run
 from tests.loops import make, train
 

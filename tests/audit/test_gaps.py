@@ -13,7 +13,7 @@ import torch
 
 from hf_adaclip import AdaptiveClipper, LedgerError
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.audit.ledger import Ledger
+from hf_adaclip.ledger.writer import Ledger
 from tests.audit.test_anchors import reseal
 from tests.audit.test_ledger import CONFIG, violations
 from tests.loops import make, train, weights

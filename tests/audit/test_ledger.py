@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, LedgerError
 from hf_adaclip.audit import Ledger, verify_ledger
-from hf_adaclip.audit.reader import parse_line
-from hf_adaclip.audit.schema import encode, number, parse_number
+from hf_adaclip.ledger.reader import parse_line
+from hf_adaclip.ledger.schema import encode, number, parse_number
 from tests.loops import make, train
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0, ring_capacity=16)
@@ -146,7 +146,7 @@ def test_removed_doubled_and_swapped_lines_are_found_and_located(ledger_bytes, t
 
 def test_a_rewritten_decision_with_a_new_chain_is_still_found(ledger_bytes, tmp_path):
     """Someone who recomputes all hashes cannot make a decision follow from norms that it does not follow from."""
-    from hf_adaclip.audit.schema import GENESIS, encode, seal_line
+    from hf_adaclip.ledger.schema import GENESIS, encode, seal_line
 
     content = [json.loads(line) for line in ledger_bytes.splitlines()]
     spike = next(c for c in content if c.get("reason") == "SPIKE")

@@ -6,9 +6,9 @@ from html import unescape
 
 import pytest
 
-from hf_adaclip.audit import markdown as md
-from hf_adaclip.audit.run_report import clipping_section, load_run, write_html, write_markdown
-from hf_adaclip.audit.schema import GENESIS, encode, seal_line
+from hf_adaclip.ledger.schema import GENESIS, encode, seal_line
+from hf_adaclip.report import markdown as md
+from hf_adaclip.report.run_report import clipping_section, load_run, write_html, write_markdown
 from tests.audit.test_ledger import write_run
 
 HOSTILE = [

@@ -12,9 +12,9 @@ from hf_adaclip.audit.advise import advise, wilson
 from hf_adaclip.audit.diff import diff_ledgers
 from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, replay
-from hf_adaclip.audit.show import keep_extremes
 from hf_adaclip.cli import main
 from hf_adaclip.controllers import Reason
+from hf_adaclip.report.tables import keep_extremes
 from tests.audit.test_ledger import CONFIG, write_run
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer, LedgerError
-from hf_adaclip.audit.run_report import answer, clipping_section, load_run, summary, write_html, write_markdown
 from hf_adaclip.cli import main
 from hf_adaclip.controllers import Reason
+from hf_adaclip.report.run_report import answer, clipping_section, load_run, summary, write_html, write_markdown
 from tests.audit.test_ledger import CONFIG, write_run
 from tests.integrations.trainers import arguments, build, run
 from tests.loops import make, train
@@ -150,8 +150,8 @@ def test_what_holds_neither_is_refused(tmp_path, capsys):
 
 
 def test_a_million_steps_stay_a_page(tmp_path):
-    from hf_adaclip.audit.chart import svg
-    from hf_adaclip.audit.figures import interactive, norms_chart
+    from hf_adaclip.report.chart import svg
+    from hf_adaclip.report.figures import interactive, norms_chart
 
     n = 1_000_000
     steps, values = np.arange(n), np.exp(0.1 * np.random.default_rng(0).standard_normal(n)).astype(np.float32)
@@ -268,7 +268,7 @@ def test_changed_settings_come_first_and_the_rest_is_folded(tmp_path):
 
 
 def test_the_axis_reads_in_order():
-    from hf_adaclip.audit.chart import Chart, Line, linear_ticks, log_ticks, svg
+    from hf_adaclip.report.chart import Chart, Line, linear_ticks, log_ticks, svg
 
     assert log_ticks(0.3, 400) == [1, 10, 100]
     assert log_ticks(0.9, 30) == [1, 2, 5, 10, 20]
@@ -288,8 +288,8 @@ def test_the_axis_reads_in_order():
 
 
 def test_good_and_bad_are_not_told_by_colour_alone_nor_is_unstable_green():
-    from hf_adaclip.audit.chart import PHASE_COLOURS
     from hf_adaclip.controllers.base import PHASES
+    from hf_adaclip.report.chart import PHASE_COLOURS
 
     assert set(PHASE_COLOURS) == set(PHASES)
     assert PHASE_COLOURS["unstable"] == PHASE_COLOURS["trouble"] == "cut"

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from hf_adaclip.audit.records import state_from_json, state_to_json
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation, Reason
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.ledger.records import state_from_json, state_to_json
 from tests.cases import CASES
 from tests.streams import eventful, losses, reaches
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hf_adaclip import AdaptiveClipConfig
-from hf_adaclip.audit.records import state_from_tensors, state_to_tensors
 from hf_adaclip.controllers import Observation, Reason, build_controller
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.ledger.records import state_from_tensors, state_to_tensors
 
 NAN = np.float32("nan")
 

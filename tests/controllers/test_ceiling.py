@@ -6,10 +6,10 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.audit.gauntlet import CALM_LEVEL, NOISES
 from hf_adaclip.controllers import Observation, Reason, build_controller
-from hf_adaclip.controllers.ops import SCALAR
-from hf_adaclip.events import ClipEvent
+from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.gauntlet.verdict import CALM_LEVEL, NOISES
+from hf_adaclip.run.events import ClipEvent
 from tests.loops import make, train, weights
 
 WARMUP = 20

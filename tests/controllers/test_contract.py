@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaclip.audit.records import state_bytes, state_from_json, state_to_json
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation, Reason, build_controller
-from hf_adaclip.controllers.ops import ARRAY, SCALAR
+from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR
+from hf_adaclip.ledger.records import state_bytes, state_from_json, state_to_json
 from tests.cases import CASES
 from tests.streams import eventful, losses
 

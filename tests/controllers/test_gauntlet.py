@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from hf_adaclip.audit.gauntlet import BURN_IN, CALM_LEVEL, NOISES, judge, run_stream
-from hf_adaclip.audit.trials import TRIALS, run_trials
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation, build_controller
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.gauntlet.trials import TRIALS, run_trials
+from hf_adaclip.gauntlet.verdict import BURN_IN, CALM_LEVEL, NOISES, judge, run_stream
 
 SEEDS = 24
 # (altered when calm %, applied spike x calm level, steps to accept a lasting 3x rise, altered during decay %)

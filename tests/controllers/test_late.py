@@ -8,8 +8,8 @@ import pytest
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation, Reason, build_controller
-from hf_adaclip.controllers.late import LateController
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.controllers.wrappers.delayed import LateController
 from tests.cases import CASES
 from tests.streams import eventful, losses
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_adaclip import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation, Reason, build_controller
-from hf_adaclip.controllers.ops import ARRAY, SCALAR
+from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR
 
 RULES = [name for name, kind in CONTROLLERS.items() if not kind.fine]
 NORM = (

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_adaclip.controllers.logarithm import exponential, logarithm
-from hf_adaclip.controllers.ops import ARRAY, SCALAR, tensor_ops
-from hf_adaclip.controllers.window import Window, mean_and_sd
+from hf_adaclip.controllers.numerics.logarithm import exponential, logarithm
+from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, tensor_ops
+from hf_adaclip.controllers.numerics.window import Window, mean_and_sd
 
 OPS = tensor_ops(torch.device("cpu"))
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaclip.audit.records import state_bytes
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation
-from hf_adaclip.controllers.ops import ARRAY, SCALAR, tensor_ops
+from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, tensor_ops
+from hf_adaclip.ledger.records import state_bytes
 from tests.cases import CASES
 from tests.streams import eventful, losses
 

@@ -11,8 +11,8 @@ from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, TrainingTroubleError
 from hf_adaclip.audit import verify_ledger
 from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.base import Controller
-from hf_adaclip.controllers.ops import ARRAY, SCALAR, tensor_ops
-from hf_adaclip.controllers.oversight import GovernedController
+from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, tensor_ops
+from hf_adaclip.controllers.wrappers.limits import GovernedController
 from tests.loops import make, train
 from tests.streams import eventful, losses
 

@@ -7,7 +7,7 @@ import pytest
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
 
 
 def paces(reaches, norms=None, **settings):

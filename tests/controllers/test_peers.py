@@ -6,9 +6,9 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError
 from hf_adaclip.controllers import CONTROLLERS, Observation
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
 from hf_adaclip.gradients import collect, global_norm, tensor_norms
-from hf_adaclip.gradients.fine import FineClip
+from hf_adaclip.gradients.elementwise import FineClip
 from tests.gradients.test_fine import parameters  # noqa: F401 - a fixture
 
 NAN = np.float32("nan")

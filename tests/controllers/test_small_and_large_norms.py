@@ -6,7 +6,7 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.controllers import CONTROLLERS, Observation, Reason, build_controller
-from hf_adaclip.controllers.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR
 
 RULES = [name for name, kind in CONTROLLERS.items() if not kind.fine]
 OWN = [name for name in RULES if name != "static"]

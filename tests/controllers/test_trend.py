@@ -6,8 +6,8 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig
 from hf_adaclip.controllers import Observation, Reason, build_controller
-from hf_adaclip.controllers.ops import ARRAY, SCALAR, tensor_ops
-from hf_adaclip.controllers.trend import LossTrend, far_from_best, follow_loss
+from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, tensor_ops
+from hf_adaclip.controllers.numerics.trend import LossTrend, far_from_best, follow_loss
 from tests.reference.trend import TrendReference
 
 SEEDS, STEPS = 100, 2000

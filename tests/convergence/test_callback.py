@@ -11,8 +11,8 @@ import torch
 from transformers import TrainerCallback
 
 from hf_adaclip import AdaptiveClipTrainer
-from hf_adaclip.convergence.callback import ConvergenceCallback
-from hf_adaclip.convergence.tracker import Point, append_point, read_points
+from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
+from hf_adaclip.telemetry.point import Point, append_point, read_points
 from tests.integrations.trainers import arguments, build, dataset, run, stock, weights
 
 EVAL = {"eval_strategy": "steps", "eval_steps": 10, "max_steps": 40}
@@ -194,9 +194,11 @@ def _trains(folder, monkeypatch, break_it, metrics=None):
 def test_whatever_fails_in_it_training_goes_on_with_one_warning(tmp_path, monkeypatch, caplog, target, warnings):
     def break_it(monkeypatch, folder):
         if target == "json.dumps":
-            monkeypatch.setattr("hf_adaclip.convergence.callback.json", SimpleNamespace(dumps=_full, loads=json.loads))
+            monkeypatch.setattr(
+                "hf_adaclip.integrations.convergence_callback.json", SimpleNamespace(dumps=_full, loads=json.loads)
+            )
         else:
-            monkeypatch.setattr(f"hf_adaclip.convergence.callback.{target}", _full)
+            monkeypatch.setattr(f"hf_adaclip.integrations.convergence_callback.{target}", _full)
 
     _trains(tmp_path, monkeypatch, break_it)
     assert len([r for r in caplog.records if "could not be kept up" in r.getMessage()]) == warnings
@@ -235,7 +237,7 @@ def test_a_line_that_does_not_fit_is_taken_back_whole(tmp_path, monkeypatch):
 
 def test_a_sensor_that_fails_midway_leaves_the_energy_unknown(tmp_path, monkeypatch, caplog):
     def break_it(monkeypatch, folder):
-        monkeypatch.setattr("hf_adaclip.convergence.callback.open_meter", lambda estimate: Fails())
+        monkeypatch.setattr("hf_adaclip.integrations.convergence_callback.open_meter", lambda estimate: Fails())
 
     _trains(tmp_path, monkeypatch, break_it)
     points = read_points(tmp_path / "convergence.jsonl")

@@ -7,11 +7,11 @@ import re
 import pytest
 
 from hf_adaclip.cli import main
-from hf_adaclip.convergence.arms import ARMS
-from hf_adaclip.convergence.compare import run_spec
-from hf_adaclip.convergence.present import table_rows
-from hf_adaclip.convergence.tasks import TASKS
-from hf_adaclip.convergence.tuning import TUNING_SEEDS, load_tuned, settle, tuning_specs
+from hf_adaclip.compare.arms import ARMS
+from hf_adaclip.compare.compare import run_spec
+from hf_adaclip.compare.present import table_rows
+from hf_adaclip.compare.tasks import TASKS
+from hf_adaclip.compare.tuning import TUNING_SEEDS, load_tuned, settle, tuning_specs
 
 QUICK = ["--steps", "6", "--seeds", "2", "--tasks", "digits-vit", "--arms", "stock,adaptive", "--jobs", "1"]
 
@@ -106,7 +106,7 @@ def test_card_states_rules_and_every_seed(folder):
 
 
 def test_a_failed_run_is_shown_not_dropped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hf_adaclip.convergence.pool._run", _failing_run)
+    monkeypatch.setattr("hf_adaclip.compare.pool._run", _failing_run)
     assert main(["compare", "--output", str(tmp_path), *QUICK]) == 1
     out = capsys.readouterr().out
 
@@ -118,7 +118,7 @@ def test_a_failed_run_is_shown_not_dropped(tmp_path, monkeypatch, capsys):
 
 def _failing_run(specs, output, *, jobs, quiet):
     """Runs in this process; one of them fails inside training."""
-    import hf_adaclip.convergence.worker as worker
+    import hf_adaclip.compare.worker as worker
 
     real, results = worker._train, {}
     for spec in specs:

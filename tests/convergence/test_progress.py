@@ -6,10 +6,10 @@ import pty
 import subprocess
 import sys
 
-from hf_adaclip.convergence.progress import Progress
+from hf_adaclip.telemetry.progress import Progress
 
 CODE = """
-from hf_adaclip.convergence.progress import Progress
+from hf_adaclip.telemetry.progress import Progress
 with Progress(total=2000, desc="runs") as bar:
     for i in range(2000):
         bar.set_description(f"run {i}", refresh=True)

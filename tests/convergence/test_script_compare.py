@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_adaclip.cli import main
-from hf_adaclip.convergence.script_runs import ScriptRun, read_run, run_scripts
+from hf_adaclip.compare.script_runs import ScriptRun, read_run, run_scripts
 
 ROOT = Path(__file__).parent.parent.parent
 # The loss after t steps is 1 / (1 + speed t / 100); how fast depends on the arm, the learning rate and the seed.
@@ -243,8 +243,8 @@ def test_a_real_script_is_compared(tmp_path, monkeypatch):
     ],
 )
 def test_the_title_is_a_short_name(script, title):
-    from hf_adaclip.convergence.present import MAX_TITLE
-    from hf_adaclip.convergence.script_compare import _short_title
+    from hf_adaclip.compare.present import MAX_TITLE
+    from hf_adaclip.compare.script_compare import _short_title
 
     assert _short_title(script) == title
     assert len(title) <= MAX_TITLE
@@ -252,14 +252,14 @@ def test_the_title_is_a_short_name(script, title):
 
 @pytest.mark.parametrize("title", ["run.py --a /some/where/very/far/away --b 3 --c " + "x" * 90, "w " * 70])
 def test_long_titles_of_older_comparisons_are_shortened(title):
-    from hf_adaclip.convergence.present import MAX_TITLE, title_of
+    from hf_adaclip.compare.present import MAX_TITLE, title_of
 
     assert 0 < len(title_of({"title": title, "task": "run"})) <= MAX_TITLE
 
 
 @pytest.mark.parametrize(("quality", "there"), [("loss", False), ("accuracy", True), ("perplexity", True)])
 def test_the_loss_has_one_column(quality, there):
-    from hf_adaclip.convergence.present import columns, table_rows
+    from hf_adaclip.compare.present import columns, table_rows
 
     seed = {"error": None, "clipped": 1, "skipped": 0, "total_steps": 10}
     entry = {

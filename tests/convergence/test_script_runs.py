@@ -4,9 +4,9 @@ import functools
 
 import pytest
 
+from hf_adaclip.compare import script_runs
+from hf_adaclip.compare.script_runs import ScriptRun, defaults_behind
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.convergence import script_runs
-from hf_adaclip.convergence.script_runs import ScriptRun, defaults_behind
 
 ALL = AdaptiveClipConfig().to_dict()
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaclip.convergence.statistics import median, paired_ratio
+from hf_adaclip.compare.statistics import median, paired_ratio
 
 INF = math.inf
 costs = st.floats(1, 1e6) | st.just(INF)

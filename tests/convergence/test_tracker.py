@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from hf_adaclip.convergence.energy import RaplMeter, Source, open_meter
-from hf_adaclip.convergence.tracker import Point, Stopwatch, Target, append_point, first_reaching, read_points
+from hf_adaclip.telemetry.energy import RaplMeter, Source, open_meter
+from hf_adaclip.telemetry.point import Point, Stopwatch, Target, append_point, first_reaching, read_points
 
 
 class Meter:
@@ -98,7 +98,7 @@ def test_rapl_is_read_summed_and_unwrapped(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "energy_uj").write_text("900")
         (tmp_path / name / "max_energy_range_uj").write_text("1000")
-    monkeypatch.setattr("hf_adaclip.convergence.energy._RAPL", tmp_path)
+    monkeypatch.setattr("hf_adaclip.telemetry.energy._RAPL", tmp_path)
     meter = RaplMeter()
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("950")
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("100")  # wrapped around
@@ -110,13 +110,13 @@ def test_rapl_is_read_summed_and_unwrapped(tmp_path, monkeypatch):
 
 
 def test_no_sensor_means_no_meter(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_adaclip.convergence.energy._RAPL", tmp_path)
+    monkeypatch.setattr("hf_adaclip.telemetry.energy._RAPL", tmp_path)
     assert open_meter() is None
 
 
 def test_codecarbon_estimates_and_says_so(tmp_path, monkeypatch):
     pytest.importorskip("codecarbon")
-    monkeypatch.setattr("hf_adaclip.convergence.energy._RAPL", tmp_path)
+    monkeypatch.setattr("hf_adaclip.telemetry.energy._RAPL", tmp_path)
     meter = open_meter(estimate=True)
     assert meter is not None
     before = meter.read_wh()

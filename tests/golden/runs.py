@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 
 FOLDER = Path(__file__).parent
 STEPS, HALF = 96, 48
@@ -238,7 +238,7 @@ def _lane(lane: str) -> Iterator[None]:
     if lane == "host":
         yield
         return
-    with mock.patch("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device)):
+    with mock.patch("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device)):
         yield
 
 

@@ -11,7 +11,7 @@ from hf_adaclip.audit import verify_ledger
 from hf_adaclip.controllers.second_moment import SecondMomentController
 from hf_adaclip.controllers.weight_ratio import WeightRatioController
 from hf_adaclip.gradients import collect, global_norm, tensor_norms
-from hf_adaclip.gradients.fine import FineClip
+from hf_adaclip.gradients.elementwise import FineClip
 from tests.loops import make, train, weights
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.ops import tensor_ops
-from hf_adaclip.gradients.fold import scale_of
-from hf_adaclip.gradients.guard import StepGuard
+from hf_adaclip.controllers.numerics.ops import tensor_ops
+from hf_adaclip.gradients.fused import scale_of
+from hf_adaclip.gradients.step_guard import StepGuard
 from tests.integrations.test_fp16 import Fp16Accelerator
 from tests.loops import HostReads, make, train, weights
 
@@ -23,7 +23,7 @@ INSIDE, OUTSIDE = "scaling     inside the fused step", "scaling     in a pass of
 @pytest.fixture
 def on_device(monkeypatch):
     """The lane of an accelerator, on the CPU."""
-    monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+    monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
 
 
 def run(config, steps=40, factors=None, seed=0, ledger=None, optimizer=None, **adamw):
@@ -133,7 +133,7 @@ def test_trap_1_a_stale_scale_is_not_applied_to_the_next_step(on_device):
 @pytest.mark.parametrize("lane", ["host", "device"])
 def test_trap_2_a_loss_scaler_owns_the_attribute(lane, monkeypatch):
     if lane == "device":
-        monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     accelerator = Fp16Accelerator()
     model, optimizer = make()
     clipper = AdaptiveClipper(CONFIG, accelerator=accelerator, optimizer=optimizer)

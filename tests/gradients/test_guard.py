@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_adaclip import AdaptiveClipper
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 from hf_adaclip.gradients import StepGuard
 
 OPTIMIZERS = {
@@ -53,7 +53,7 @@ def step(model, optimizer, clipper, factor=1.0):
 def lane(request, monkeypatch):
     """Plain numbers, as for gradients in host memory, or tensors, as on an accelerator."""
     if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 
 

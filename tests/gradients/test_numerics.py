@@ -9,7 +9,7 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError, UnsupportedSetupError
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 from hf_adaclip.gradients import collect, global_norm, tensor_norms
 
 

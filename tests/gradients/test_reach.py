@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_adaclip.controllers.ops import SCALAR, tensor_ops
+from hf_adaclip.controllers.numerics.ops import SCALAR, tensor_ops
 from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients import Gradients, collect, global_norm, tensor_norms
-from hf_adaclip.gradients.reach import EVERY, MOST, ReachEstimate, _grid, _sample
+from hf_adaclip.gradients.distance import EVERY, MOST, ReachEstimate, _grid, _sample
 
 
 def problem(seed=0, sizes=((40, 30), (700,), (3,))):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import hf_adaclip
-from hf_adaclip.audit.ring import HostRing
-from hf_adaclip.controllers.ops import SCALAR, TensorOps
+from hf_adaclip.controllers.numerics.ops import SCALAR, TensorOps
 from hf_adaclip.gradients.observe import to_value
 from hf_adaclip.gradients.transfer import HOST, copy_into, moved
+from hf_adaclip.run.ring import HostRing
 
 PACKAGE = Path(hf_adaclip.__file__).parent
 TRANSFER = PACKAGE / "gradients" / "transfer.py"

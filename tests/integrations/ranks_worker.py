@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-import hf_adaclip.run as run_module
+import hf_adaclip.run.run as run_module
 from hf_adaclip import AdaptiveClipper, RankDisagreementError
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.integrations.launching import leave
 from tests.loops import make
 

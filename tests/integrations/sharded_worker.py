@@ -13,8 +13,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, run
-from hf_adaclip.controllers.ops import tensor_ops
-from hf_adaclip.gradients import reach
+from hf_adaclip.controllers.numerics.ops import tensor_ops
+from hf_adaclip.gradients import distance as reach
 from hf_adaclip.gradients.norms import global_norm, tensor_norms
 from tests.integrations.launching import leave
 

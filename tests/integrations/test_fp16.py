@@ -5,7 +5,7 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.loops import make, weights
 
 CONFIG = AdaptiveClipConfig(controller="static")
@@ -42,7 +42,7 @@ class Fp16Accelerator:
 @pytest.fixture(params=["host", "device"])
 def lane(request, monkeypatch):
     if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 
 

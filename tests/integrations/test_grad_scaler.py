@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ClippingDefeatedError
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.gradients.test_guard import equal
 from tests.loops import HostReads, make, weights
 
@@ -27,7 +27,7 @@ OPTIMIZERS = {
 @pytest.fixture(params=["host", "device"])
 def lane(request, monkeypatch):
     if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 
 
@@ -136,7 +136,7 @@ def test_a_second_clipping_after_unscaling_is_not_taken_for_it(lane, kind, caplo
 
 
 def test_nothing_is_warned_of_and_no_number_is_read_beyond_the_scalers_own(monkeypatch, caplog):
-    monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+    monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     reads = []
     for clipped in (True, False):
         model, _ = make()

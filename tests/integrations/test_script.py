@@ -6,7 +6,7 @@ import re
 import pytest
 
 from hf_adaclip import AdaptiveClipConfig, ConfigError
-from hf_adaclip.integrations.script import ClipArguments, parse_arguments, run_script
+from hf_adaclip.integrations.script_args import ClipArguments, parse_arguments, run_script
 
 
 def parse(*argv):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-import hf_adaclip.integrations.trainer as trainer_module
+import hf_adaclip.integrations.transformers as trainer_module
 from hf_adaclip import (
     AdaptiveClipConfig,
     AdaptiveClipMixin,
@@ -20,7 +20,7 @@ from hf_adaclip import (
     attach,
 )
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.ops import tensor_ops
+from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.integrations.trainers import arguments, build, run, stock, weights
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
@@ -34,7 +34,7 @@ def steps_of(folder):
 @pytest.fixture(params=["host", "device"])
 def lane(request, monkeypatch):
     if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.ops_for", lambda device, shape: tensor_ops(device))
+        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 
 

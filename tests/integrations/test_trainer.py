@@ -19,8 +19,8 @@ from hf_adaclip import (
     attach,
 )
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.convergence.callback import ConvergenceCallback
-from hf_adaclip.convergence.tracker import read_points
+from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
+from hf_adaclip.telemetry.point import read_points
 from tests.integrations.trainers import STEPS, arguments, build, dataset, run, stock, weights
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.convergence.tracker import read_points
+from hf_adaclip.telemetry.point import read_points
 from tests.scripts.test_run_images_and_text import LLAMA, text  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parent.parent.parent

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.convergence.tracker import read_points
 from hf_adaclip.metrics import GLUE_METRICS
+from hf_adaclip.telemetry.point import read_points
 from scripts import run_glue
 
 ROOT = Path(__file__).parent.parent.parent

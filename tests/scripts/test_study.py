@@ -14,10 +14,10 @@ from datasets import Dataset
 from sklearn.datasets import load_digits
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
-from hf_adaclip.convergence.script_compare import TUNED_FILE, ScriptStudy
-from hf_adaclip.convergence.script_runs import ScriptRun, run_scripts
-from hf_adaclip.convergence.worker import write_result
-from hf_adaclip.integrations.script import parse_arguments
+from hf_adaclip.compare.script_compare import TUNED_FILE, ScriptStudy
+from hf_adaclip.compare.script_runs import ScriptRun, run_scripts
+from hf_adaclip.compare.worker import write_result
+from hf_adaclip.integrations.script_args import parse_arguments
 from scripts import run_clm, run_glue, run_image_classification, run_study, study_records
 from scripts.study_records import record
 from scripts.study_tasks import TASKS, Place, base_command

@@ -1,0 +1,224 @@
+"""How far the training could usefully go: the distance estimate that the pace goes by.
+
+    w_t = pace_{t-1}^2 lr_{t-1} / |g_t|                    lr over lr_base; g_t before clipping, so every gradient counts with length 1
+    r_t = decay r_{t-1} + w_t <g_t, x_0 - x_t>
+    s_t = decay s_{t-1} + w_t g_t
+    d_t = r_t / |s_t|_1                                    reach_t = d_t / lr_base
+
+<g, x_0 - x> asks whether the present gradient still wants to go the way that was travelled so far. It does while the rate is too small;
+where it no longer does, the rate is large enough, or the way was a detour. For Adam, whose step moves every coordinate by about the
+learning rate, d is that rate.
+
+x, g and s are looked at on a sample of the coordinates: one in 31, and not more than about 262144. The estimate is a quotient of two sums
+over them, so the sample changes its noise and not its size.
+
+Source: Prodigy, Mishchenko and Defazio 2023, algorithm 4, with three differences: gradients of length 1, a memory of 50 steps instead of
+about 2000, and no running maximum (the pace keeps a part of it). Why: model_cards/RESEARCH.md.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hf_adaclip.controllers.numerics.ops import Ops, Value
+from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.gradients.norms import Gradients
+from hf_adaclip.gradients.observe import to_value
+from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
+from hf_adaclip.gradients.transfer import HOST, copy_into, moved
+
+DECAY: Final = 0.98
+EVERY: Final = 31
+MOST: Final = 1 << 18
+_BLOCK: Final = 16  # coordinates in a row: a cache line of float32
+_TINY: Final = 1e-30
+
+Grid: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides of a view."""
+
+
+class ReachEstimate:
+    """Made for the parameters of a run, at its first step.
+
+    Args:
+        parameters: The trainable parameters, each once.
+        optimizers: Those that step on them; the largest learning rate of all their groups counts.
+        device: Where the norms are.
+        every: Look at one coordinate in so many; by default as many as the size of the model allows.
+
+    Raises:
+        ConfigError: An optimizer has no learning rate.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        device: torch.device,
+        every: int | None = None,
+    ) -> None:
+        check_rates(optimizers)
+        # Tensors that are spread over ranks alike stand together, so that their sums are one collective.
+        layouts: dict[Layout | None, list[int]] = {}
+        for position, parameter in enumerate(parameters):
+            layouts.setdefault(layout_of(parameter), []).append(position)
+        self._order = [position for positions in layouts.values() for position in positions]
+        self._parameters = [parameters[i] for i in self._order]
+        self.optimizers = optimizers
+        self._device = device
+        total = sum(local_part(p).numel() for p in parameters)
+        self._every = max(EVERY, -(-total // MOST)) if every is None else every
+        grids = [_grid(local_part(p).numel(), self._every) for p in parameters]
+        self._grids = [grids[i] for i in self._order]
+        self._sizes = [local_part(p).numel() for p in self._parameters]
+        self._sections = [
+            (layout, sum(math.prod(grids[i][0]) for i in positions)) for layout, positions in layouts.items()
+        ]
+        self._base = self._rate = 0.0
+        self.pace: Value | float = 1.0
+        self._room = torch.zeros(sum(size for _, size in self._sections), dtype=torch.float32, device=device)
+        parts = torch.split(self._room, [math.prod(shape) for shape, _ in self._grids])
+        self._parts = [part.view(shape) for part, (shape, _) in zip(parts, self._grids, strict=True)]
+        self._start = self._look(self._parameters).clone()
+        self._weighted = torch.zeros_like(self._start)
+        self._gain = torch.zeros((), dtype=torch.float32, device=device)
+
+    def observe(self, gradients: Gradients, norm: Tensor, ops: Ops) -> Value:
+        """Learn from this step's gradients, unclipped and unscaled, before the step.
+
+        Args:
+            gradients: Of the parameters that the estimate was made for.
+            norm: Their global norm, float32, shape `[]`; where it is not finite nothing is learned.
+            ops: The kind of number wanted.
+
+        Returns:
+            d / lr_base, shape `[]`; NaN as long as the learning rate has been 0.
+        """
+        there = dict(zip(gradients.present, gradients.tensors, strict=True))
+        way = self._start - self._look(self._parameters)
+        g = self._look([there.get(position) for position in self._order])
+        pace = self.pace if isinstance(self.pace, Tensor) else float(self.pace)
+        norm = moved(norm, self._device)
+        weight = pace * pace * self._rate / (norm + _TINY)
+        usable = norm < math.inf
+        # A NaN times 0 is a NaN: what is not usable has to be left out by choice.
+        self._weighted = torch.where(usable, self._weighted * DECAY + weight * g, self._weighted)
+        dot, length = self._sums(g * way, self._weighted.abs())
+        self._gain = torch.where(usable, self._gain * DECAY + weight * dot, self._gain)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        present = max(float(group["lr"]) for group in groups)
+        planned = max(float(group.get("initial_lr", 0.0)) for group in groups)
+        self._base = max(self._base, present, planned)
+        self._rate = present / self._base if self._base > 0 else 0.0
+        reach = self._gain / (length + _TINY) / (self._base if self._base > 0 else math.nan)
+        return to_value(reach, ops)
+
+    def moved(self, parameters: Sequence[Tensor], kept: Sequence[int]) -> "ReachEstimate":
+        """The estimate for other parameters: those that stay keep their start and their sums, new ones start where they are.
+
+        Args:
+            parameters: The parameters, in their new order.
+            kept: Per parameter, the position that it had here; -1 for one that is new.
+        """
+        other = ReachEstimate(parameters, self.optimizers, self._device, self._every)
+        position_of = {position: place for place, position in enumerate(self._order)}
+        sizes = [[math.prod(shape) for shape, _ in estimate._grids] for estimate in (self, other)]
+        for name in ("_start", "_weighted"):
+            old, new = (
+                torch.split(getattr(estimate, name), size) for estimate, size in zip((self, other), sizes, strict=True)
+            )
+            for place, position in enumerate(other._order):
+                if kept[position] >= 0:
+                    new[place].copy_(old[position_of[kept[position]]])
+        other._gain, other._base, other._rate, other.pace = self._gain, self._base, self._rate, self.pace
+        return other
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; nothing where every rank holds a part of its own: there the estimate begins anew."""
+        if any(layout is not None for layout, _ in self._sections):
+            return {}
+        rates = torch.tensor([self._base, self._rate], dtype=torch.float64, device=HOST)
+        pace = self.pace
+        if not isinstance(pace, Tensor):
+            pace = torch.tensor(float(pace), dtype=torch.float32, device=HOST)
+        return {"start": self._start, "weighted": self._weighted, "gain": self._gain, "rates": rates, "pace": pace}
+
+    def restore(self, tensors: dict[str, Tensor], ops: Ops) -> None:
+        """Go on from what `tensors` gave.
+
+        Raises:
+            ValueError: It was made for other parameters.
+        """
+        if tensors["start"].shape != self._start.shape:
+            raise ValueError(
+                f"the distance estimate looks at {tensors['start'].numel()} coordinates, these parameters have {self._start.numel()}"
+            )
+        self._start, self._weighted, self._gain, pace = (
+            moved(tensors[name], self._device).to(torch.float32) for name in ("start", "weighted", "gain", "pace")
+        )
+        self._base, self._rate = tensors["rates"].tolist()
+        self.pace = to_value(pace, ops)
+
+    @torch.no_grad()
+    def _look(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The samples of all tensors, in one copy; the vector is written over by the next look."""
+        found = []
+        for tensor, grid, size, part in zip(tensors, self._grids, self._sizes, self._parts, strict=True):
+            if tensor is None:
+                continue
+            # The signs count here, so a mark of conjugation is carried out.
+            local = summed_part(tensor.resolve_conj() if tensor.is_complex() else tensor)
+            if local.numel() != size:
+                raise UnsupportedSetupError(
+                    f"A gradient must be spread over ranks like its weight, but has {local.numel()} of its numbers here, and the weight "
+                    f"{size}. Set `max_pace=1`: the distance estimate compares the two number by number."
+                )
+            found.append((part, _sample(local, grid)))
+        if len(found) < len(self._parts):
+            self._room.zero_()
+        if found:
+            copy_into([part for part, _ in found], [sample for _, sample in found])
+        return self._room
+
+    def _sums(self, *values: Tensor) -> Tensor:
+        """Sums over the sample, over all ranks' parts of it; shape `[len(values)]`."""
+        if self._sections[0][0] is None and len(self._sections) == 1:
+            return torch.stack([v.sum() for v in values])
+        totals = torch.zeros(len(values), dtype=torch.float32, device=self._device)
+        begin = 0
+        for layout, size in self._sections:
+            part = torch.stack([v[begin : begin + size].sum() for v in values])
+            totals = totals + (part if layout is None else sum_over_ranks_(part, layout))
+            begin += size
+        return totals
+
+
+def check_rates(optimizers: Sequence[Any]) -> None:
+    """Whether there is a learning rate for the pace to multiply.
+
+    Raises:
+        ConfigError: A group has none, because the optimizer finds its own (Adafactor with `relative_step`).
+    """
+    for optimizer in optimizers:
+        if any(group.get("lr") is None for group in getattr(optimizer, "param_groups", ())):
+            raise ConfigError(
+                f"`optimizer` must have a learning rate when `max_pace` > 1, but {type(optimizer).__name__} has `lr` None instead: it "
+                "finds its own. Give it one (Adafactor: `lr=1e-3, relative_step=False, warmup_init=False`), or set `max_pace=1`."
+            )
+
+
+def _grid(count: int, every: int) -> Grid:
+    """Which coordinates of a tensor are looked at, one in `every`: in blocks, which cost less to read, where there is room for some."""
+    size = _BLOCK * every
+    if count < size:
+        return (-(-count // every),), (every,)
+    return (count // size, _BLOCK), (size, 1)
+
+
+def _sample(tensor: Tensor, grid: Grid) -> Tensor:
+    """These coordinates, numbered along the tensor's rows; a view, unless the memory has gaps or another order."""
+    flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
+    return flat.as_strided(*grid)

@@ -1,0 +1,260 @@
+"""What a script needs to choose its clipping by `--clip`: arguments for `HfArgumentParser`, and the Trainer that follows from them."""
+
+import copy
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from accelerate import PartialState
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.hints import near, near_controller, near_flag
+from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
+from hf_adaclip.integrations.transformers import AdaptiveClipTrainer
+
+STOCK: Final = ("stock", "none")
+
+
+@dataclass
+class ClipArguments:
+    """Which arm a script runs: a dataclass for `HfArgumentParser`, beside `TrainingArguments` and `AdaptiveClipConfig`.
+
+    Example:
+        >>> from hf_adaclip import AdaptiveClipConfig, ClipArguments
+        >>> ClipArguments("stock").resolve(AdaptiveClipConfig()) is None
+        True
+    """
+
+    clip: str = field(
+        default="adaptive",
+        metadata={
+            "help": "'stock': the plain Trainer with --max_grad_norm; 'none': the plain Trainer without clipping; or a controller ("
+            + ", ".join(CONTROLLERS)
+            + "), set further by the flags of AdaptiveClipConfig; or the path of a config's JSON."
+        },
+    )
+
+    def resolve(self, config: AdaptiveClipConfig) -> AdaptiveClipConfig | None:
+        """The config that the flags describe; None for the plain Trainer.
+
+        Args:
+            config: What the other flags have filled in. `--controller` counts where `--clip` is left at its default.
+
+        Raises:
+            ConfigError: `clip` is none of the names, and no file; or other flags say something else, or belong to another controller.
+        """
+        if self.clip in STOCK:
+            return None
+        default = AdaptiveClipConfig().controller
+        if self.clip in CONTROLLERS:
+            if config.controller not in (default, self.clip) and self.clip != default:
+                raise ConfigError(
+                    f"`--clip` must name the same controller as `--controller` ({config.controller!r}), but is {self.clip!r} instead. "
+                    "Leave one of them out."
+                )
+            chosen = self.clip if config.controller == default else config.controller
+            return AdaptiveClipConfig.from_dict({**config.to_dict(), "controller": chosen})
+        if not Path(self.clip).is_file():
+            raise ConfigError(
+                f"`--clip` must be one of {', '.join((*STOCK, *CONTROLLERS))}, or the path of a JSON file, but is {self.clip!r} instead."
+                + near_controller(self.clip, (*STOCK, *CONTROLLERS))
+            )
+        flags = [
+            f"`--{name}`" for name, value in config.to_dict().items() if value != getattr(AdaptiveClipConfig, name)
+        ]
+        if flags:
+            raise ConfigError(
+                f"{', '.join(flags)} must be left out with `--clip {self.clip}`: all settings are those of the file. Write them into it."
+            )
+        return AdaptiveClipConfig.from_json(self.clip)
+
+
+class Ingredients(NamedTuple):
+    """What a script trains, with either loop.
+
+    Attributes:
+        model: The model.
+        train_rows, eval_rows: Datasets.
+        collate: Makes a batch of rows.
+        compute_metrics: From an `EvalPrediction` to metrics, None when the loss says it all.
+        add: Further metrics from those of an evaluation.
+        processor: Tokenizer or None, saved with the model.
+    """
+
+    model: Any
+    train_rows: Any
+    eval_rows: Any
+    collate: Callable[[list[Any]], Any]
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None
+    add: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: {}
+    processor: Any = None
+
+
+def make_trainer(
+    clip: ClipArguments, config: AdaptiveClipConfig, args: TrainingArguments, **ingredients: Any
+) -> Trainer:
+    """The Trainer of the chosen arm. Every arm writes `convergence.jsonl`, so that they can be compared.
+
+    Args:
+        clip: Which arm.
+        config: What the flags of the config have filled in.
+        args: The Trainer's arguments; `--clip none` trains with a copy whose `max_grad_norm` is 0.
+        ingredients: What else the Trainer takes.
+
+    Example:
+        >>> from transformers import HfArgumentParser, TrainingArguments
+        >>> from hf_adaclip import AdaptiveClipConfig, ClipArguments, make_trainer
+        >>> parser = HfArgumentParser((TrainingArguments, ClipArguments, AdaptiveClipConfig))
+        >>> args, clip, config = parser.parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu", "--clip", "zscore"])
+        >>> clip.resolve(config).controller
+        'zscore'
+        >>> trainer = make_trainer(clip, config, args, model=model, train_dataset=rows)  # doctest: +SKIP
+    """
+    chosen = clip.resolve(config)
+    if chosen is not None:
+        trainer: Trainer = AdaptiveClipTrainer(args=args, clip=chosen, **ingredients)
+    else:
+        if clip.clip == "none":
+            args = copy.copy(args)  # the caller's object stays as it is
+            args.max_grad_norm = 0.0
+        trainer = Trainer(args=args, **ingredients)
+    trainer.add_callback(ConvergenceCallback(args.output_dir))
+    return trainer
+
+
+def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = TrainingArguments) -> tuple[Any, ...]:
+    """Arguments from flags, or from one .json or .yaml file; logging and seed are set as they say.
+
+    Args:
+        argv: The command line without the program's name.
+        kinds: The script's own dataclasses.
+        schedule: Of the Trainer, or of a loop.
+
+    Returns:
+        One object of each kind, then the schedule, [`ClipArguments`] and [`AdaptiveClipConfig`].
+
+    Raises:
+        ConfigError: A flag, or a key of the file, is unknown; the message names the nearest one. Or a setting of the config is wrong.
+    """
+    parser = HfArgumentParser((*kinds, schedule, ClipArguments, AdaptiveClipConfig))  # type: ignore[arg-type]
+    names = [
+        f.name
+        for kind in (*kinds, schedule, ClipArguments, AdaptiveClipConfig)
+        for f in dataclasses.fields(kind)
+        if f.init
+    ]
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+        values = _read_settings(Path(argv[0]))
+        unknown = [
+            f"`{key}` in {argv[0]} is no setting of this script.{near(key, names)}"
+            for key in values
+            if key not in names
+        ]
+        if unknown:
+            raise ConfigError(unknown)
+        if values.get("clip") in CONTROLLERS:
+            values.setdefault(
+                "controller", values["clip"]
+            )  # the config is made of the keys that are there, and looks at them
+        parsed: tuple[Any, ...] = parser.parse_dict(values)
+    else:
+        *found, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+        unknown = [
+            f"`{text}` is no flag of this script.{near_flag(text, flags)}" for text in rest if text.startswith("-")
+        ]
+        if rest:
+            raise ConfigError(unknown or f"{' '.join(map(repr, rest))} belongs to no flag of this script.")
+        parsed = tuple(found)
+    training_args = parsed[-3]
+    level = training_args.get_process_log_level() if schedule is TrainingArguments else logging.INFO
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
+    set_seed(training_args.seed)
+    return parsed
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml  # type: ignore[import-untyped]
+
+            values = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} must be a readable file of settings, but is not: {error}.") from error
+    except Exception as error:  # yaml has errors of its own, and need not be there for JSON
+        raise ConfigError(f"{path} must be YAML, but is not: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings by name, but holds {type(values).__name__}.")
+    return {str(key): value for key, value in values.items()}
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a script's `main`, then end what its processes share, so that no rank is torn down while another still talks to it.
+
+    A setting that is wrong, or a setup that is not supported, ends the script with its message and exit code 2, without a traceback.
+
+    Args:
+        main: The script, with its arguments from the command line.
+    """
+    try:
+        main()
+    except (ConfigError, UnsupportedSetupError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    PartialState().destroy_process_group()
+
+
+def train_and_evaluate(
+    trainer: Trainer,
+    *,
+    train_samples: int,
+    eval_samples: int,
+    card: dict[str, Any],
+    add: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: {},
+) -> dict[str, float]:
+    """What the Transformers examples do with a Trainer: train from the last checkpoint, evaluate, save all results, write the card.
+
+    Args:
+        trainer: The Trainer; `do_train`, `do_eval`, `resume_from_checkpoint` and `push_to_hub` of its arguments are followed.
+        train_samples, eval_samples: Rows, for the record.
+        card: What `create_model_card` takes.
+        add: Further metrics from those of an evaluation.
+
+    Returns:
+        All results, as in `all_results.json`.
+    """
+    args = trainer.args
+    results: dict[str, float] = {}
+    if args.do_train:
+        output = Path(args.output_dir or ".")
+        found = get_last_checkpoint(str(output)) if output.is_dir() else None  # type: ignore[no-untyped-call]
+        trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or found)
+        trainer.save_model()
+        trainer.log_metrics("train", trained.metrics)
+        metrics = {**trained.metrics, "train_samples": train_samples}
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+        results.update(metrics)
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        metrics = {**metrics, **add(metrics), "eval_samples": eval_samples}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        results.update(metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    return results

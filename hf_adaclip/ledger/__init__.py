@@ -1,0 +1,1 @@
+"""The file format of `clip_ledger.jsonl` and what anchors it: records, seals, writing and reading."""

@@ -1,0 +1,1 @@
+"""Pages, tables and figures of runs, and the commands that show them."""
