@@ -13,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.controllers import leaves_out
-from hf_adaclip.controllers.base import coefficient_of, is_finite_norm
+from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients import (
+    Gradients,
     Guards,
     check_loss,
     collect,
@@ -40,6 +41,7 @@ from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent
 from hf_adaclip.run.explain import describe
 from hf_adaclip.run.per_parameter import PerParameter
+from hf_adaclip.run.plan import StepPlan, plan
 from hf_adaclip.run.ranks import RankCheck, world_size
 from hf_adaclip.run.recorder import is_rank_zero
 from hf_adaclip.run.run import Run
@@ -227,35 +229,45 @@ class AdaptiveClipper:
         if kept.reach is not None:
             kept.reach.pace = 1.0 if self.config.shadow else pace
 
-        applied = decision.coefficient
-        if self.config.shadow:
-            applied = ops.where(finite, coefficient_of(norm, run.static, ops), ops(1.0))
-        elif left is not None:
-            applied = ops(1.0)  # done already
-        else:
-            applied = scope.coefficients(gradients, applied, total.device, ops)
-            if self._leaves_out:
-                finite = finite & (applied > ops(0.0))
+        planned = plan(
+            decision,
+            pace,
+            norm,
+            finite,
+            static=run.static,
+            shadow=self.config.shadow,
+            bounded=left is not None,
+            leaves_out=self._leaves_out,
+            paced=self.config.max_pace > 1,
+            ops=ops,
+        )
+        measure = run.step % MEASURE_EVERY == 0 if measure is None else measure
+        self._apply_(gradients, planned, total.device, measure=measure)
+        kept.clipped(gradients)
+        run.step += 1
+        return total
+
+    def _apply_(self, gradients: Gradients, planned: StepPlan, device: torch.device, *, measure: bool) -> None:
+        """Scale the gradients as planned, and prepare the optimizer's step."""
+        kept, ops = self._per_parameter, self._run.ops
+        coefficient = planned.coefficient
+        if planned.by_group:
+            coefficient = kept.scope.coefficients(gradients, coefficient, device, ops)
         checks = self._check.pending and self._guards.in_use and bool(gradients.tensors)
         # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
-        fold = scale_of(applied, ops) if kept.why_not_folded is None and not checks else None
+        fold = scale_of(coefficient, ops) if kept.why_not_folded is None and not checks else None
         if fold is None and gradients.tensors:
-            scale_(gradients.tensors, applied)
+            scale_(gradients.tensors, coefficient)
         if checks:
             self._check.clipped(gradients.tensors)
-
-        measure = run.step % MEASURE_EVERY == 0 if measure is None else measure
         self._guards.arm(
             gradients,
-            finite=finite,
-            pace=None if self.config.max_pace == 1 or self.config.shadow else pace,
+            finite=planned.taken,
+            pace=planned.pace,
             ops=ops,
             measure=weakly(self._measure) if measure or checks else None,
             fold=fold,
         )
-        kept.clipped(gradients)
-        run.step += 1
-        return total
 
     def _rank_check(self) -> RankCheck | None:
         """Only where it is known who has to decide alike: on some ranks of a run there may be no clipper at all."""

@@ -69,7 +69,7 @@ def test_shadow_decides_and_records_but_is_the_stock_run_bit_for_bit(lane, tmp_p
 @pytest.mark.parametrize("granularity", ["global", "tensor"])
 def test_a_planted_spike_is_cut_before_it_reaches_the_optimizer(lane, granularity, tmp_path):
     model, optimizer = make(lr=1e-3)
-    config = CONFIG.replace(granularity=granularity, ledger=str(tmp_path / "l.jsonl"))
+    config = CONFIG.replace(granularity=granularity, static_threshold=50.0, ledger=str(tmp_path / "l.jsonl"))
     clipper = AdaptiveClipper(config, optimizer=optimizer)
     applied = []
     optimizer.register_step_pre_hook(
@@ -365,8 +365,17 @@ def test_metrics_names_and_fraction():
     assert metrics["clip/fraction"] == 1.0
     assert metrics["clip/phase"] == "warmup"
     assert metrics["clip/threshold"] == pytest.approx(1e-6)
-    train(model, optimizer, clip_with(clipper), 20, start=10)
-    assert clipper.metrics()["clip/fraction"] == pytest.approx(11 / 20)  # since the last call: 10 of warm-up, and one
+    cut = []
+
+    def clip(model, loss):
+        norm = clipper.clip_(model.parameters(), loss=loss)
+        cut.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])) < 0.999 * float(norm))
+        return norm
+
+    train(model, optimizer, clip, 20, start=10)
+    assert cut[:10] == [True] * 10  # of the warm-up
+    assert not all(cut[10:])
+    assert clipper.metrics()["clip/fraction"] == pytest.approx(sum(cut) / 20)  # since the last call
 
 
 def test_a_ring_smaller_than_the_run_loses_nothing(lane, tmp_path):
