@@ -34,11 +34,11 @@ Lasting levels. `accept_after` norms in a row beyond min(far, 0.6) that agree wi
 level, not spikes: L jumps there and the step passes. Norms that keep growing do not agree with each other and are not accepted.
 
 Recurring levels. A second source of data comes back without ever coming six times in a row. Two rivals (a level and a number of hits,
-which fades by 0.3 % a step) are kept. Counted are norms beyond min(far, 0.6) above L where the one before was not, and lasting levels, as two:
-a norm within 0.75 of a rival is a hit and moves it; any other that is over the top takes the place of the weaker one. Four hits make a rival C, the remembered
-level: norms up to max(far, 0.6) above it pass from then on and do not teach L and S; C follows those within 0.6 of it, and is forgotten
-900 steps after the last of them. Spikes of differing sizes do not agree, and those of one size, hundreds of steps apart, have faded before
-there are four.
+which fades by 0.3 % a step) are kept. Counted are norms beyond min(far, 0.6) above L where the one before was not, and lasting levels, as
+two: a norm within 0.75 of a rival is a hit and moves it; any other that is over the top takes the place of the weaker one. Four hits make
+a rival C, the remembered level: norms up to max(far, 0.6) above it pass from then on and do not teach L and S; C follows those within 0.6
+of it, and is forgotten 900 steps after the last of them. Spikes of differing sizes do not agree, and those of one size, hundreds of steps
+apart, have faded before there are four.
 
 Where norms scatter widely, the edge is far out. Beyond 1.86 times the level (a deviation of 0.6) it lets nothing pass that the static
 threshold would cut: what is unusual and too large for whoever set that threshold is cut to it, and no farther.

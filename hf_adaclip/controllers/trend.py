@@ -9,8 +9,8 @@
     far      = m_t > best_t + max(bar s, slack)
 
 slack is a part of |best|. A rising loss is far from its best before its spread has grown: beyond 1.5 spreads nothing is learned of the
-spread, and below it grows by at most 2 % a step. One loss, however large, moves the mean by two spreads, and the mean stays within sight of its best, so that a
-burst is over when the losses are. Losses that are not finite teach nothing, and forget nothing.
+spread, and below it grows by at most 2 % a step. One loss, however large, moves the mean by two spreads, and the mean stays within sight
+of its best, so that a burst is over when the losses are. Losses that are not finite teach nothing, and forget nothing.
 """
 
 from typing import NamedTuple
