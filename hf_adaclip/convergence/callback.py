@@ -188,14 +188,14 @@ class ConvergenceCallback(TrainerCallback):
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Those metrics that are numbers and fit into a float."""
+    """Those metrics that are numbers; a whole number beyond every float is infinite."""
     found = {}
     for name, value in metrics.items():
         if isinstance(value, numbers.Real):
             try:
                 found[name] = float(value)
-            except OverflowError:  # a whole number beyond every float
-                found[name] = math.inf if int(value) > 0 else -math.inf
+            except OverflowError:
+                found[name] = math.inf if str(value)[0] != "-" else -math.inf
     return found
 
 

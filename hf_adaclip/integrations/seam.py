@@ -3,7 +3,7 @@
 import logging
 import math
 import numbers
-from typing import Final
+from typing import Any, Final
 
 import transformers
 from transformers import Trainer
@@ -61,7 +61,7 @@ def warn_of_own_clipping(kind: type, mixin: type) -> None:
         )
 
 
-def check_max_grad_norm(value: float | None) -> None:
+def check_max_grad_norm(value: Any) -> None:
     """Whether transformers calls the seam for this value, at construction and in every step.
 
     Raises:

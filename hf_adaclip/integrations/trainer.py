@@ -338,9 +338,7 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
         UnsupportedSetupError: transformers or the distributed setup is not supported.
     """
     if not isinstance(trainer, Trainer):
-        given: Any = trainer
-        what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
-        raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {what} instead.")
+        raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {_kind_of(trainer)} instead.")
     if isinstance(trainer, AdaptiveClipMixin):
         raise ConfigError("`trainer` must not have adaptive clipping yet, but it has: attach once, before `train()`.")
     if trainer.is_in_train:
@@ -366,6 +364,10 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
         trainer.__dict__.update(before)
         raise
     return trainer
+
+
+def _kind_of(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def pace_start(steps: int, warmup_steps: float) -> int:
