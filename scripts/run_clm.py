@@ -188,9 +188,9 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any, se
         raise ValueError(
             f"`--text_columns` must be among {', '.join(train_rows.column_names)}, but {', '.join(missing)} is not."
         )
-    check_size_was_chosen(model_args.model_name_or_path, model_args.model_type, model_args.config_overrides, SMALL)
     with first:
         tokenizer = make_tokenizer(model_args, train_rows, columns)
+        check_size_was_chosen(model_args.model_name_or_path, model_args.model_type, model_args.config_overrides, SMALL)
         train_blocks = into_blocks(train_rows, tokenizer, columns, data_args.block_size)
         eval_blocks = into_blocks(eval_rows, tokenizer, columns, data_args.block_size)
     if data_args.max_train_samples is not None:

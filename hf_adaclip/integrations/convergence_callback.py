@@ -188,13 +188,17 @@ class ConvergenceCallback(TrainerCallback):
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Those metrics that are numbers and fit into a float."""
+    """Those metrics that are numbers; a whole number beyond every float is infinite."""
     found = {}
     for name, value in metrics.items():
         if isinstance(value, numbers.Real):
             try:
                 found[name] = float(value)
+<<<<<<< HEAD:hf_adaclip/integrations/convergence_callback.py
             except OverflowError:  # a whole number beyond every float
+=======
+            except OverflowError:
+>>>>>>> trainer:hf_adaclip/convergence/callback.py
                 found[name] = math.inf if str(value)[0] != "-" else -math.inf
     return found
 

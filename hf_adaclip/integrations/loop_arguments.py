@@ -42,7 +42,11 @@ class LoopArguments(TrainingArguments):
         ignored: Names of fields that were given and that the loop does not follow.
     """
 
+<<<<<<< HEAD
     mixed_precision: str | None = field(  # type: ignore[assignment]  # None: as launched
+=======
+    mixed_precision: str | None = field(  # type: ignore[assignment]
+>>>>>>> trainer
         default=None, metadata={"help": "no, bf16 or fp16 (default: --bf16, --fp16, or as `accelerate launch` says)."}
     )
 
@@ -56,7 +60,10 @@ class LoopArguments(TrainingArguments):
             and _given(getattr(self, f.name))
             != _given(f.default if f.default_factory is MISSING else f.default_factory())
         ]
+        given = self.mixed_precision
         super().__post_init__()  # type: ignore[no-untyped-call]
+        # TrainingArguments keeps under this name what --bf16, --fp16 and `accelerate launch` say.
+        self.mixed_precision = given or self.mixed_precision
 
 
 def _given(value: Any) -> Any:
@@ -67,12 +74,15 @@ def _given(value: Any) -> Any:
 def make_accelerator(arguments: LoopArguments) -> Accelerator:
     """The accelerator of a loop; its sampler can be gone on with from the middle of an epoch."""
     set_seed(arguments.seed)
-    chosen = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else None
     return Accelerator(
         cpu=arguments.use_cpu,
-        mixed_precision=arguments.mixed_precision or chosen,
+        mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
+<<<<<<< HEAD
         log_with=[*(arguments.report_to or ())] or None,
+=======
+        log_with=list(arguments.report_to or ()) or None,
+>>>>>>> trainer
         project_dir=arguments.output_dir,
     )

@@ -176,5 +176,22 @@ def test_files_and_sizes_that_are_no_choice_are_refused(here, tmp_path, script):
         here(script, ["--train_file", tmp_path / "gone.parquet", *common])
     rows = "text,label\n" + "a few words,0\nand some more,1\n" * 40
     (tmp_path / "rows.csv").write_text(rows)
+    tokenizer = ["--train_tokenizer", 300] if "clm" in script else []
+    kept = tmp_path / "rows.csv" if "image" not in script else tmp_path / "gone.parquet"
     with pytest.raises(ValueError, match="`--model_name_or_path` or `--config_overrides` must be given"):
-        here(script, ["--train_file", tmp_path / "rows.csv", *common[:3]])
+        here(script, ["--train_file", kept, *tokenizer, *common[:3]])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], "no"), (["--bf16"], "bf16"), (["--mixed_precision", "bf16"], "bf16")]
+)
+def test_the_precision_of_a_loop(here, tmp_path, given, expected):
+    from transformers import HfArgumentParser
+
+    from hf_adaclip.integrations.loop_arguments import LoopArguments
+
+    (arguments,) = HfArgumentParser((LoopArguments,)).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", *given]
+    )
+    assert arguments.mixed_precision == expected
+    assert arguments.ignored == []
