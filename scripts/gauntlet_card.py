@@ -7,8 +7,8 @@ python -m scripts.gauntlet_card
 
 import json
 
-from hf_adaclip.audit.gauntlet import percent, spike, steps
-from hf_adaclip.audit.trials import TRIALS
+from hf_adaclip.gauntlet.trials import TRIALS
+from hf_adaclip.gauntlet.verdict import percent, spike, steps
 from scripts.readme_section import ROOT
 
 FOLDER = ROOT / "model_cards" / "gauntlet"

@@ -14,8 +14,7 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.hints import near
 from hf_adaclip.integrations.clip_text import clip_from_text
-from hf_adaclip.integrations.launch import say
-from hf_adaclip.integrations.transformers import attach
+from hf_adaclip.integrations.launch import attach_and_say
 
 PREFIX = "adaclip_"
 
@@ -92,7 +91,4 @@ class AdaptiveClipPlugin(BasePlugin):  # type: ignore[misc]
             ConfigError: `max_grad_norm` is 0 or null.
             UnsupportedSetupError: The setup is not supported.
         """
-        kind = type(trainer).__name__
-        attach(trainer, clip=config_from(cfg))
-        config = trainer.clip_config
-        say(trainer, f"attached to {kind}: controller {config.controller}, ledger {config.ledger}")
+        attach_and_say(trainer, config_from(cfg))

@@ -194,11 +194,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, numbers.Real):
             try:
                 found[name] = float(value)
-<<<<<<< HEAD:hf_adaclip/integrations/convergence_callback.py
             except OverflowError:  # a whole number beyond every float
-=======
-            except OverflowError:
->>>>>>> trainer:hf_adaclip/convergence/callback.py
                 found[name] = math.inf if str(value)[0] != "-" else -math.inf
     return found
 

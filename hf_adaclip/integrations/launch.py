@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
 
+from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import ConfigError, HfAdaclipError, UnsupportedSetupError
 from hf_adaclip.integrations.clip_text import clip_from_text, portable
 
@@ -34,19 +35,32 @@ def attach_by_environment(trainer: Any) -> None:
         ConfigError: The variable is wrong, or so is `max_grad_norm`.
         UnsupportedSetupError: The setup is not supported.
     """
-    from hf_adaclip.integrations.transformers import AdaptiveClipMixin, attach
+    from hf_adaclip.integrations.transformers import AdaptiveClipMixin
 
     kind = type(trainer).__name__
     if isinstance(trainer, AdaptiveClipMixin):
-        if not getattr(trainer, "_attached_by_environment", False):
+        if not getattr(trainer, "_attached_by_tool", False):
             say(trainer, f"{kind} clips adaptively by itself ({trainer.clip_config.controller}): left as it is")
         return
     try:
-        attach(trainer, clip=clip_from_text(os.environ[VARIABLE]))
+        attach_and_say(trainer, clip_from_text(os.environ[VARIABLE]))
     except HfAdaclipError as error:
         say(trainer, f"{kind} is refused: {error}")
         raise
-    trainer._attached_by_environment = True
+
+
+def attach_and_say(trainer: Any, config: AdaptiveClipConfig) -> None:
+    """Attach for somebody who has written no Trainer call, and so has to be told.
+
+    Raises:
+        ConfigError: `max_grad_norm` is none that lets clipping act.
+        UnsupportedSetupError: The setup is not supported.
+    """
+    from hf_adaclip.integrations.transformers import attach
+
+    kind = type(trainer).__name__
+    attach(trainer, clip=config)
+    trainer._attached_by_tool = True
     config = trainer.clip_config
     say(trainer, f"attached to {kind}: controller {config.controller}, ledger {config.ledger}")
 

@@ -42,11 +42,7 @@ class LoopArguments(TrainingArguments):
         ignored: Names of fields that were given and that the loop does not follow.
     """
 
-<<<<<<< HEAD
     mixed_precision: str | None = field(  # type: ignore[assignment]  # None: as launched
-=======
-    mixed_precision: str | None = field(  # type: ignore[assignment]
->>>>>>> trainer
         default=None, metadata={"help": "no, bf16 or fp16 (default: --bf16, --fp16, or as `accelerate launch` says)."}
     )
 
@@ -79,10 +75,6 @@ def make_accelerator(arguments: LoopArguments) -> Accelerator:
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
-<<<<<<< HEAD
-        log_with=[*(arguments.report_to or ())] or None,
-=======
         log_with=list(arguments.report_to or ()) or None,
->>>>>>> trainer
         project_dir=arguments.output_dir,
     )

@@ -1,11 +1,6 @@
 """The seam of `transformers.Trainer`: whether it is there, whether it is ours, and for which `max_grad_norm` it is called."""
 
 import logging
-<<<<<<< HEAD
-=======
-import math
-import numbers
->>>>>>> trainer
 from typing import Any, Final
 
 import transformers

@@ -14,8 +14,8 @@ from swift.callbacks import callbacks_map
 from swift.callbacks.base import TrainerCallback
 
 from hf_adaclip.integrations.clip_text import clip_from_text
-from hf_adaclip.integrations.launch import VARIABLE, say
-from hf_adaclip.integrations.transformers import AdaptiveClipMixin, attach
+from hf_adaclip.integrations.launch import VARIABLE, attach_and_say
+from hf_adaclip.integrations.transformers import AdaptiveClipMixin
 
 NAME = "adaclip"
 
@@ -31,10 +31,7 @@ class AdaptiveClipCallback(TrainerCallback):  # type: ignore[misc]
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.trainer, AdaptiveClipMixin):
             return
-        kind = type(self.trainer).__name__
-        attach(self.trainer, clip=clip_from_text(os.environ.get(VARIABLE) or "adaptive"))
-        config = self.trainer.clip_config
-        say(self.trainer, f"attached to {kind}: controller {config.controller}, ledger {config.ledger}")
+        attach_and_say(self.trainer, clip_from_text(os.environ.get(VARIABLE) or "adaptive"))
 
 
 def register() -> None:

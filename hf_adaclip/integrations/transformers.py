@@ -353,15 +353,8 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
         ConfigError: It has adaptive clipping already, or a setting is wrong.
         UnsupportedSetupError: transformers or the distributed setup is not supported.
     """
-<<<<<<< HEAD:hf_adaclip/integrations/transformers.py
-    given: Any = trainer
-    if not isinstance(given, Trainer):
-        what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
-        raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {what} instead.")
-=======
     if not isinstance(trainer, Trainer):
         raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {_kind_of(trainer)} instead.")
->>>>>>> trainer:hf_adaclip/integrations/trainer.py
     if isinstance(trainer, AdaptiveClipMixin):
         raise ConfigError("`trainer` must not have adaptive clipping yet, but it has: attach once, before `train()`.")
     begun = find_train_begin(trainer) if trainer.is_in_train else None

@@ -61,9 +61,9 @@ def train(tmp_path):
             if not (folder / given).exists():
                 (folder / given).symlink_to(tmp_path / given)
         keys = f"external_plugins: [{plugin}]\ncallbacks: [adaclip]\n" if ours else ""
+        keys += f"ENV:\n  HF_ADACLIP: '{clip}'\n" if clip else ""
         (folder / "config.yaml").write_text(YAML + keys + lines)
-        clipping = {"HF_ADACLIP": clip} if clip else {}
-        variables = {"CUDA_VISIBLE_DEVICES": "", "MODELSCOPE_CACHE": str(tmp_path / "cache"), **clipping}
+        variables = {"CUDA_VISIBLE_DEVICES": "", "MODELSCOPE_CACHE": str(tmp_path / "cache")}
         command = (PYTHON, "-m", "swift.cli.main", "sft", "config.yaml")
         return folder, execute(command, folder, check=check, **variables)
 
@@ -76,7 +76,7 @@ def test_a_run_from_yaml_is_clipped_recorded_and_resumed(train):
     tight = {"ours": True, "clip": "static:static_threshold=0.05"}
     ours, done = train("ours", "", **tight)
 
-    assert (done.stdout + done.stderr).count("hf-adaclip: attached to") == 1
+    assert (done.stdout + done.stderr).count("hf-adaclip: ") == 1
     end = "out/checkpoint-12"
     assert torch.equal(saved_weights(ours / end), saved_weights(tight_stock / end))
     assert not torch.equal(saved_weights(ours / end), saved_weights(stock / end))
