@@ -46,7 +46,8 @@ class Trial:
 
 
 def _calm(rng: Rng) -> np.ndarray:
-    return LEVEL * np.exp(0.15 * rng.standard_normal(STEPS))
+    norms: np.ndarray = LEVEL * np.exp(0.15 * rng.standard_normal(STEPS))
+    return norms
 
 
 def _growth(rate: float) -> Trial:
