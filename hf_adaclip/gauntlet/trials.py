@@ -53,7 +53,8 @@ def _calm(rng: Rng) -> np.ndarray:
 def _growth(rate: float) -> Trial:
     def norms(rng: Rng) -> np.ndarray:
         growth: np.ndarray = np.minimum((1 + rate) ** np.maximum(np.arange(STEPS) - WARM, 0.0), 1e30)
-        return _calm(rng) * growth
+        grown: np.ndarray = _calm(rng) * growth
+        return grown
 
     def largest(norms: np.ndarray, coefficients: np.ndarray) -> float:
         return float((norms * coefficients)[WARM:].max()) / LEVEL
