@@ -3,7 +3,7 @@
 import math
 import time
 from datetime import datetime, timezone
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_adaclip.audit.ledger import Ledger
 from hf_adaclip.audit.records import Summary, state_to_json, step_record
-from hf_adaclip.audit.ring import COLUMNS, DeviceRing, HostRing, Ring
+from hf_adaclip.audit.ring import COLUMNS, DeviceRing, HostRing, Ring, Rows
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.controllers.base import coefficient_of
@@ -22,9 +22,6 @@ from hf_adaclip.gradients.groups import Grouping
 from hf_adaclip.selftest import TOLERANCE
 from hf_adaclip.statistics import RunStatistics
 from hf_adaclip.versions import environment
-
-LOOK_EVERY: Final = 25
-"""Steps on an accelerator after which rows are read at the latest, the same on every rank; in host memory it is every step."""
 
 
 class Recorder:
@@ -43,6 +40,7 @@ class Recorder:
         static_threshold: That of the ledger's header; a record holds it where it is another.
 
     Attributes:
+        next_step: The first step whose row has not been looked at.
         altered: In words, the first step whose gradient reached the optimizer otherwise than clipping had left it; None until then.
     """
 
@@ -60,7 +58,7 @@ class Recorder:
         shadow: bool = False,
         static_threshold: float | None = None,
     ) -> None:
-        self._capacity, self._due = capacity, 1 if ops.on_host else LOOK_EVERY
+        self._capacity = capacity
         self._shadow, self._static_threshold = shadow, static_threshold
         self._statics: list[float | None] = []
         self._waiting: list[dict[str, Any]] = []
@@ -69,7 +67,7 @@ class Recorder:
         self._ring: Ring = HostRing(capacity) if ops.on_host else DeviceRing(capacity, num_tensors, device)
         self._ops, self._num_tensors = ops, num_tensors
         self._statistics = statistics
-        self._next_record = first_step
+        self.next_step = first_step
         self._times: list[float] = []
         self._started = time.monotonic()
         self.ledger = ledger
@@ -78,11 +76,6 @@ class Recorder:
     def full(self) -> bool:
         """Whether the rows have to be read and written before another one fits."""
         return self._ring.full or len(self._waiting) + len(self._ring) >= self._capacity
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to look at the rows."""
-        return len(self._ring) >= self._due
 
     def record(
         self,
@@ -125,31 +118,32 @@ class Recorder:
             self._ring.set_applied(norm)
 
     def flush(self) -> list[ClipEvent]:
-        """Look at all rows and write them down; returns the events that they complete."""
-        events = self.look()
+        """Read all rows (one host read), count them, write them down; returns the events that they complete."""
+        events = self._take(self._ring.drain())
         waiting, self._waiting = self._waiting, []
         if self.ledger is not None:
             self.ledger.steps(waiting)
         return events
 
     def look(self) -> list[ClipEvent]:
-        """Read all rows (one host read) and count them; the ledger gets them with the next block. Returns the events they complete."""
-        if not len(self._ring):
-            return []
+        """Count the rows that can be had without waiting; the ledger gets them with its next block. Returns the events they complete."""
+        return self._take(self._ring.look())
+
+    def _take(self, rows: Rows) -> list[ClipEvent]:
         events: list[ClipEvent] = []
-        rows = self._ring.drain()
-        times, self._times = self._times, []
-        statics, self._statics = self._statics, []
+        count = len(rows.values)
+        times, self._times = self._times[:count], self._times[count:]
+        statics, self._statics = self._statics[:count], self._statics[count:]
         for position, (values, seconds, static) in enumerate(zip(rows.values, times, statics, strict=True)):
             row = dict(zip(COLUMNS, values, strict=True))
             reason = Reason(int(row["reason"]))
             self._statistics.add(row, reason)
-            events.extend(self._events.feed(self._next_record, row, reason))
+            events.extend(self._events.feed(self.next_step, row, reason))
             self._compare_applied(row, self._static_threshold if static is None else static)
             if self.ledger is not None:
                 norms = None if rows.norms is None else rows.norms[position]
-                self._waiting.append(step_record(self._next_record, row, seconds, norms, static))
-            self._next_record += 1
+                self._waiting.append(step_record(self.next_step, row, seconds, norms, static))
+            self.next_step += 1
         return events
 
     def _compare_applied(self, row: dict[str, float], static: float | None) -> None:
@@ -161,7 +155,7 @@ class Recorder:
         intended = norm * coefficient
         if not abs(applied - intended) <= TOLERANCE * max(applied, intended):
             self.altered = (
-                f"the optimizer was given a gradient of norm {applied:.4g} in step {self._next_record}, where clipping had left "
+                f"the optimizer was given a gradient of norm {applied:.4g} in step {self.next_step}, where clipping had left "
                 f"{intended:.4g}: something changes it in between. Look at callbacks with `on_pre_optimizer_step` and at hooks on the "
                 "optimizer."
             )

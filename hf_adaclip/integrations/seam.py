@@ -67,7 +67,7 @@ def check_max_grad_norm(value: Any) -> None:
     Raises:
         ConfigError: It does not, or the value is no threshold.
     """
-    if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+    if not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
         raise ConfigError(
             f"`max_grad_norm` must be above 0 and finite under adaptive clipping, but is {value!r} instead: at 0 transformers never calls "
             "the clipping seam. It is the threshold of the warm-up, and the ceiling where it cut most of that: keep the default 1.0, or "
