@@ -28,3 +28,14 @@ def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         sources: As many, of any device and dtype.
     """
     torch._foreach_copy_(list(targets), list(sources), non_blocking=targets[0].device.type != "cpu")
+
+
+def start_copy(target: Tensor, source: Tensor, *, awaited: bool) -> None:
+    """Copy to the host without waiting, into pinned memory that is read only after an event that follows.
+
+    Args:
+        target: In host memory.
+        source: Of the same shape, on any device.
+        awaited: Whether there is such an event; without one the copy has landed when this returns.
+    """
+    target.copy_(source, non_blocking=awaited)

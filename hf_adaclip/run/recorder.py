@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +22,11 @@ from hf_adaclip.ledger.schema import plain
 from hf_adaclip.ledger.writer import Ledger
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent, EventTracker
-from hf_adaclip.run.ring import COLUMNS, DeviceRing, HostRing, Ring
+from hf_adaclip.run.ring import COLUMNS, DeviceRing, HostRing, Ring, Rows
 from hf_adaclip.run.selftest import TOLERANCE
 from hf_adaclip.run.versions import environment
 
 logger = logging.getLogger(__name__)
-
-LOOK_EVERY: Final = 25
-"""Steps on an accelerator after which rows are read at the latest, the same on every rank; in host memory it is every step."""
 
 
 class Recorder:
@@ -48,6 +45,7 @@ class Recorder:
         static_threshold: That of the ledger's header; a record holds it where it is another.
 
     Attributes:
+        next_step: The first step whose row has not been looked at.
         altered: In words, the first step whose gradient reached the optimizer otherwise than clipping had left it; None until then.
     """
 
@@ -65,7 +63,7 @@ class Recorder:
         shadow: bool = False,
         static_threshold: float | None = None,
     ) -> None:
-        self._capacity, self._due = capacity, 1 if ops.on_host else LOOK_EVERY
+        self._capacity = capacity
         self._shadow, self._static_threshold = shadow, static_threshold
         self._statics: list[float | None] = []
         self._waiting: list[dict[str, Any]] = []
@@ -74,7 +72,7 @@ class Recorder:
         self._ring: Ring = HostRing(capacity) if ops.on_host else DeviceRing(capacity, num_tensors, device)
         self._ops, self._num_tensors = ops, num_tensors
         self._statistics = statistics
-        self._next_record = first_step
+        self.next_step = first_step
         self._times: list[float] = []
         self._notes: dict[int, dict[str, Any]] = {}
         self._started = time.monotonic()
@@ -84,11 +82,6 @@ class Recorder:
     def full(self) -> bool:
         """Whether the rows have to be read and written before another one fits."""
         return self._ring.full or len(self._waiting) + len(self._ring) >= self._capacity
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to look at the rows."""
-        return len(self._ring) >= self._due
 
     def record(
         self,
@@ -131,43 +124,44 @@ class Recorder:
             self._ring.set_applied(norm)
 
     def flush(self, state: Callable[[], dict[str, Any]] | None = None) -> list[ClipEvent]:
-        """Look at all rows and write them down; returns the events that they complete.
+        """Read all rows (one host read), count them, write them down; returns the events that they complete.
 
         Args:
             state: Gives the controller's state after the newest row, as JSON: where a ledger goes on after steps that it could not hold.
         """
-        events = self.look()
+        events = self._take(self._ring.drain())
         waiting, self._waiting = self._waiting, []
         if self.ledger is not None:
             self.ledger.steps(waiting, state)
         return events
 
     def look(self) -> list[ClipEvent]:
-        """Read all rows (one host read) and count them; the ledger gets them with the next block. Returns the events they complete."""
-        if not len(self._ring):
-            return []
+        """Count the rows that can be had without waiting; the ledger gets them with its next block. Returns the events they complete."""
+        return self._take(self._ring.look())
+
+    def _take(self, rows: Rows) -> list[ClipEvent]:
         events: list[ClipEvent] = []
-        rows = self._ring.drain()
-        times, self._times = self._times, []
-        statics, self._statics = self._statics, []
+        count = len(rows.values)
+        times, self._times = self._times[:count], self._times[count:]
+        statics, self._statics = self._statics[:count], self._statics[count:]
         for position, (values, seconds, static) in enumerate(zip(rows.values, times, statics, strict=True)):
             row = dict(zip(COLUMNS, values, strict=True))
             reason = Reason(int(row["reason"]))
-            found = list(self._events.feed(self._next_record, row, reason))
+            found = list(self._events.feed(self.next_step, row, reason))
             self._statistics.add(row, reason, spike=any(event.kind == "spike" for event in found))
             events.extend(found)
             self._compare_applied(row, self._static_threshold if static is None else static)
             if self.ledger is not None:
                 norms = None if rows.norms is None else rows.norms[position]
-                record = step_record(self._next_record, row, seconds, norms, static)
-                self._waiting.append(record | self._notes.pop(self._next_record, {}))
-            self._next_record += 1
+                record = step_record(self.next_step, row, seconds, norms, static)
+                self._waiting.append(record | self._notes.pop(self.next_step, {}))
+            self.next_step += 1
         return events
 
     def note(self, **facts: Any) -> None:
         """Facts that the record of the coming step is to have beside its numbers."""
         if self.ledger is not None:
-            self._notes[self._next_record + len(self._ring)] = facts
+            self._notes[self.next_step + len(self._ring)] = facts
 
     def take_over(self, before: "Recorder") -> None:
         """Go on from the recorder of the segment before: its clock, and the events that are still open."""
@@ -182,7 +176,7 @@ class Recorder:
         intended = norm * coefficient
         if not abs(applied - intended) <= TOLERANCE * max(applied, intended):
             self.altered = (
-                f"the optimizer was given a gradient of norm {applied:.4g} in step {self._next_record}, where clipping had left "
+                f"the optimizer was given a gradient of norm {applied:.4g} in step {self.next_step}, where clipping had left "
                 f"{intended:.4g}: something changes it in between. Look at callbacks with `on_pre_optimizer_step` and at hooks on the "
                 "optimizer."
             )

@@ -6,9 +6,11 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hf_adaclip.gradients.transfer import HOST, moved
+from hf_adaclip.gradients.transfer import HOST, moved, start_copy
 
 COLUMNS: Final = ("norm", "threshold", "coefficient", "pace", "reason", "loss", "loss_scale", "reach", "applied_norm")
+LOOK_EVERY: Final = 12
+"""Steps between two looks at rows that are on an accelerator: what ends a run is noticed 12 to 24 steps later, and without waiting."""
 _APPLIED: Final = COLUMNS.index("applied_norm")
 
 
@@ -30,7 +32,8 @@ class Ring(Protocol):
     @property
     def full(self) -> bool: ...
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Rows that nobody has been given yet."""
 
     def append(self, values: tuple[Any, ...], norms: Any = None) -> None:
         """Add a row: one float32 value per column but the last, which is filled in by `set_applied`."""
@@ -38,12 +41,18 @@ class Ring(Protocol):
     def set_applied(self, norm: Tensor) -> None:
         """Fill in the norm that really reached the optimizer, for the newest row."""
 
+    def look(self) -> Rows:
+        """Rows that can be had without waiting, oldest first; none when it is not time. The newest row must be complete."""
+
     def drain(self) -> Rows:
         """Read everything and start over."""
 
 
 class DeviceRing:
-    """A ring buffer on an accelerator; `drain` is the only host read.
+    """A ring buffer on an accelerator; `drain` is the only host read that waits.
+
+    At every `LOOK_EVERY`-th step `look` starts a copy of the newest rows, and hands it out when it starts the next: by then it has landed.
+    That goes by steps alone, so every rank is given the same rows in the same step, whatever its device is at.
 
     Args:
         capacity: Rows kept before they must be drained.
@@ -56,10 +65,22 @@ class DeviceRing:
         of_tensors = (capacity, num_tensors)
         self._norms = torch.full(of_tensors, math.nan, dtype=torch.float32, device=device) if num_tensors else None
         self._nan = torch.tensor(math.nan, dtype=torch.float32, device=device)
-        self._filled = 0
+        # Where a copy to the host can be waited for by an event it needs pinned memory; elsewhere it is made at once.
+        self._event = torch.Event(device) if device.type in ("cuda", "xpu") else None
+        self._landing = [
+            torch.empty(
+                (min(LOOK_EVERY, capacity), t.shape[1]),
+                dtype=torch.float32,
+                device=HOST,
+                pin_memory=self._event is not None,
+            )
+            for t in (self._rows, self._norms)
+            if t is not None
+        ]
+        self._filled = self._given = self._copied = 0
 
     def __len__(self) -> int:
-        return self._filled
+        return self._filled - self._given
 
     @property
     def full(self) -> bool:
@@ -74,9 +95,35 @@ class DeviceRing:
     def set_applied(self, norm: Tensor) -> None:
         self._rows[self._filled - 1, _APPLIED].copy_(norm)
 
+    def look(self) -> Rows:
+        if self._filled - self._copied < LOOK_EVERY:
+            return Rows([], None)
+        rows = self._take_copy()
+        count = self._filled - self._copied
+        for landing, source in zip(self._landing, (self._rows, self._norms), strict=False):
+            assert source is not None
+            start_copy(landing[:count], source[self._copied : self._filled], awaited=self._event is not None)
+        if self._event is not None:
+            self._event.record()
+        self._copied = self._filled
+        return rows
+
     def drain(self) -> Rows:
-        used, self._filled = self._filled, 0
-        return Rows(self._rows[:used].tolist(), None if self._norms is None else self._norms[:used].tolist())
+        rows = self._take_copy()
+        left = slice(self._given, self._filled)
+        values = rows.values + self._rows[left].tolist()
+        norms = None if self._norms is None else [*(rows.norms or []), *self._norms[left].tolist()]
+        self._filled = self._given = self._copied = 0
+        return Rows(values, norms)
+
+    def _take_copy(self) -> Rows:
+        count, self._given = self._copied - self._given, self._copied
+        if not count:
+            return Rows([], None)
+        if self._event is not None:
+            self._event.synchronize()  # of a copy that many steps ago: it has landed, or the host was too far ahead
+        values, *norms = (landing[:count].numpy().tolist() for landing in self._landing)
+        return Rows(values, norms[0] if norms else None)
 
 
 class HostRing:
@@ -101,6 +148,9 @@ class HostRing:
 
     def set_applied(self, norm: Tensor) -> None:
         self._rows[-1][_APPLIED] = float(moved(norm, HOST).numpy())
+
+    def look(self) -> Rows:
+        return self.drain()
 
     def drain(self) -> Rows:
         rows = Rows(self._rows, self._norms or None)

@@ -294,7 +294,7 @@ class Run:
         assert self.recorder is not None
         if self.recorder.full:
             self.flush()
-        elif self.recorder.due:
+        else:
             self._act_on(self.recorder.look())
 
     def _act_on(self, events: list[ClipEvent]) -> None:
@@ -303,7 +303,7 @@ class Run:
         if self.recorder.altered is not None:
             self.alerts.warn_once(self.recorder.altered)
         self.statistics.stop_if_hopeless(
-            self.config.max_consecutive_nonfinite, last_step=self.step - 1, checkpoint=self._checkpoint
+            self.config.max_consecutive_nonfinite, last_step=self.recorder.next_step - 1, checkpoint=self._checkpoint
         )
         self.alerts.stop_on_trouble(self.config.on_trouble, events)
 
