@@ -173,7 +173,7 @@ def test_fields_too_many_and_too_few(tmp_path):
             "`statistics` holds",
         ),
         ({"ledger": "x"}, "`ledger` is 'x'"),
-        ({"revision": 99}, "of revision 1 of the rule or older, but .* is of 99"),
+        ({"revision": 99}, r"of revision \d of the rule or older, but .* is of 99"),
     ],
 )
 def test_metadata_that_no_run_writes(tmp_path, metadata, message):
@@ -199,8 +199,8 @@ def test_a_state_of_an_older_revision_takes_new_fields_from_the_beginning(tmp_pa
     folder = write(tmp_path)
     change(folder, {"long_gone": torch.ones(())}, drop=("width",))
     kind = CONTROLLERS["adaptive"]
-    monkeypatch.setattr(kind, "revision", 2, raising=False)
-    monkeypatch.setattr(kind, "new_fields", frozenset({"width"}), raising=False)
+    monkeypatch.setattr(kind, "revision", kind.revision + 1)
+    monkeypatch.setattr(kind, "new_fields", frozenset({"width"}))
     clipper, _ = load(folder, steps=1)
     assert clipper.step == 31
-    assert new_fields(build_controller(LIMITS.resolved())) == {"width"}
+    assert "width" in new_fields(build_controller(LIMITS.resolved()))

@@ -19,7 +19,7 @@ from tests.loops import make, train, weights
 @pytest.fixture(params=["host", "device"])
 def lane(request, monkeypatch):
     if request.param == "device":
-        for module in ("run", "selftest"):
+        for module in ("run.run", "run.selftest"):
             monkeypatch.setattr(f"hf_adaclip.{module}.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 

@@ -27,7 +27,7 @@ SETTINGS = [
 @pytest.fixture(params=["host", "device"])
 def lane(request, monkeypatch):
     if request.param == "device":
-        for module in ("run", "selftest"):
+        for module in ("run.run", "run.selftest"):
             monkeypatch.setattr(f"hf_adaclip.{module}.ops_for", lambda device, shape: tensor_ops(device))
     return request.param
 

@@ -116,7 +116,8 @@ class Pacing:
                     if left_out is not None:
                         kept = torch.where(left_out > 0, 1.0, kept)
                     scale_(
-                        [p for p in group["params"] if p.grad is not None], torch.as_tensor(kept, device=pace.device)
+                        [p for p in group["params"] if p.grad is not None],
+                        torch.as_tensor(kept, dtype=pace.dtype, device=pace.device),
                     )
                     self._set(group, key, 0.0)
                 else:

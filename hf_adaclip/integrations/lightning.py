@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import ClipArgument
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.integrations.clip_text import clip_from_text
 from hf_adaclip.run.checkpoint import STATE_FILE
 
@@ -179,7 +180,7 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
         Raises:
             StateError: When training starts: the state was written under other settings.
         """
-        self._loaded = {str(number): tensor.cpu() for number, tensor in state_dict.items()}
+        self._loaded = {str(number): moved(tensor, HOST) for number, tensor in state_dict.items()}
 
 
 def clipper_for_fabric(

@@ -125,7 +125,9 @@ class _Loop:
         self._clipper = self._make_clipper()
         self._watch = Stopwatch(open_meter() if accelerator.is_main_process else None)
         self._warned: set[str] = set()
-        self._window = torch.zeros((), device=accelerator.device)  # losses since the last log line
+        self._window = torch.zeros(
+            (), dtype=torch.float32, device=accelerator.device
+        )  # losses since the last log line
         self._logged = 0
         self.last_evaluation: dict[str, float] = {}
         if arguments.report_to:

@@ -206,7 +206,7 @@ class AdaptiveClipMixin(_Base):
         """What the Trainer's own filter adds to its sum of losses for one that is not finite, found without a host read."""
         since = self._globalstep_last_logged
         if self._loss_sum is None or since != self._loss_sum_since:
-            self._loss_sum, self._loss_sum_since = torch.zeros((), device=loss.device), since
+            self._loss_sum, self._loss_sum_since = torch.zeros((), dtype=torch.float32, device=loss.device), since
         mean = self._loss_sum / (1 + self.state.global_step - since)
         loss = torch.where(torch.isfinite(loss), loss, mean)
         self._loss_sum = self._loss_sum + loss.detach()

@@ -31,6 +31,7 @@ def check_header(header: dict[str, Any]) -> None:
         if key in header:
             _whole(header, key, lowest, 2**64)
     static = header.get("static_threshold")
+    static = 1.0 if static == "inf" else static  # one that never acts
     if isinstance(static, bool) or not isinstance(static, int | float) or not 0 < static < math.inf:
         raise ValueError(f"`static_threshold` is {_short(static)}, not a number above 0")
     check_counts(header.get("counts"))

@@ -98,8 +98,13 @@ _WHOLE: Final = frozenset(("run", "count", "slot", "steps", "skipped", "bad", "t
 _NOT_NEGATIVE: Final = _WHOLE.union(
     ("level", "spread", "width", "candidate", "acted", "pace", "best_reach", "held_pace"),
     ("mean", "variance", "history", "bound", "average", "squares", "weight"),
-    ("edge", "anchor", "loss_spread", "late_threshold"),
+    ("edge", "anchor", "loss_spread", "late_threshold", "loss_seen", "floors"),
+    ("given", "quiet", "crest", "memory", "rival", "hits", "other", "other_hits", "above"),
 )
+_OF_THE_LOSS: Final = frozenset(("loss_mean", "loss_spread", "loss_best"))
+"""NaN in states of a first revision that knew no loss."""
+_OF_A_THRESHOLD: Final = frozenset(("edge", "quiet", "late_threshold"))
+"""Infinite where the static threshold is one that never acts."""
 
 
 def parts_of(controller: Controller[Any]) -> list[Controller[Any]]:
@@ -140,13 +145,13 @@ def state_problem(name: str, value: Tensor, like: Any) -> str | None:
     """
     if value.dtype != torch.float32:
         return f"`{name}` must be float32, but is {str(value.dtype).removeprefix('torch.')}"
-    begins = torch.as_tensor(np.asarray(like, dtype=np.float32))
-    unknown, endless = bool(begins.isnan().any()), bool(begins.isinf().any())
-    if not unknown and bool(value.isnan().any()):
-        return f"`{name}` must be a number, but is NaN"
-    if not (endless or unknown) and bool(value.isinf().any()):
-        return f"`{name}` must be finite, but is infinite"
+    begins = np.asarray(like, dtype=np.float32)
+    unknown, endless = bool(np.isnan(begins).any()), bool(np.isinf(begins).any())
     field = _PREFIX.sub("", name, count=1)
+    if not (unknown or field in _OF_THE_LOSS) and bool(value.isnan().any()):
+        return f"`{name}` must be a number, but is NaN"
+    if not (endless or unknown or field in _OF_A_THRESHOLD) and bool(value.isinf().any()):
+        return f"`{name}` must be finite, but is infinite"
     known = value[value.isfinite()]
     if field in _NOT_NEGATIVE and (bool((known < 0).any()) or bool((value == -math.inf).any())):
         return f"`{name}` must not be negative, but is {float(value.min()):g}"

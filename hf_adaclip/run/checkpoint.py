@@ -213,15 +213,15 @@ def _revision(config: AdaptiveClipConfig, name: str) -> int:
 
 
 def _whole(metadata: dict[str, Any], key: str) -> int:
-    value = metadata[key]
+    value = math.inf if metadata[key] == "inf" else metadata[key]  # one that never acts
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 2**53:
         raise ValueError(f"`{key}` is {value!r}, not a number of steps"[:200])
     return value
 
 
 def _positive(metadata: dict[str, Any], key: str) -> float:
-    value = metadata[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    value = math.inf if metadata[key] == "inf" else metadata[key]  # one that never acts
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"`{key}` is {value!r}, not a number above 0"[:200])
     return float(value)
 

@@ -68,7 +68,7 @@ def test_the_search_finds_what_it_is_for(tmp_path, monkeypatch, line, found):
 
 def test_no_other_place_copies_between_devices():
     assert [c for path in PACKAGE.rglob("*.py") if path != TRANSFER for c in copies_between_devices(path)] == []
-    assert len(list(copies_between_devices(TRANSFER))) == 2
+    assert len(list(copies_between_devices(TRANSFER))) == 3
 
 
 def test_every_tensor_that_is_made_names_its_dtype_and_device():
