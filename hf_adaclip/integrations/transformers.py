@@ -296,7 +296,9 @@ class AdaptiveClipMixin(_Base):
             loaded = self._ready_clipper().load_state(checkpoint)
         except StateError as error:
             if self._given_config.static_threshold is None and "`static_threshold`" in str(error):
-                raise StateError(str(error).replace("`static_threshold`", "`max_grad_norm`")) from error
+                raise StateError(
+                    str(error).replace("`static_threshold` (in a Trainer `max_grad_norm`)", "`max_grad_norm`")
+                ) from error
             raise
         if not loaded:
             logger.warning(

@@ -121,7 +121,8 @@ def _points(path: Path) -> list[dict[str, Any]]:
 def _rates(folder: Path) -> dict[int, float]:
     """Learning rates that a Trainer logged, by the step (counted from 0) before the log line."""
     try:
-        history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        with open_regular(folder / "trainer_state.json") as file:
+            history = json.loads(file.read().decode("utf-8"))["log_history"]
         logged = {int(e["step"]) - 1: float(e["learning_rate"]) for e in history if "learning_rate" in e}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return {}

@@ -8,6 +8,7 @@ import pytest
 from hf_adaclip import AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
 from hf_adaclip.cli import main
+from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.ledger.schema import GENESIS, encode, seal_line
 from tests.audit.test_ledger import CONFIG, violations, write_run
 from tests.loops import make, train
@@ -26,8 +27,9 @@ def reseal(path, change):
     path.write_bytes(out)
 
 
-def first_loss_changed(line):
-    return [{**line, "loss": 0.125} if line.get("step") == 0 else line]
+def first_scale_changed(line):
+    """Something that no decision follows from, so that nothing but the chain can tell."""
+    return [{**line, "loss_scale": 4.0} if line.get("step") == 0 else line]
 
 
 @pytest.mark.parametrize("anchored", [True, False])
@@ -89,7 +91,7 @@ def test_a_history_that_was_sealed_anew_is_found_by_any_seal_kept_elsewhere(tmp_
     path = tmp_path / "l.jsonl"
     write_run(path)
     seal = verify_ledger(path).seal
-    reseal(path, first_loss_changed)
+    reseal(path, first_scale_changed)
     assert "Contradicted by l.jsonl.seal" in verify_ledger(path).summary()
     (tmp_path / "l.jsonl.seal").unlink()
     assert verify_ledger(path).ok
@@ -135,7 +137,7 @@ def test_checkpoints_beside_a_ledger_anchor_it(tmp_path):
     assert report.anchors == [("checkpoint-20/clip_state.safetensors", 20)]
     assert "40 steps (trainer_state.json counts 40)" in report.summary()
 
-    reseal(path, first_loss_changed)
+    reseal(path, first_scale_changed)
     assert "Contradicted by checkpoint-20/clip_state.safetensors" in verify_ledger(path).summary()
 
 
@@ -272,4 +274,4 @@ def test_another_revision_of_a_rule_is_not_recomputed(tmp_path):
     assert report.status == "incomplete"
     assert "45 decision(s) could not be recomputed" in report.summary()
     assert (report.steps, report.recomputed, report.measured) == (45, 0, 1)
-    assert any("adaptive in revision 7, not 1" in f.message for f in report.findings)
+    assert any(f"adaptive in revision 7, not {CONTROLLERS['adaptive'].revision}" in f.message for f in report.findings)

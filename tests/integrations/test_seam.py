@@ -161,7 +161,7 @@ def test_a_run_with_a_schedule_is_resumed_bit_for_bit(tmp_path):
     assert verify_ledger(tmp_path / "whole/clip_ledger.jsonl").ok
 
 
-@pytest.mark.parametrize("value", [0.0, None, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, None, -1.0, float("nan")])
 def test_one_that_switches_clipping_off_ends_the_run_before_that_step_moves(tmp_path, value):
     moved = []
 

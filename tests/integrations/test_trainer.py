@@ -134,8 +134,9 @@ def test_logs_ledger_and_where_the_callback_is_added_convergence(tmp_path):
     args = arguments(tmp_path, eval_strategy="steps", eval_steps=20)
     rows = dataset().select(range(64))
     run(build(AdaptiveClipTrainer, tmp_path / "plain", clip=CONFIG, args=args, eval_dataset=rows))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip_ledger.jsonl"]
-    (tmp_path / "clip_ledger.jsonl").unlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip_ledger.jsonl", "clip_ledger.jsonl.seal"]
+    for name in ("clip_ledger.jsonl", "clip_ledger.jsonl.seal"):
+        (tmp_path / name).unlink()
     callbacks = [ConvergenceCallback(tmp_path)]
     trainer = build(AdaptiveClipTrainer, tmp_path, args=args, clip=CONFIG, eval_dataset=rows, callbacks=callbacks)
     run(trainer)
@@ -262,12 +263,10 @@ def test_attach_that_fails_leaves_the_trainer_as_it_was(tmp_path):
     assert not hasattr(trainer, "clipper")
 
 
-@pytest.mark.parametrize("value", [0.0, None, -1.0, float("inf"), float("nan"), "1"])
+@pytest.mark.parametrize("value", [0.0, None, -1.0, float("nan"), "1"])
 def test_a_max_grad_norm_for_which_the_seam_is_never_called_is_refused(tmp_path, value):
-    with pytest.raises(
-        ConfigError,
-        match=re.escape(f"`max_grad_norm` must be above 0 and finite under adaptive clipping, but is {value!r}"),
-    ):
+    rule = "a number" if isinstance(value, str) else "above 0 under adaptive clipping"
+    with pytest.raises(ConfigError, match=re.escape(f"`max_grad_norm` must be {rule}, but is {value!r} instead")):
         build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_grad_norm=value))
 
 
