@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.lanes import LANES, on_lane
+
 torch.set_num_threads(1)
 
 
@@ -24,6 +26,20 @@ def rng(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=LANES)
+def lane(request):
+    """The test on both lanes."""
+    with on_lane(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def on_device():
+    """The test on the lane of an accelerator."""
+    with on_lane("device"):
+        yield
 
 
 def pytest_collection_finish(session):

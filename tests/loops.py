@@ -1,16 +1,41 @@
 """A small, noisy regression in a plain PyTorch loop, with faults planted where a test wants them."""
 
+import contextlib
+from unittest import mock
+
 import torch
 
 
 class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts operations that make the host wait for a tensor's value."""
+    """Counts what makes the host wait for a tensor's value: operations, and methods that read the memory of a CPU tensor with none."""
 
     NAMES = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::masked_select")
+    METHODS = ("numpy", "tolist")  # `numpy.asarray` calls the first
 
     def __init__(self):
         super().__init__()
         self.count = 0
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self):
+        for name in self.METHODS:
+            self._patches.enter_context(
+                mock.patch.object(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)))
+            )
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._patches.close()
+
+    def _counted(self, method):
+        def read(tensor, *args, **kwargs):
+            before = self.count
+            value = method(tensor, *args, **kwargs)
+            self.count = before + 1  # once, whatever it calls
+            return value
+
+        return read
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name in self.NAMES:

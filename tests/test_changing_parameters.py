@@ -9,17 +9,9 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, StateError, UnsupportedSetupError
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.loops import weights
 
 LOUD = {"a": 1.0, "b": 50.0, "c": 0.02}
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 def layers(names="abc"):

@@ -9,18 +9,10 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError, LedgerError, NonFiniteGradientError
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.loops import make, train, weights
 
 CONFIG = AdaptiveClipConfig(warmup_observations=20, ceiling_share=1.0)
 CONTROLLERS = ["adaptive", "static", "percentile", "zscore", "ema_ratio"]
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 def clip_with(clipper):

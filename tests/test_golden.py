@@ -6,10 +6,9 @@ import pytest
 
 from hf_adaclip import CONTROLLERS
 from hf_adaclip.controllers import Reason
-from tests.golden.runs import FOLDER, LANES, RUNS, golden_file, play
+from tests.golden.runs import FOLDER, RUNS, golden_file, play
 
 
-@pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_leaves_behind_what_was_recorded(name, lane, tmp_path):
     found, path = play(name, lane, tmp_path), golden_file(name, lane)

@@ -9,7 +9,6 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError, StateError
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from hf_adaclip.gradients.groups import group, named_parameters
 from tests.loops import weights
 
@@ -24,13 +23,6 @@ class Net(torch.nn.Module):
 
     def forward(self, x):
         return self.head(self.body(x))
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 def net():

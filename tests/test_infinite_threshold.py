@@ -12,16 +12,7 @@ from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError, StateEr
 from hf_adaclip.audit import verify_ledger
 from hf_adaclip.cli import main
 from hf_adaclip.controllers import CONTROLLERS
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.loops import make, train, weights
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        for module in ("run.run", "run.selftest"):
-            monkeypatch.setattr(f"hf_adaclip.{module}.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 def strict(path):

@@ -12,14 +12,6 @@ from accelerate import Accelerator
 
 from hf_adaclip import AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.numerics.ops import tensor_ops
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 def cell(path, steps=70, accelerator=None, **settings):

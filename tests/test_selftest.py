@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ClippingDefeatedError
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.loops import make, train, weights
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
@@ -22,14 +21,6 @@ SETTINGS = [
     {"max_pace": 4.0},
     {"static_threshold": 1e-4},
 ]
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        for module in ("run.run", "run.selftest"):
-            monkeypatch.setattr(f"hf_adaclip.{module}.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

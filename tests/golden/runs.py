@@ -8,25 +8,21 @@ Left out are what differs between two runs of one version (times, seals), the ve
 run are in `RUNS`, and a new field with a default is to move no file. That the header's config is right is what `verify_ledger` replays.
 """
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors import safe_open
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.numerics.ops import tensor_ops
+from tests.lanes import on_lane
 
 FOLDER = Path(__file__).parent
 STEPS, HALF = 96, 48
-LANES = ("host", "device")
 SHAPES = {"body.weight": (4, 4), "body.bias": (4,), "head.weight": (1, 4), "head.bias": (1,)}
 # Of four numbers the squares add up to 36, and of any power of 4 of them to a square: norms are whole.
 PATTERN = (1, 1, 3, 5)
@@ -111,7 +107,7 @@ def play(name: str, lane: str, folder: Path) -> str:
             config, optimizer=None if config.one_step_late else optimizer, model=model, ledger=folder / "ledger.jsonl"
         )
 
-    with _lane(lane), torch.no_grad():
+    with on_lane(lane), torch.no_grad():
         clip = clipper()
         for step in range(STEPS):
             if run.resumed and step == HALF:
@@ -230,16 +226,6 @@ class Portable(torch.optim.Optimizer):
                 state["step"] += 1
                 state["exp_avg_sq"].mul_(0.5).add_(p.grad.square().mul_(0.5))
                 p.sub_(p.grad * group["lr"])
-
-
-@contextlib.contextmanager
-def _lane(lane: str) -> Iterator[None]:
-    """The accelerator's operations, played on the CPU, or those of host memory."""
-    if lane == "host":
-        yield
-        return
-    with mock.patch("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device)):
-        yield
 
 
 # -- what is left ------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hf_adaclip import AdaptiveClipper
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from hf_adaclip.gradients import StepGuard
 
 OPTIMIZERS = {
@@ -47,14 +46,6 @@ def step(model, optimizer, clipper, factor=1.0):
     clipper.clip_(model.parameters())
     optimizer.step()
     optimizer.zero_grad()
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    """Plain numbers, as for gradients in host memory, or tensors, as on an accelerator."""
-    if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -9,16 +9,7 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError, UnsupportedSetupError
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from hf_adaclip.gradients import collect, global_norm, tensor_norms
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        for module in ("run.run", "run.selftest"):
-            monkeypatch.setattr(f"hf_adaclip.{module}.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 @pytest.fixture

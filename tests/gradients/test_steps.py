@@ -7,20 +7,12 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ClippingDefeatedError, ConfigError
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from hf_adaclip.gradients import StepGuard
 from tests.gradients.test_guard import equal, snapshot
 from tests.loops import HostReads, make, weights
 
 PACED = AdaptiveClipConfig(max_pace=64.0, pace_start=4)
 PLAIN = AdaptiveClipConfig("static", static_threshold=1.0)
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 def backward(model, step=0, factor=1.0):
@@ -478,8 +470,7 @@ def test_two_models_with_a_clipper_each_do_not_meet(lane, caplog):
     assert not said(caplog, "`optimizer`")
 
 
-def test_nothing_of_it_reads_the_device_or_outlives_the_clipper(monkeypatch):
-    monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
+def test_nothing_of_it_reads_the_device_or_outlives_the_clipper(on_device):
     model, optimizer = make(weight_decay=0.1)
     clipper = AdaptiveClipper(PACED.replace(self_test=False), optimizer=optimizer)
     reads = []

@@ -7,17 +7,14 @@ from pathlib import Path
 
 import torch
 
-import hf_adaclip.run.run as run_module
 from hf_adaclip import AdaptiveClipper, RankDisagreementError
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.integrations.launching import leave
+from tests.lanes import on_lane
 from tests.loops import make
 
 
-def main(kind, lane, folder):
+def main(kind, folder):
     torch.set_num_threads(1)
-    if lane == "device":
-        setattr(run_module, "ops_for", lambda device, shape: tensor_ops(device))  # noqa: B010
     rank = int(os.environ["RANK"])
     model, optimizer = make()
     if kind == "plain":
@@ -52,5 +49,6 @@ def main(kind, lane, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    with on_lane(sys.argv[2]):
+        main(sys.argv[1], Path(sys.argv[3]))
     leave()

@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, run
-from hf_adaclip.controllers.numerics.ops import tensor_ops
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.gradients import distance as reach
 from hf_adaclip.gradients.norms import global_norm, tensor_norms
 from tests.integrations.launching import leave
+from tests.lanes import on_lane
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 STEPS = 40
@@ -88,10 +88,8 @@ def paced(layout, folder, rank, world):
     return found
 
 
-def main(layout, kind, granularity, lane, folder):
+def main(layout, kind, granularity, folder):
     torch.set_num_threads(1)
-    if lane == "device":
-        setattr(run, "ops_for", lambda device, shape: tensor_ops(device))  # noqa: B010
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     config = CONFIG.replace(**({"parameter_rules": RULES} if granularity == "rules" else {"granularity": granularity}))
@@ -158,5 +156,6 @@ def main(layout, kind, granularity, lane, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], Path(sys.argv[5]))
+    with on_lane(sys.argv[4]):
+        main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[5]))
     leave()

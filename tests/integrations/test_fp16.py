@@ -5,7 +5,6 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.loops import make, weights
 
 CONFIG = AdaptiveClipConfig(controller="static")
@@ -37,13 +36,6 @@ class Fp16Accelerator:
 
     def remove(self):
         pass
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 def train(overflow_at=None, ledger=None, steps=30, **optimizer_settings):

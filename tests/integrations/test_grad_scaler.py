@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ClippingDefeatedError
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.gradients.test_guard import equal
 from tests.loops import HostReads, make, weights
 
@@ -22,13 +21,6 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
     "sgd-fused": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, fused=True),
 }
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 def train(kind, config, *, factor=1.0, unscale=True, steps=34, left_out=(), scaled=True):
@@ -137,8 +129,7 @@ def test_a_second_clipping_after_unscaling_is_not_taken_for_it(lane, kind, caplo
     assert "something makes it smaller" in caplog.text
 
 
-def test_nothing_is_warned_of_and_no_number_is_read_beyond_the_scalers_own(monkeypatch, caplog):
-    monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
+def test_nothing_is_warned_of_and_no_number_is_read_beyond_the_scalers_own(on_device, caplog):
     reads = []
     for clipped in (True, False):
         model, _ = make()

@@ -20,7 +20,6 @@ from hf_adaclip import (
     attach,
 )
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from tests.integrations.trainers import arguments, build, run, stock, weights
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
@@ -29,13 +28,6 @@ CONFIG = AdaptiveClipConfig(warmup_observations=10)
 def steps_of(folder):
     lines = [json.loads(line) for line in (folder / "clip_ledger.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "step"]
-
-
-@pytest.fixture(params=["host", "device"])
-def lane(request, monkeypatch):
-    if request.param == "device":
-        monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
-    return request.param
 
 
 # -- a step without a gradient ---------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import torch
 
-from hf_adaclip.controllers.numerics.ops import tensor_ops
 from scripts import bench_step
 
 
@@ -19,8 +18,7 @@ def test_every_way_is_measured_and_drawn(tmp_path, monkeypatch):
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
-def test_on_a_device_the_folded_way_folds_and_the_unfolded_does_not(monkeypatch):
-    monkeypatch.setattr("hf_adaclip.run.run.ops_for", lambda device, shape: tensor_ops(device))
+def test_on_a_device_the_folded_way_folds_and_the_unfolded_does_not(on_device, monkeypatch):
     monkeypatch.setitem(bench_step.SHAPES, "tiny", [(8, 8), (8,)])
     for name, folds in (("ours, folded", True), ("ours, unfolded", False)):
         model = bench_step.Holder(bench_step.SHAPES["tiny"], torch.float32, "cpu")

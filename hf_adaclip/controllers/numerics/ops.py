@@ -236,9 +236,13 @@ def tensor_ops(device: torch.device) -> TensorOps:
     return TensorOps(device)
 
 
+HOST_DEVICES: frozenset[str] = frozenset({"cpu"})
+"""Types of devices whose norms are judged as numbers of the host. The tests leave out the CPU, which then plays an accelerator."""
+
+
 def ops_for(device: torch.device, shape: Shape) -> Ops:
     """The operations for norms of this shape whose gradients live on this device."""
-    if device.type != "cpu":
+    if device.type not in HOST_DEVICES:
         return tensor_ops(device)
     return ARRAY if shape else SCALAR
 

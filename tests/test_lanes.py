@@ -1,0 +1,46 @@
+"""What the other tests lean on: the CPU plays an accelerator wherever the package asks, and every way to a tensor's value is counted."""
+
+import operator
+
+import numpy as np
+import pytest
+import torch
+
+from hf_adaclip import AdaptiveClipper
+from hf_adaclip.controllers.numerics import ops
+from tests.loops import HostReads, make
+
+ONE = torch.ones(1)
+
+
+def test_a_run_and_its_self_test_work_with_the_numbers_of_the_lane(lane, monkeypatch):
+    asked = []
+    for module in ("run", "selftest"):
+        kept = lambda device, shape: asked.append(ops.ops_for(device, shape)) or asked[-1]  # noqa: E731
+        monkeypatch.setattr(f"hf_adaclip.run.{module}.ops_for", kept)
+    model, optimizer = make()
+    clipper = AdaptiveClipper("adaptive", optimizer=optimizer)
+    clipper.self_test()
+    model(torch.ones(2, 8)).sum().backward()
+    clipper.clip_(model.parameters())
+    assert [type(kind) for kind in asked] == [ops.ScalarOps if lane == "host" else ops.TensorOps] * 2
+    assert isinstance(clipper.state["count"], np.floating if lane == "host" else torch.Tensor)
+
+
+READS = {read.__name__: read for read in (float, bool, int, np.asarray)}
+READS |= {name: operator.methodcaller(name) for name in ("item", "tolist", "numpy", "nonzero")}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_read_is_counted_once_however_it_is_made(read):
+    with HostReads() as reads:
+        read(ONE)
+    assert reads.count == 1
+    read(ONE)
+    assert reads.count == 1
+
+
+def test_work_that_stays_on_the_device_is_not_counted():
+    with HostReads() as reads:
+        torch.where(ONE > 0, ONE * 2, ONE).clone().copy_(ONE)
+    assert reads.count == 0
