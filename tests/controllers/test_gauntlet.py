@@ -44,6 +44,12 @@ def test_the_trials_find_the_faults_that_they_are_for():
     assert run_trials(controller("zscore"), 2)["a source of 10%"] > 50
 
 
+def test_the_card_is_generated():
+    from scripts.gauntlet_card import FOLDER, card
+
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == card()
+
+
 @pytest.mark.parametrize("noise", NOISES)
 def test_adaptive_stops_clipping_a_lasting_rise_and_stays_stopped(noise):
     """Stricter than the bar: between 10 and 60 steps after a 3x rise hardly a step is altered."""
