@@ -13,6 +13,7 @@ from string import Template
 from typing import TypeAlias
 
 from hf_adaclip.compare.statistics import PairedRatio, median
+from hf_adaclip.controllers.adaptive import AdaptiveController
 from scripts.readme_section import write_section
 from scripts.study_results import AT, LOSS, QUALITY, SECONDS, STEP, STUDY, Range, TaskResults, load_study
 
@@ -47,6 +48,7 @@ GOAL_OCTAVES = 2.0
 def card(results: Sequence[TaskResults]) -> str:
     """The whole card as Markdown."""
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        note="\n".join(f"**{note}**\n" for note in revision_note(results)),
         goals=goals(results),
         steps=_table(results, AS_IT_COMES, lambda r, arm: _against(r, arm, "stock", STEP)),
         seconds=_table(results, AS_IT_COMES, lambda r, arm: _against(r, arm, "stock", SECONDS)),
@@ -61,31 +63,84 @@ def card(results: Sequence[TaskResults]) -> str:
 
 
 def section(results: Sequence[TaskResults]) -> str:
-    """The README's table, and what it is of."""
+    """The README's table: both baselines beside ours, and what holds against the second."""
     seeds = sorted({len(r.seeds(arm)) for r in results for arm in ("stock", *WHICH) if arm in r.arms})
     count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+    arms = {"tuned": "the tuned Trainer", "adaptive-pace": "`max_pace=64`", "adaptive": "`adaptive`"}
     lines = [
-        f"{len(results)} tasks, {count} seeds. Steps to the target over those of the Trainer it is compared with, and final eval loss "
-        "less its own, each with a 95 % interval; in bold what is worse, in brackets how many runs reached the target if not all did.",
+        f"{len(results)} tasks, {count} seeds. Steps until the target of the stock Trainer as it comes, over its own, median [95 % "
+        "interval]; final eval loss less its own. 0.00 and inf: one of the two never arrives.",
         "",
-        "| task | `adaptive`, against the Trainer as it comes | `max_pace=64`, likewise | "
-        "`adaptive` at the settings of the *tuned* Trainer, against it | `max_pace=64`, likewise |",
-        "| --- | --- | --- | --- | --- |",
+        "| task | stock Trainer, tuned by a search | `max_pace=64`, no search |",
+        "| --- | --- | --- |",
     ]
     for r in results:
-        cells = [f"{r.task.name} ({r.task.group})"]
-        for arm, baseline in PAIRS:
-            steps, loss = _against(r, arm, baseline, STEP), _difference(r, arm, baseline)
-            cells.append(NOT_RUN if (steps, loss) == ("-", "-") else f"{steps}; {loss}")
+        cells = [r.task.name]
+        for arm in ("tuned", "adaptive-pace"):
+            steps = _against(r, arm, "stock", STEP)
+            cells.append(NOT_RUN if steps == "-" else f"{steps}; {_mean_difference(r, arm)}")
         lines.append("| " + " | ".join(cells) + " |")
+    if "**" in "".join(lines):
+        lines[0] += " Bold: a final loss that is worse."
     medians = []
-    for arm, baseline in PAIRS:
-        name = WHICH[arm.removesuffix(AT)] + (" at the tuned settings" if AT in arm else "")
-        if ratios := _ratios(results, arm, baseline, STEP):
-            middle = median([ratio.median for _, ratio in ratios])
-            share = "most runs never arrive" if math.isinf(middle) else f"{middle:.2f} of the steps"
-            medians.append(f"{name} {share} (of {len(ratios)})")
-    return "\n".join([*lines, "", f"Median over the tasks: {'; '.join(medians)}."] if medians else lines)
+    for arm, name in arms.items():
+        if ratios := [ratio.median for _, ratio in _ratios(results, arm, "stock", STEP)]:
+            medians.append(f"{_number(median(ratios))} for {name} ({_number(min(ratios))} to {_number(max(ratios))})")
+    facts = [f"Median steps over the tasks (range): {', '.join(medians)}."] if medians else []
+    both = [
+        (r.ratio("tuned", "stock", target).median, r.ratio("adaptive-pace", "stock", target).median)
+        for r in results
+        if {"tuned", "adaptive-pace"} <= set(r.arms) and (target := r.target("stock")) is not None
+    ]
+    if both:
+        sooner, later = sum(tuned < ours for tuned, ours in both), sum(tuned > ours for tuned, ours in both)
+        facts.append(
+            f"The tuned Trainer is sooner than `max_pace=64` on {sooner} of {len(both)} tasks, and later on {later}."
+        )
+    return "\n".join(
+        [*lines, "", *(f"- {fact}" for fact in [*facts, *_against_tuned(results), *revision_note(results)])]
+    )
+
+
+def _mean_difference(r: TaskResults, arm: str) -> str:
+    found = r.difference(arm, "stock")
+    return f"**{found.mean:+.3f}**" if found.low > 0 and len(r.seeds(arm)) > 1 else f"{found.mean:+.3f}"
+
+
+def _against_tuned(results: Sequence[TaskResults]) -> list[str]:
+    """Whether ours gets where the tuned stock Trainer does: without its search, and with its settings."""
+    facts, reached, runs = [], 0, 0
+    for r in results:
+        target = r.target("tuned")
+        if target is not None and "adaptive-pace" in r.arms:
+            costs = r.costs("adaptive-pace", target)
+            reached, runs = reached + sum(math.isfinite(c) for c in costs), runs + len(costs)
+    if runs:
+        facts.append(
+            f"{reached} of {runs} runs of `max_pace=64` without a search reach the target of the *tuned* Trainer."
+        )
+    shares, worse = [], []
+    for arm, name in ((f"adaptive{AT}", "`adaptive`"), (f"adaptive-pace{AT}", "`max_pace=64`")):
+        if ratios := _ratios(results, arm, "tuned", STEP):
+            shares.append(f"{_number(median([ratio.median for _, ratio in ratios]))} for {name}")
+            worse += [r.task.name for r, _ in ratios if r.difference(arm, "tuned").low > 0]
+    if shares:
+        facts.append(
+            f"Steps at the settings of the tuned Trainer, over its own: {', '.join(shares)}; final loss worse on "
+            f"{', '.join(worse) or 'no task'}."
+        )
+    return facts
+
+
+def revision_note(results: Sequence[TaskResults]) -> list[str]:
+    """That the runs went by an older rule than the one here, if they did."""
+    lines = [line for r in results for (arm, _), line in r.runs.items() if arm == "adaptive"]
+    then, now = min((line.get("revision") or 1 for line in lines), default=0), AdaptiveController.revision
+    if not 0 < then < now:
+        return []
+    return [
+        f"Revision {then} of the rule of `adaptive` made these runs. The rule is revision {now} now, so the study has to be run anew."
+    ]
 
 
 def goals(results: Sequence[TaskResults]) -> str:

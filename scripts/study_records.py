@@ -134,6 +134,7 @@ def _line(
         "clipped": result.get("clipped"),
         "alarms": result["alarms"] if "alarms" in result else _alarms(folder / LEDGER_FILE),
         "base": base,
+        "revision": result["revision"] if "revision" in result else _revision(folder / LEDGER_FILE),
         "skipped": result.get("skipped"),
         "verified": None if ledger is None else ledger["verified"],
     }
@@ -154,6 +155,7 @@ def _result(task: StudyTask, run: ScriptRun, line: dict[str, Any]) -> dict[str, 
         "points": points,
         "clipped": line["clipped"],
         "alarms": line["alarms"],
+        "revision": line.get("revision"),
         "skipped": line["skipped"],
         "ledger": None if verified is None else {"file": LEDGER_FILE, "verified": verified, "summary": FROM_RECORD},
         "device": None,
@@ -183,6 +185,15 @@ def _alarms(ledger: Path) -> list[int] | None:
     )
     shorter = coefficients < static.coefficients * NOT_ROUNDING
     return [int((shorter & judged).sum()), int(judged.sum())]
+
+
+def _revision(ledger: Path) -> int | None:
+    """Which version of its rule the controller had; None without a ledger. Lines of before 2026-11-28 do not say: 1."""
+    try:
+        header = load_series(ledger).header
+    except (OSError, LedgerError):
+        return None
+    return None if header is None else int(header.get("revision", 1))
 
 
 def _short(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tables of RESEARCH.md from results.jsonl: python table.py results.jsonl"""
+"""Tables of this folder's page from results.jsonl: python table.py results.jsonl"""
 
 import itertools
 import json

@@ -1,6 +1,6 @@
 """Probe of pace rules: one plain training loop, small tasks, every signal a rule may look at, JSON lines out.
 
-    python scripts/probe.py --data DATA --tasks sst2 cola --arms stock trend --lrs 2e-5 1e-4 --seeds 0 1
+    python probe.py --data DATA --tasks sst2 cola --arms stock trend --lrs 2e-5 1e-4 --seeds 0 1
 
 A run that is already in the results file is skipped, so a call can be repeated after it was cut off. Every rule is a class with
 `update(seen) -> pace`, plain floats, so that it can be moved into a controller without a change. The loop is AdamW (fused, weight
