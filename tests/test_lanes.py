@@ -1,6 +1,7 @@
 """What the other tests lean on: the CPU plays an accelerator wherever the package asks, and every way to a tensor's value is counted."""
 
 import operator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,13 @@ ONE = torch.ones(1)
 
 
 def test_a_run_and_its_self_test_work_with_the_numbers_of_the_lane(lane, monkeypatch):
-    asked = []
+    asked: list[Any] = []
+
+    def kept(device, shape):
+        asked.append(ops.ops_for(device, shape))
+        return asked[-1]
+
     for module in ("run", "selftest"):
-        kept = lambda device, shape: asked.append(ops.ops_for(device, shape)) or asked[-1]  # noqa: E731
         monkeypatch.setattr(f"hf_adaclip.run.{module}.ops_for", kept)
     model, optimizer = make()
     clipper = AdaptiveClipper("adaptive", optimizer=optimizer)
@@ -27,7 +32,7 @@ def test_a_run_and_its_self_test_work_with_the_numbers_of_the_lane(lane, monkeyp
     assert isinstance(clipper.state["count"], np.floating if lane == "host" else torch.Tensor)
 
 
-READS = {read.__name__: read for read in (float, bool, int, np.asarray)}
+READS: dict[str, Any] = {read.__name__: read for read in (float, bool, int, np.asarray)}
 READS |= {name: operator.methodcaller(name) for name in ("item", "tolist", "numpy", "nonzero")}
 
 

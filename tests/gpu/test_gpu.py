@@ -12,7 +12,7 @@ import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, AdaptiveClipper, AdaptiveClipTrainer
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.run.recorder import LOOK_EVERY
+from hf_adaclip.run.ring import LOOK_EVERY
 from tests.integrations.launching import launch
 from tests.integrations.trainers import arguments, build, run, stock, weights
 from tests.loops import make
