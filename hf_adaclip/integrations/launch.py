@@ -15,8 +15,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
 
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError, HfAdaclipError, UnsupportedSetupError
-from hf_adaclip.integrations.clip_text import clip_from_text, portable
 
 VARIABLE: Final = "HF_ADACLIP"
 NOTES: Final = "HF_ADACLIP_NOTES"
@@ -42,7 +43,7 @@ def attach_by_environment(trainer: Any) -> None:
             say(trainer, f"{kind} clips adaptively by itself ({trainer.clip_config.controller}): left as it is")
         return
     try:
-        attach(trainer, clip=clip_from_text(os.environ[VARIABLE]))
+        attach(trainer, clip=os.environ[VARIABLE])
     except HfAdaclipError as error:
         say(trainer, f"{kind} is refused: {error}")
         raise
@@ -91,6 +92,16 @@ def run_command(command: Sequence[str], clip: str = "adaptive") -> int:
         file=sys.stderr,
     )
     return status or 1
+
+
+def portable(clip: str) -> str:
+    """The same text for a process that starts in another folder: the path of a file becomes absolute.
+
+    Raises:
+        ConfigError: It is nothing that `clip=` takes, or a setting is wrong.
+    """
+    AdaptiveClipConfig.resolve(clip)
+    return clip if clip.partition(":")[0] in CONTROLLERS else str(Path(clip).resolve())
 
 
 def _check_found() -> None:

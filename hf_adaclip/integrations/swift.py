@@ -13,7 +13,6 @@ from typing import Any
 from swift.callbacks import callbacks_map
 from swift.callbacks.base import TrainerCallback
 
-from hf_adaclip.integrations.clip_text import clip_from_text
 from hf_adaclip.integrations.launch import VARIABLE, say
 from hf_adaclip.integrations.transformers import AdaptiveClipMixin, attach
 
@@ -32,7 +31,7 @@ class AdaptiveClipCallback(TrainerCallback):  # type: ignore[misc]
         if isinstance(self.trainer, AdaptiveClipMixin):
             return
         kind = type(self.trainer).__name__
-        attach(self.trainer, clip=clip_from_text(os.environ.get(VARIABLE) or "adaptive"))
+        attach(self.trainer, clip=os.environ.get(VARIABLE) or "adaptive")
         config = self.trainer.clip_config
         say(self.trainer, f"attached to {kind}: controller {config.controller}, ledger {config.ledger}")
 
