@@ -5,7 +5,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from hf_adaclip.gradients.absence import AbsenceCheck, norms_of
 from hf_adaclip.gradients.distance import check_rates
 from hf_adaclip.gradients.fused import scale_of
 from hf_adaclip.gradients.norms import Parameters, as_tensors
+from hf_adaclip.hints import shown, unknown_arguments
 from hf_adaclip.ports.accelerate import AcceleratorPort, Slot
 from hf_adaclip.ports.deepspeed import EnginePort
 from hf_adaclip.ports.follow import EngineFollower
@@ -92,6 +93,14 @@ class AdaptiveClipper:
         0
     """
 
+    if not TYPE_CHECKING:  # which is to see the arguments
+
+        def __new__(cls, *args, **given):
+            """Refuse unknown names with a hint, before Python does it without one."""
+            if problems := unknown_arguments(cls.__init__, given, AdaptiveClipConfig.names()):
+                raise ConfigError(problems)
+            return super().__new__(cls)
+
     def __init__(
         self,
         clip: ClipArgument = "adaptive",
@@ -107,7 +116,7 @@ class AdaptiveClipper:
         if static_threshold is not None:
             config = config.replace(static_threshold=as_number(static_threshold))
         if ledger != "auto":
-            config = config.replace(ledger=None if ledger is None else str(ledger))
+            config = config.replace(ledger=str(ledger) if isinstance(ledger, Path) else ledger)
         optimizers = (
             () if optimizer is None else tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
         )
@@ -168,7 +177,12 @@ class AdaptiveClipper:
 
     @torch.no_grad()
     def clip_(
-        self, parameters: Parameters, *, loss: Tensor | float | None = None, measure: bool | None = None
+        self,
+        parameters: Parameters,
+        max_norm: None = None,
+        *,
+        loss: Tensor | float | None = None,
+        measure: bool | None = None,
     ) -> Tensor:
         """Decide on this step's gradient and scale it in place.
 
@@ -177,6 +191,7 @@ class AdaptiveClipper:
 
         Args:
             parameters: Any iterable of parameters, or one tensor.
+            max_norm: What `torch.nn.utils.clip_grad_norm_` takes here, and what is refused: a threshold is set once, at the clipper.
             loss: Training loss of this step, one real number: evidence of progress for `adaptive`, needed by `divergence_spreads`. Over
                 several ranks it counts where they are known: by `accelerator`, or by `model` in `DistributedDataParallel`.
             measure: Whether to measure and record the norm that really reaches the optimizer (one more read of the gradients, on
@@ -187,7 +202,8 @@ class AdaptiveClipper:
             label masked, no `backward`) is one of norm 0, from which nothing is learnt.
 
         Raises:
-            ConfigError: `parameters` are no tensors, or none has had a gradient in the first 10 steps; or `loss` is not one real number.
+            ConfigError: `max_norm` was given; `parameters` are no tensors, or none has had a gradient in the first 10 steps; or `loss` is
+                not one real number.
             UnsupportedSetupError: A gradient is sparse, of a dtype that has no norm, or on a device that is not supported; or two sets
                 of parameters take turns within one step.
             StateError: The state was loaded from, or made for, other parameters.
@@ -196,6 +212,11 @@ class AdaptiveClipper:
         if self._closed:
             raise StateError(
                 "`clip_` must be called before `close`, but this clipper was closed. Make a new one for a new run."
+            )
+        if max_norm is not None:
+            raise ConfigError(
+                f"`max_norm` must be left out of `clip_`, but is {shown(max_norm)} instead: the controller sets the threshold. That of the "
+                "warm-up is `static_threshold` of AdaptiveClipper."
             )
         check_loss(loss)
         if self._follower is not None:
@@ -335,7 +356,15 @@ class AdaptiveClipper:
         self._run.flush()
 
     def on_event(self, listener: Callable[[ClipEvent], None]) -> None:
-        """Call `listener` with every [`ClipEvent`], when the rows are read."""
+        """Call `listener` with every [`ClipEvent`], when the rows are read.
+
+        Raises:
+            ConfigError: It cannot be called.
+        """
+        if not callable(listener):
+            raise ConfigError(
+                f"`listener` must be a function of one ClipEvent, but is {shown(listener)} instead. Pass such as `clipper.on_event(print)`."
+            )
         self.alerts.listeners.append(listener)
 
     def metrics(self) -> dict[str, float | int | str]:

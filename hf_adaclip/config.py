@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.fields import HyperParameters
-from hf_adaclip.hints import near, near_controller
+from hf_adaclip.hints import FIELDS_ELSEWHERE, near, near_clip, shown
 from hf_adaclip.migrate import autoclip_fields, bitsandbytes_fields, zclip_fields
 from hf_adaclip.validation import (
     COMMON,
@@ -19,6 +19,7 @@ from hf_adaclip.validation import (
     GRANULARITIES,
     ON_SPIKE,
     POLICIES,
+    fields_of_text,
     foreign_problems,
     json_or_text,
     problems_of,
@@ -172,7 +173,7 @@ class AdaptiveClipConfig(HyperParameters):
 
         def __new__(cls, *args, **fields):
             """Refuse unknown names with a hint, before Python does it without one."""
-            names = [f.name for f in dataclasses.fields(cls)]
+            names = cls.names()
             if unknown := [_unknown_field(key, names) for key in fields if key not in names]:
                 raise ConfigError(unknown)
             made = super().__new__(cls)
@@ -244,14 +245,23 @@ class AdaptiveClipConfig(HyperParameters):
         plain = {f.name: f.default for f in dataclasses.fields(HyperParameters) if f.name not in kept}
         return self.replace(parameter_rules=None, granularity=self.works_on, **{**plain, **own})
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """All fields."""
+        return [f.name for f in dataclasses.fields(cls)]
+
     # -- conversions ---------------------------------------------------------------------------------------------
 
     @classmethod
     def resolve(cls, clip: "ClipArgument") -> "AdaptiveClipConfig":
-        """Turn what users pass as `clip=` into a config: a controller name, a config, its fields, or the path of its JSON.
+        """Turn what users pass as `clip=` into a config.
+
+        Args:
+            clip: The name of a controller; `NAME:FIELD=VALUE,FIELD=VALUE`; a config; its fields; or the path of its JSON. A value with a
+                comma in it (`parameter_rules`) needs one of the latter three.
 
         Raises:
-            ConfigError: `clip` is none of these.
+            ConfigError: `clip` is none of these, or a setting is wrong.
         """
         if isinstance(clip, AdaptiveClipConfig):
             return clip.settled()
@@ -259,14 +269,16 @@ class AdaptiveClipConfig(HyperParameters):
             return cls.from_dict(dict(clip))
         if isinstance(clip, str) and clip in CONTROLLERS:
             return cls(controller=clip)
+        if isinstance(clip, str) and (fields := fields_of_text(clip, "clip", CONTROLLERS)) is not None:
+            return cls.from_dict(fields)
         if isinstance(clip, str | Path):
             path = Path(clip)
             if path.suffix == ".json" or path.is_file():
                 return cls.from_json(path)
         names = ", ".join(sorted(CONTROLLERS))
         raise ConfigError(
-            f"`clip` must be a controller ({names}), an `AdaptiveClipConfig`, a dict of its fields, or the path of its JSON file, "
-            f"but is {clip!r} instead.{near_controller(clip, CONTROLLERS)}"
+            f"`clip` must be a controller ({names}), NAME:FIELD=VALUE,..., an `AdaptiveClipConfig`, a dict of its fields, or the path of "
+            f"its JSON file, but is {shown(clip)} instead.{near_clip(clip, CONTROLLERS)}"
         )
 
     @classmethod
@@ -362,7 +374,7 @@ def as_number(value: Any) -> Any:
 
 
 def _unknown_field(key: str, names: list[str]) -> str:
-    hint = near(key, names) or f" Fields: {', '.join(names)}."
+    hint = FIELDS_ELSEWHERE.get(key) or near(key, names) or f" Fields: {', '.join(names)}."
     return f"`{key}` must be a field of AdaptiveClipConfig, but is unknown instead.{hint}"
 
 

@@ -1,9 +1,11 @@
 """What somebody probably meant: near names, and what methods known by other names are called here."""
 
 import difflib
+import inspect
 import re
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
 
 OTHER_NAMES: Final[dict[str, str]] = {
     "zclip": "'zscore', or with its own arguments `AdaptiveClipConfig.from_zclip(...)`",
@@ -45,6 +47,22 @@ OTHER_NAMES: Final[dict[str, str]] = {
 }
 """Methods by the names that they have elsewhere, in small letters without signs."""
 
+_THRESHOLD: Final = " In a Trainer it is `max_grad_norm` of TrainingArguments, here and in a loop `static_threshold`."
+FIELDS_ELSEWHERE: Final[dict[str, str]] = dict.fromkeys(
+    (
+        "max_grad_norm",
+        "max_norm",
+        "clip_norm",
+        "clip_grad",
+        "clip_value",
+        "gradient_clip_val",
+        "gradient_clipping",
+        "threshold",
+    ),
+    _THRESHOLD,
+)
+"""Settings by the names that they have elsewhere, with a hint at ours."""
+
 
 def near(name: object, names: Iterable[str], quote: str = "`") -> str:
     """A hint at the nearest of some names, as a sentence with a space before it; empty where none is near.
@@ -65,6 +83,56 @@ def near_controller(name: object, names: Iterable[str]) -> str:
     if other is not None:
         return f" {name} is here {other}."
     return near(name, names, "'")
+
+
+def near_clip(clip: object, names: Iterable[str]) -> str:
+    """The same for all that may be given as `clip=`: text, or an object that belongs elsewhere."""
+    if isinstance(clip, str):
+        return near_controller(clip.partition(":")[0], names)
+    if clip is None:
+        return near_controller(clip, names)
+    if hasattr(clip, "param_groups"):
+        return " Pass the optimizer as `optimizer=`."
+    return ""
+
+
+def misplaced(name: str, taken: Iterable[str], fields: Iterable[str]) -> str:
+    """A hint where an argument is unknown: at one of those that are taken, or at the config, which has a field of that name.
+
+    Args:
+        name: As it was given.
+        taken: Arguments that there are.
+        fields: Those of the config.
+    """
+    if name in fields:
+        return f" It is a field of the config: pass `clip=AdaptiveClipConfig({name}=...)`."
+    return near(name, taken) or FIELDS_ELSEWHERE.get(name, "")
+
+
+def unknown_arguments(call: Callable[..., Any], given: Iterable[str], fields: Iterable[str]) -> list[str]:
+    """A sentence for every argument that a call does not take.
+
+    Args:
+        call: A function or `__init__`.
+        given: Names of arguments.
+        fields: Those of the config.
+    """
+    parameters = inspect.signature(call).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return []
+    taken = [name for name in parameters if name != "self"]
+    return [
+        f"`{name}` must be one of {', '.join(taken)}, but is unknown instead.{misplaced(name, taken, fields)}"
+        for name in given
+        if name not in taken
+    ]
+
+
+def shown(value: object) -> str:
+    """A value for a message: as Python writes what is short, and else by its type."""
+    if value is None or isinstance(value, str | int | float | Path):
+        return repr(value)
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
 
 
 def near_flag(flag: str, flags: Iterable[str]) -> str:

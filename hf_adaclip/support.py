@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.hints import shown
 
 
 class Support(NamedTuple):
@@ -50,8 +51,14 @@ def check_accelerator(accelerator: Any) -> str:
     """How an accelerator's setup is supported, in words.
 
     Raises:
+        ConfigError: It is no accelerator.
         UnsupportedSetupError: It is not; parallelism within a layer or a sequence counts, though its `distributed_type` is MULTI_GPU.
     """
+    if not callable(getattr(accelerator, "clip_grad_norm_", None)) or not hasattr(accelerator, "distributed_type"):
+        raise ConfigError(
+            f"`accelerator` must be an accelerate.Accelerator, but is {shown(accelerator)} instead. Pass `Accelerator()`, or leave it "
+            "out in a loop without one."
+        )
     parallelism = getattr(accelerator, "parallelism_config", None)
     if any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):
         return check_setup("TP")

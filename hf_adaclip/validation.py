@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from hf_adaclip.controllers import CONTROLLERS, leaves_out
@@ -159,6 +161,9 @@ def _type_problem(config: Any, f: Any) -> str | None:
     elif f.name == "parameter_rules":
         ok, rule = value is None or _is_rules(value), "a mapping of patterns to 'exclude', a controller, or fields"
     elif f.name == "ledger":
+        if isinstance(value, str) and value.endswith(("/", os.sep)):
+            inside = str(Path(value, "clip_ledger.jsonl"))
+            return f"`ledger` must be the path of a file, but is the folder {value!r} instead. Write {inside!r}."
         ok, rule = value is None or isinstance(value, str), "a path as a string, 'auto', 'none' or None"
     elif f.name in ("freeze_after", "max_skipped"):
         ok, rule = value is None or _is_whole(value), "a whole number or None"
@@ -325,6 +330,31 @@ def json_or_text(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def fields_of_text(text: str, what: str, names: Iterable[str]) -> dict[str, Any] | None:
+    """Fields of a config from `NAME:FIELD=VALUE,FIELD=VALUE`; None where the text has no such form.
+
+    Args:
+        text: The text. There is no way to write a value with a comma in it.
+        what: The argument that it was given as.
+        names: Controllers.
+
+    Raises:
+        ConfigError: A piece behind the name is no FIELD=VALUE, or a field comes twice.
+    """
+    name, colon, settings = text.partition(":")
+    if not colon or name not in names:
+        return None
+    fields: dict[str, Any] = {"controller": name}
+    for setting in filter(None, settings.split(",")):
+        key, equals, value = setting.partition("=")
+        if not equals or key.strip() in fields:
+            raise ConfigError(
+                f"`{what}` must be NAME or NAME:FIELD=VALUE,... with each field once, but is {text!r} instead: look at {setting!r}."
+            )
+        fields[key.strip()] = json_or_text(value.strip())
+    return fields
 
 
 def _is_rules(value: object) -> bool:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "hf_adaclip"
 MAY_IMPORT = {
     "errors": (),
     "hints": (),
-    "support": ("errors",),
+    "support": ("errors", "hints"),
     "controllers": ("errors",),
     "fields": (),
     "migrate": ("errors",),
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "ledger": ("config", "controllers", "errors", "gradients"),
     "run": ("config", "controllers", "errors", "gradients", "ledger", "support"),
     "ports": ("config", "controllers", "errors", "gradients", "run", "support"),
-    "clipper": ("config", "controllers", "errors", "gradients", "ports", "run", "support"),
+    "clipper": ("config", "controllers", "errors", "gradients", "hints", "ports", "run", "support"),
     "audit": ("config", "controllers", "errors", "gradients", "ledger", "run"),
     "telemetry": ("errors", "ledger"),
 }

@@ -18,11 +18,11 @@ import numpy as np
 from hf_adaclip.audit.ingest import Series
 from hf_adaclip.audit.replay import REPLAYABLE
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import Controller, Observation, build_controller
+from hf_adaclip.controllers import CONTROLLERS, Controller, Observation, build_controller
 from hf_adaclip.controllers.numerics.ops import SCALAR
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gauntlet.trials import run_stream, run_trials, trial_table
-from hf_adaclip.validation import json_or_text
+from hf_adaclip.validation import fields_of_text
 
 __all__ = ["judge", "judge_config", "run_stream", "trial_table"]
 
@@ -134,14 +134,8 @@ def parse_controller(text: str) -> AdaptiveClipConfig:
     Raises:
         ConfigError: It names no controller of norms, or a setting breaks its rule.
     """
-    name, _, settings = text.partition(":")
-    fields: dict[str, Any] = {"controller": name}
-    for setting in filter(None, settings.split(",")):
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"`controller` must be NAME or NAME:FIELD=VALUE,..., but is {text!r} instead.")
-        fields[key.strip()] = json_or_text(value.strip())
-    config = AdaptiveClipConfig.from_dict(fields)
+    fields = fields_of_text(text, "controller", CONTROLLERS) or {"controller": text}
+    config, name = AdaptiveClipConfig.from_dict(fields), fields["controller"]
     if name not in REPLAYABLE:
         raise ConfigError(
             f"`controller` must go by norms here ({', '.join(REPLAYABLE)}), but is {name!r} instead: that one goes by weights or moments."

@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,10 +133,9 @@ def _check_patterns(rules: Iterable[str], names: Sequence[str]) -> None:
     for rule in rules:
         matches = {name for name in names if fnmatch.fnmatchcase(name, rule)}
         if not matches:
-            near = difflib.get_close_matches(rule.replace("*", ""), names, n=3, cutoff=0.3) or list(names[:3])
             problems.append(
                 f"`parameter_rules` must have patterns that match parameters of the model, but {rule!r} matches none instead. "
-                f"Names look like {', '.join(near)}."
+                f"{_what_would_match(rule, names)}"
             )
         elif matches <= taken:
             problems.append(
@@ -146,6 +145,40 @@ def _check_patterns(rules: Iterable[str], names: Sequence[str]) -> None:
         taken |= matches
     if problems:
         raise ConfigError(problems)
+
+
+def _what_would_match(rule: str, names: Sequence[str]) -> str:
+    """A wider pattern that matches something (wrappers such as PEFT's put a prefix before every name), or else names that are near."""
+    core = rule.strip("*.")
+    for wider in (f"*{rule}", f"{rule}*", f"*{rule}*", f"*{core}*") if core else ():
+        count = sum(fnmatch.fnmatchcase(name, wider) for name in names)
+        if count:
+            first = next(name for name in names if fnmatch.fnmatchcase(name, wider))
+            return f"{wider!r} matches {count} ({first}{', ...' if count > 1 else ''})."
+    near = difflib.get_close_matches(core, names, n=3, cutoff=0.3) or list(names[:3])
+    return f"Names look like {', '.join(near)}."
+
+
+def idle_rules(rules: Mapping[str, Any], names: Sequence[str], everything: Sequence[str]) -> list[str]:
+    """What `parameter_rules` do not do, in sentences: patterns whose parameters are all frozen, and rules that leave nothing to clip.
+
+    Args:
+        rules: By pattern.
+        names: Those of the trainable parameters.
+        everything: Those of all parameters of the model.
+    """
+    said = []
+    for rule in rules:
+        frozen = [name for name in everything if fnmatch.fnmatchcase(name, rule)]
+        if frozen and not any(fnmatch.fnmatchcase(name, rule) for name in names):
+            said.append(
+                f"the pattern {rule!r} of `parameter_rules` does nothing as long as all {len(frozen)} of its parameters are frozen "
+                f"({frozen[0]}, as in LoRA the weights of the base model)."
+            )
+    first = [next((r for r in rules if fnmatch.fnmatchcase(name, r)), None) for name in names]
+    if names and all(rule is not None and rules[rule] == "exclude" for rule in first):
+        said.append(f"`parameter_rules` exclude all {len(names)} trainable parameters: nothing is clipped.")
+    return said
 
 
 class GroupNorms:

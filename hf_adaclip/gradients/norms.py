@@ -45,6 +45,10 @@ class Gradients(NamedTuple):
             ConfigError: No parameter has a gradient.
         """
         if not self.tensors:
+            if not self.parameters:
+                raise ConfigError(
+                    "`parameters` must be trainable, but all of them are frozen instead. Set `requires_grad` on what is to be trained."
+                )
             raise ConfigError(
                 f"`parameters` must have gradients, but none of the {len(self.parameters)} trainable ones has one instead. "
                 "Clip after `backward` and before `optimizer.step()` and `zero_grad()`."

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_adaclip.errors import ClippingDefeatedError
+from hf_adaclip.errors import ClippingDefeatedError, ConfigError
 
 Path = Literal["device", "scaler", "host"]
 _DEVICE_SKIP = (torch.optim.Adam, torch.optim.AdamW)
@@ -17,15 +17,15 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside `AcceleratedOptimizer` wrappers, which do not forward attributes.
 
     Raises:
-        TypeError: There is no `torch.optim.Optimizer` inside.
+        ConfigError: There is no `torch.optim.Optimizer` inside.
     """
     inner = optimizer
     while not isinstance(inner, torch.optim.Optimizer) or hasattr(inner, "accelerator_state"):
         deeper = getattr(inner, "optimizer", None)
         if deeper is None or deeper is inner:
-            raise TypeError(
+            raise ConfigError(
                 f"`optimizer` must be a torch.optim.Optimizer, possibly prepared by Accelerate, but is "
-                f"{type(optimizer).__name__} instead."
+                f"{type(optimizer).__name__} instead. Pass what `optimizer.step()` is called on."
             )
         inner = deeper
     return inner

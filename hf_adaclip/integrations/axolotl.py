@@ -13,7 +13,6 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.hints import near
-from hf_adaclip.integrations.clip_text import clip_from_text
 from hf_adaclip.integrations.launch import attach_and_say
 
 PREFIX = "adaclip_"
@@ -59,7 +58,7 @@ def config_from(cfg: Any) -> AdaptiveClipConfig:
         raise ConfigError(
             [f"`{e['loc'][0]}` must be otherwise: {e['msg']}, but is {e['input']!r} instead." for e in error.errors()]
         ) from error
-    config = clip_from_text(values.pop(f"{PREFIX}clip", None) or "adaptive")
+    config = AdaptiveClipConfig.resolve(values.pop(f"{PREFIX}clip", None) or "adaptive")
     return config.replace(**{key.removeprefix(PREFIX): value for key, value in values.items()})
 
 

@@ -15,9 +15,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
 
-from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
+from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError, HfAdaclipError, UnsupportedSetupError
-from hf_adaclip.integrations.clip_text import clip_from_text, portable
 
 VARIABLE: Final = "HF_ADACLIP"
 NOTES: Final = "HF_ADACLIP_NOTES"
@@ -43,13 +43,13 @@ def attach_by_environment(trainer: Any) -> None:
             say(trainer, f"{kind} clips adaptively by itself ({trainer.clip_config.controller}): left as it is")
         return
     try:
-        attach_and_say(trainer, clip_from_text(os.environ[VARIABLE]))
+        attach_and_say(trainer, os.environ[VARIABLE])
     except HfAdaclipError as error:
         say(trainer, f"{kind} is refused: {error}")
         raise
 
 
-def attach_and_say(trainer: Any, config: AdaptiveClipConfig) -> None:
+def attach_and_say(trainer: Any, clip: ClipArgument) -> None:
     """Attach for somebody who has written no Trainer call, and so has to be told.
 
     Raises:
@@ -59,7 +59,7 @@ def attach_and_say(trainer: Any, config: AdaptiveClipConfig) -> None:
     from hf_adaclip.integrations.transformers import attach
 
     kind = type(trainer).__name__
-    attach(trainer, clip=config)
+    attach(trainer, clip=clip)
     trainer._attached_by_tool = True
     config = trainer.clip_config
     say(trainer, f"attached to {kind}: controller {config.controller}, ledger {config.ledger}")
@@ -105,6 +105,16 @@ def run_command(command: Sequence[str], clip: str = "adaptive") -> int:
         file=sys.stderr,
     )
     return status or 1
+
+
+def portable(clip: str) -> str:
+    """The same text for a process that starts in another folder: the path of a file becomes absolute.
+
+    Raises:
+        ConfigError: It is nothing that `clip=` takes, or a setting is wrong.
+    """
+    AdaptiveClipConfig.resolve(clip)
+    return clip if clip.partition(":")[0] in CONTROLLERS else str(Path(clip).resolve())
 
 
 def _check_found() -> None:

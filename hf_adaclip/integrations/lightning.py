@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.clipper import AdaptiveClipper
-from hf_adaclip.config import ClipArgument
+from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.gradients.transfer import HOST, moved
-from hf_adaclip.integrations.clip_text import clip_from_text
 from hf_adaclip.run.checkpoint import STATE_FILE
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
 
     def __init__(self, clip: str | ClipArgument = "adaptive", static_threshold: float | None = None) -> None:
         super().__init__()
-        config = clip_from_text(clip)
+        config = AdaptiveClipConfig.resolve(clip)
         # Callbacks and the module's own hook look at the gradients between clipping and the step.
         config = config.replace(fold="never")
         self.config = config if static_threshold is None else config.replace(static_threshold=static_threshold)
@@ -209,7 +208,7 @@ def clipper_for_fabric(
         precision.unscale_gradients(inner)
 
     stand_in = _stand_in(fabric, scaler, unscale=None if scaler is None else unscale)
-    config = clip_from_text(clip)
+    config = AdaptiveClipConfig.resolve(clip)
     return AdaptiveClipper(
         config, accelerator=stand_in, optimizer=inner, is_main_process=fabric.is_global_zero, **options
     )

@@ -1,13 +1,15 @@
 """The seam of `transformers.Trainer`: whether it is there, whether it is ours, and for which `max_grad_norm` it is called."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Final
 
 import transformers
 from transformers import Trainer
 
-from hf_adaclip.config import as_number
+from hf_adaclip.config import AdaptiveClipConfig, as_number
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.hints import misplaced
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,35 @@ def check_seam() -> None:
             f"`transformers` must have Trainer.{missing[0]} (5.3 or later), but is {transformers.__version__} instead. "
             "Upgrade it, or use AdaptiveClipper in a loop of your own."
         )
+
+
+def check_bases(kind: type, mixin: type) -> None:
+    """Whether there is a Trainer to mix into.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not issubclass(kind, Trainer):
+        raise ConfigError(
+            f"`{mixin.__name__}` must stand before a Trainer among the bases of {kind.__name__}, but there is no Trainer among them. Write "
+            f"`class {kind.__name__}({mixin.__name__}, Trainer)`."
+        )
+
+
+def misnamed_clip(error: str, given: Mapping[str, Any]) -> ConfigError | None:
+    """What to say where a Trainer does not know an argument that was meant for the clipping; None where it was not.
+
+    Args:
+        error: Python's message.
+        given: The arguments by name.
+    """
+    name = next((key for key in given if f"unexpected keyword argument '{key}'" in error), None)
+    if name is None:
+        return None
+    value, hint = given[name], misplaced(name, ("clip",), AdaptiveClipConfig.names())
+    if isinstance(value, AdaptiveClipConfig) or "clip" in name.lower():
+        hint = hint or " Did you mean `clip`?"
+    return ConfigError(f"`{name}` must be an argument of the Trainer, but is unknown instead.{hint}") if hint else None
 
 
 def check_instance(trainer: Trainer) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from swift.callbacks import callbacks_map
 from swift.callbacks.base import TrainerCallback
 
-from hf_adaclip.integrations.clip_text import clip_from_text
 from hf_adaclip.integrations.launch import VARIABLE, attach_and_say
 from hf_adaclip.integrations.transformers import AdaptiveClipMixin
 
@@ -31,7 +30,7 @@ class AdaptiveClipCallback(TrainerCallback):  # type: ignore[misc]
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.trainer, AdaptiveClipMixin):
             return
-        attach_and_say(self.trainer, clip_from_text(os.environ.get(VARIABLE) or "adaptive"))
+        attach_and_say(self.trainer, os.environ.get(VARIABLE) or "adaptive")
 
 
 def register() -> None:

@@ -20,7 +20,14 @@ from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
 from hf_adaclip.integrations.attaching import TrainBegin, find_train_begin, take_replaced
-from hf_adaclip.integrations.seam import check_instance, check_max_grad_norm, check_seam, warn_of_own_clipping
+from hf_adaclip.integrations.seam import (
+    check_bases,
+    check_instance,
+    check_max_grad_norm,
+    check_seam,
+    misnamed_clip,
+    warn_of_own_clipping,
+)
 from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.ledger.tail import find_tail
 from hf_adaclip.report.run_report import clipping_section, load_run
@@ -80,8 +87,14 @@ class AdaptiveClipMixin(_Base):
             )
 
     def __init__(self, *args: Any, clip: ClipArgument = "adaptive", **kwargs: Any) -> None:
+        check_bases(type(self), AdaptiveClipMixin)
         config = AdaptiveClipConfig.resolve(clip)
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError as error:
+            if (misnamed := misnamed_clip(str(error), kwargs)) is not None:
+                raise misnamed from error
+            raise
         self._set_up_clipping(config)
 
     def _set_up_clipping(self, config: AdaptiveClipConfig) -> None:

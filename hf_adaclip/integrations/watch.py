@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from hf_adaclip.errors import ClippingDefeatedError
+from hf_adaclip.errors import ClippingDefeatedError, ConfigError
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.integrations.seam import check_max_grad_norm
 
@@ -94,7 +94,7 @@ class SeamWatch(TrainerCallback):
         self.end()
         try:
             inner = unwrap_optimizer(optimizer)
-        except TypeError:  # an engine steps by itself
+        except ConfigError:  # an engine steps by itself
             return
         self._once = _hooks_of_a_step(type(inner))
         self._handle = inner.register_step_post_hook(self._count)

@@ -199,6 +199,10 @@ class Ledger:
 
 def _open(path: Path, anchor: str | None) -> tuple[BinaryIO, Tail]:
     """Open a ledger for one writer and find where it goes on."""
+    if path.is_dir():
+        raise LedgerError(
+            f"`ledger` must be a file, but {path} is a folder instead. Write {path / 'clip_ledger.jsonl'}."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, _OPEN_FLAGS, 0o666)

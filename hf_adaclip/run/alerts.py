@@ -24,9 +24,11 @@ class Alerts:
 
     Args:
         clock: Seconds that only rise.
+        speaks: Whether this process logs events as warnings. All ranks have the same ones, and one of them is enough to read.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, speaks: bool = True) -> None:
+        self._alarm = logging.WARNING if speaks else logging.DEBUG
         self.listeners: list[Callable[[ClipEvent], None]] = []
         self.stop: Callable[[TrainingTroubleError], None] | None = None
         self._clock = clock
@@ -42,7 +44,9 @@ class Alerts:
                 self._tell_recurring(event)
             elif event.kind in ALARMING and (text := f"{event.kind} {event.code}") not in self._warned:
                 self._warned.add(text)
-                logger.warning("Adaptive clipping, %s Later ones of this kind are logged at level DEBUG.", event)
+                logger.log(
+                    self._alarm, "Adaptive clipping, %s Later ones of this kind are logged at level DEBUG.", event
+                )
             else:
                 level = logging.INFO if event.kind == "held" else logging.DEBUG
                 logger.log(level, "Adaptive clipping, %s", event)
@@ -61,8 +65,11 @@ class Alerts:
         self._told[event.kind] = now
         since = self._untold.pop(event.kind, 0)
         what = "spikes" if event.kind == "spike" else "series of skipped steps"
-        logger.warning(
-            "Adaptive clipping, %s%s", event, f" {since} other {what} came since the last warning." if since else ""
+        logger.log(
+            self._alarm,
+            "Adaptive clipping, %s%s",
+            event,
+            f" {since} other {what} came since the last warning." if since else "",
         )
 
     def _excuse(self, listener: Callable[[ClipEvent], None]) -> None:

@@ -12,7 +12,7 @@ from hf_adaclip.errors import StateError
 from hf_adaclip.gradients import Gradients, Guards
 from hf_adaclip.gradients.distance import ReachEstimate
 from hf_adaclip.gradients.fused import why_not_folded
-from hf_adaclip.gradients.groups import named_parameters
+from hf_adaclip.gradients.groups import idle_rules, named_parameters
 from hf_adaclip.gradients.roster import Change, Roster
 from hf_adaclip.run.alerts import Alerts
 from hf_adaclip.run.granularity import Scope
@@ -147,6 +147,9 @@ class PerParameter:
     def _look_around(self, gradients: Gradients) -> Scope:
         config, optimizers = self._config, self._guards.optimizers
         everything = list(named_parameters(self._models())) if config.parameter_rules else []
+        rules = config.parameter_rules if isinstance(config.parameter_rules, dict) else {}
+        for sentence in idle_rules(rules, self._names or [], everything):
+            self._alerts.warn_once(sentence)
         self._scope = Scope(config, self._names, len(gradients.parameters), everything, optimizers)
         return self._scope
 

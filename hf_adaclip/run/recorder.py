@@ -177,8 +177,8 @@ class Recorder:
         if not abs(applied - intended) <= TOLERANCE * max(applied, intended):
             self.altered = (
                 f"the optimizer was given a gradient of norm {applied:.4g} in step {self.next_step}, where clipping had left "
-                f"{intended:.4g}: something changes it in between. Look at callbacks with `on_pre_optimizer_step` and at hooks on the "
-                "optimizer."
+                f"{intended:.4g}: something changes it in between. Look at callbacks with `on_pre_optimizer_step`, at hooks on the "
+                "optimizer, and whether clipping stands between `backward` and `optimizer.step()`."
             )
 
     def finish(self) -> list[ClipEvent]:

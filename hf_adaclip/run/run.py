@@ -47,7 +47,7 @@ class Run:
         self.config = config
         self.static_threshold = static_threshold if config.static_threshold is None else config.static_threshold
         self.statistics = RunStatistics()
-        self.alerts = Alerts()
+        self.alerts = Alerts(speaks=writes_ledger)
         self.step = 0
         self._keeping = Keeping(build_controller(config), (), ())
         self._parameters: tuple[str, ...] | None = None

@@ -153,7 +153,8 @@ class FirstStepCheck:
                 raise ClippingDefeatedError(NOT_UNSCALED)
             return (
                 f"the gradient had a norm of {left:g} after clipping and {given:g} at `optimizer.step()`: something makes it smaller in "
-                "between, and decides how far the step goes. Look at callbacks and hooks that clip or scale again."
+                "between, and decides how far the step goes. Look at callbacks and hooks that clip or scale again, and whether `clip_` "
+                "stands before `optimizer.step()`."
             )
         if not given <= left * (1 + TOLERANCE):
             raise ClippingDefeatedError(

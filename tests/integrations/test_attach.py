@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, attach
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, AdaptiveClipTrainer, ConfigError, attach
 from hf_adaclip.audit import verify_ledger
 from tests.integrations.trainers import arguments, build, run, stock, weights
 
@@ -138,3 +138,35 @@ def test_a_refusal_leaves_the_object_as_it_was(tmp_path):
         attach(trainer)
     assert type(trainer) is Trainer
     assert trainer.__dict__["training_step"] is replaced
+
+
+def test_a_mixin_without_a_trainer_is_refused():
+    class Alone(AdaptiveClipMixin):
+        pass
+
+    with pytest.raises(ConfigError, match=r"`class Alone\(AdaptiveClipMixin, Trainer\)`"):
+        Alone(model=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (
+            "clipp",
+            "adaptive",
+            "`clipp` must be an argument of the Trainer, but is unknown instead. Did you mean `clip`",
+        ),
+        ("clip_config", CONFIG, "Did you mean `clip`"),
+        ("config", CONFIG, "Did you mean `clip`"),
+        ("max_pace", 8.0, r"pass `clip=AdaptiveClipConfig\(max_pace=...\)`"),
+        ("max_grad_norm", 2.0, "`max_grad_norm` of TrainingArguments"),
+    ],
+)
+def test_a_misnamed_argument_of_a_trainer_is_named(tmp_path, name, value, words):
+    with pytest.raises(ConfigError, match=words):
+        build(AdaptiveClipTrainer, tmp_path, **{name: value})
+
+
+def test_an_argument_that_nobody_meant_for_clipping_is_pythons_to_refuse(tmp_path):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'train_rows'"):
+        build(AdaptiveClipTrainer, tmp_path, train_rows=None)

@@ -12,7 +12,7 @@ import torch
 from hf_adaclip import AdaptiveClipConfig, ConfigError, UnsupportedSetupError
 from hf_adaclip.cli import main
 from hf_adaclip.integrations import launch
-from hf_adaclip.integrations.clip_text import clip_from_text, portable
+from hf_adaclip.integrations.launch import portable
 from tests.integrations import trainers
 from tests.plugins.launched import PYTHON, RUN, TIGHT, environment, verified
 
@@ -110,20 +110,24 @@ def test_signals_are_forwarded_and_nothing_is_left_behind(tmp_path, name):
 
 
 def test_clip_as_text(tmp_path):
-    assert clip_from_text("zscore") == AdaptiveClipConfig(controller="zscore")
-    assert clip_from_text("zscore:z_threshold=3,warmup_observations=9") == AdaptiveClipConfig(
+    assert AdaptiveClipConfig.resolve("zscore") == AdaptiveClipConfig(controller="zscore")
+    assert AdaptiveClipConfig.resolve("zscore:z_threshold=3,warmup_observations=9") == AdaptiveClipConfig(
         controller="zscore", z_threshold=3, warmup_observations=9
     )
     config = AdaptiveClipConfig(max_pace=2.0)
-    assert clip_from_text(config) is config
+    assert AdaptiveClipConfig.resolve(config) is config
     config.to_json(tmp_path / "clip.json")
-    assert clip_from_text(tmp_path / "clip.json") == clip_from_text(str(tmp_path / "clip.json")) == config
+    assert (
+        AdaptiveClipConfig.resolve(tmp_path / "clip.json")
+        == AdaptiveClipConfig.resolve(str(tmp_path / "clip.json"))
+        == config
+    )
     with pytest.raises(ConfigError, match="Did you mean `z_threshold`"):
-        clip_from_text("zscore:z_treshold=3")
+        AdaptiveClipConfig.resolve("zscore:z_treshold=3")
     with pytest.raises(ConfigError, match="must be NAME or NAME:FIELD=VALUE"):
-        clip_from_text("zscore:3")
+        AdaptiveClipConfig.resolve("zscore:3")
     with pytest.raises(ConfigError, match="must be a controller"):
-        clip_from_text("nonsense:3")
+        AdaptiveClipConfig.resolve("nonsense:3")
 
 
 def test_a_path_reaches_a_process_in_another_folder(tmp_path, monkeypatch):
