@@ -25,7 +25,8 @@ import torch
 
 from hf_adaclip.compare.arms import PACE, STOCK
 from hf_adaclip.compare.compare import COMPARISON_FILE
-from hf_adaclip.compare.script_compare import (
+from hf_adaclip.compare.runs import python_launcher
+from hf_adaclip.compare.study import (
     KNOWN,
     TUNED,
     TUNED_FILE,
@@ -35,7 +36,6 @@ from hf_adaclip.compare.script_compare import (
     flags_of,
     sweep,
 )
-from hf_adaclip.compare.script_runs import python_launcher
 from scripts.study_records import record, restore
 from scripts.study_results import AT, rates_of_range
 from scripts.study_tasks import BASE, TASKS, Place, StudyTask, base_command

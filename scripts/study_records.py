@@ -12,8 +12,8 @@ import numpy as np
 
 from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.audit.replay import replay
-from hf_adaclip.compare.script_compare import TUNED_FILE, ScriptStudy
-from hf_adaclip.compare.script_runs import LEDGER_FILE, ScriptRun, defaults_behind
+from hf_adaclip.compare.runs import LEDGER_FILE, ScriptRun, defaults_behind
+from hf_adaclip.compare.study import TUNED_FILE, ScriptStudy
 from hf_adaclip.compare.worker import RESULT_FILE, finished_result, write_result
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason

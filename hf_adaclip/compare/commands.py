@@ -132,7 +132,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     command = shlex.join(["hf-adaclip", *sys.argv[1:]])
     output.mkdir(parents=True, exist_ok=True)
     if arguments.script:
-        from hf_adaclip.compare.script_compare import compare_script
+        from hf_adaclip.compare.study import compare_script
 
         comparison = compare_script(_study(arguments, arms, jobs, command))
         return _present(comparison, arguments, {})
@@ -162,8 +162,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace, arms: list[str], jobs: int, command: str) -> Any:
-    from hf_adaclip.compare.script_compare import ScriptStudy
-    from hf_adaclip.compare.script_runs import python_launcher
+    from hf_adaclip.compare.runs import python_launcher
+    from hf_adaclip.compare.study import ScriptStudy
 
     extra = {}
     for text in arguments.arm:

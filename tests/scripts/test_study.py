@@ -14,8 +14,8 @@ from datasets import Dataset
 from sklearn.datasets import load_digits
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
-from hf_adaclip.compare.script_compare import TUNED_FILE, ScriptStudy
-from hf_adaclip.compare.script_runs import ScriptRun, run_scripts
+from hf_adaclip.compare.runs import ScriptRun, run_scripts
+from hf_adaclip.compare.study import TUNED_FILE, ScriptStudy
 from hf_adaclip.compare.worker import write_result
 from hf_adaclip.integrations.script_args import parse_arguments
 from scripts import run_clm, run_glue, run_image_classification, run_study, study_records

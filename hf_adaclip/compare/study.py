@@ -10,7 +10,7 @@ from typing import Any, Final
 from hf_adaclip.compare.arms import DEFAULT_LEARNING_RATE, PACE, STOCK, Arm
 from hf_adaclip.compare.compare import COMPARISON_FILE
 from hf_adaclip.compare.present import MAX_TITLE
-from hf_adaclip.compare.script_runs import ScriptRun, run_scripts
+from hf_adaclip.compare.runs import ScriptRun, run_scripts
 from hf_adaclip.compare.statistics import median
 from hf_adaclip.compare.summary import Judged, summarise
 from hf_adaclip.compare.tuning import TUNING_SEEDS, early

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from hf_adaclip.compare.warm import start as start_warm
+from hf_adaclip.compare.fork_server import start as start_warm
 from hf_adaclip.compare.worker import finished_result, write_result
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS

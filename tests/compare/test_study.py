@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_adaclip.cli import main
-from hf_adaclip.compare.script_runs import ScriptRun, read_run, run_scripts
+from hf_adaclip.compare.runs import ScriptRun, read_run, run_scripts
 
 ROOT = Path(__file__).parent.parent.parent
 # The loss after t steps is 1 / (1 + speed t / 100); how fast depends on the arm, the learning rate and the seed.
@@ -244,7 +244,7 @@ def test_a_real_script_is_compared(tmp_path, monkeypatch):
 )
 def test_the_title_is_a_short_name(script, title):
     from hf_adaclip.compare.present import MAX_TITLE
-    from hf_adaclip.compare.script_compare import _short_title
+    from hf_adaclip.compare.study import _short_title
 
     assert _short_title(script) == title
     assert len(title) <= MAX_TITLE
