@@ -1,242 +1,112 @@
-"""`hf-adaclip compare --arms ... -- script.py ...`: arms and seeds of any training script, and the tuning of its baseline."""
+"""`hf-adaclip compare`: arms and seeds of a training script, to `comparison.json`."""
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from hf_adaclip.compare.arms import DEFAULT_LEARNING_RATE, PACE, STOCK, Arm
-from hf_adaclip.compare.compare import COMPARISON_FILE
+from hf_adaclip.compare.arms import ARMS, STOCK, SUFFIX, TUNED, Study, is_tuned, untuned
 from hf_adaclip.compare.present import MAX_TITLE
-from hf_adaclip.compare.runs import ScriptRun, run_scripts
-from hf_adaclip.compare.statistics import median
-from hf_adaclip.compare.summary import Judged, summarise
-from hf_adaclip.compare.tuning import TUNING_SEEDS, early
-from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.compare.runs import MODULE, file_of, run_scripts
+from hf_adaclip.compare.summary import COMPARISON_FILE, Judged, summarise
+from hf_adaclip.compare.tuning import as_flags, set_target, tune
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.hints import near_controller
 from hf_adaclip.ledger.schema import plain
 from hf_adaclip.telemetry.point import Target
 
-TUNED: Final = "tuned"
-SUFFIX: Final = f"-{TUNED}"
-TUNED_FILE: Final = "script_tuned.json"
-RATE_FACTORS: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
-
-KNOWN: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
-    STOCK: ("stock Trainer, the flags as they were given", ("--clip", "stock")),
-    "none": ("stock Trainer without clipping", ("--clip", "none")),
-    "stable_adamw": ("stock Trainer with optim=stable_adamw", ("--clip", "stock", "--optim", "stable_adamw")),
-    "adaptive-pace": (f"adaptive clipping with max_pace {PACE:g}", ("--clip", "adaptive", "--max_pace", f"{PACE:g}")),
-    **{name: (f"{kind.idea} ({kind.source})", ("--clip", name)) for name, kind in CONTROLLERS.items()},
-}
+_NAMING: Final = ("--task_name", "--dataset_name", "--dataset_config_name", "--model_name_or_path", "--model_type")
+_WORDS: Final = {"--learning_rate": "learning rate", "--max_grad_norm": "max_grad_norm", "--warmup_steps": "warm-up"}
 
 
-@dataclass(frozen=True)
-class ScriptStudy:
-    """What is compared.
-
-    Attributes:
-        output: Folder for everything.
-        script: The script and the user's flags.
-        arms: Names out of `KNOWN` or `extra`; `tuned` is the stock arm with the rate, threshold and warm-up that are best for it, and
-            `NAME-tuned` the same for another arm, with the same number of runs.
-        extra: Arms of the user's own, by name: flags.
-        seeds: Seeds per arm.
-        jobs: Runs at a time.
-        launcher: What stands before the script.
-        metric: What the target is of.
-        greater: Whether more of it is better.
-        target: The target; None lets the stock arm set it on other seeds.
-        quality: Metric shown as final quality; None for that of the target.
-        rates: Learning rates of the tuning; empty for the script's own times 0.5 to 8.
-        command: The command line, for the record.
-        quiet: No progress bar.
-        warm: See `run_scripts`.
-    """
-
-    output: Path
-    script: tuple[str, ...]
-    arms: tuple[str, ...]
-    extra: dict[str, tuple[str, ...]]
-    seeds: int
-    jobs: int
-    launcher: tuple[str, ...]
-    metric: str = "eval_loss"
-    greater: bool = False
-    target: float | None = None
-    quality: str | None = None
-    rates: tuple[float, ...] = ()
-    command: str = ""
-    quiet: bool = False
-    warm: bool = False
-
-    @property
-    def task(self) -> str:
-        """Name of the task: that of the script."""
-        return Path(self.script[0]).stem
-
-
-def compare_script(study: ScriptStudy) -> dict[str, Any]:
+def compare_script(*studies: Study) -> dict[str, Any]:
     """Run the comparison, or what is missing of it, and write `comparison.json`.
+
+    Args:
+        studies: One for each task; folder, arms, seeds and jobs are those of the first.
 
     Raises:
         ConfigError: An arm is unknown, the script is not there, or the target cannot be set.
     """
-    _check(study)
-    tuned = {arm: _tune(study, arm) for arm in study.arms if arm == TUNED or arm.endswith(SUFFIX)}
-    target = study.target if study.target is not None else _set_target(study, tuned.get(TUNED))
-    names = [STOCK, *[a for a in study.arms if a != STOCK]]
-    runs = [
-        _run(study, arm, tuned.get(arm, flags_of(study, arm)), seed) for seed in range(study.seeds) for arm in names
-    ]
-    results = run_scripts(runs, study.output, jobs=study.jobs, quiet=study.quiet, warm=study.warm)
-
-    quality = study.quality or study.metric
-    judged = Judged(
-        name=study.task,
-        title=_short_title(study.script),
-        quality=quality.removeprefix("eval_"),
-        quality_greater=study.greater,
-        quality_of=lambda metrics: metrics.get(quality),
-        target=Target(study.metric, target, study.greater),
-        baseline=_baseline(study, tuned),
-    )
-    arms = [Arm(name, _title(study, name, tuned.get(name)), None) for name in names]
-    comparison = summarise([judged], arms, study.seeds, results, study.command, study.jobs)
-    comparison["script"] = list(study.script)
-    (study.output / COMPARISON_FILE).write_text(json.dumps(plain(comparison), indent=1) + "\n", encoding="utf-8")
+    first = studies[0]
+    for study in studies:
+        check(study)
+    names = [STOCK, *[a for a in first.arms if a != STOCK]]
+    judged, runs = [], []
+    for study in studies:
+        tuned = {arm: tune(study, arm) for arm in names if is_tuned(arm)}
+        judged.append(_judged(study, names, tuned))
+        runs += [study.run(arm, _flags(study, arm, tuned), seed) for seed in range(first.seeds) for arm in names]
+    results = run_scripts(sorted(runs, key=lambda run: run.seed), first.output, **first.pooling)
+    comparison = summarise(judged, first.seeds, results, first.command, first.jobs)
+    if not first.name:
+        comparison["script"] = list(first.script)
+    (first.output / COMPARISON_FILE).write_text(json.dumps(plain(comparison), indent=1) + "\n", encoding="utf-8")
     return comparison
 
 
-def _check(study: ScriptStudy) -> None:
+def check(study: Study) -> None:
+    """Refuse a script that is not there, and unknown arms.
+
+    Raises:
+        ConfigError: So it is; all of it is named at once.
+    """
     problems = []
-    if not Path(study.script[0]).is_file():
+    file = file_of(study.script)
+    if file is None:
+        problems.append(f"`-m` must be followed by a module that this Python finds, but is by {study.script[1:2]!r}.")
+    elif not file.is_file():
         problems.append(f"`script` must be a file, but {study.script[0]!r} is none.")
-    for arm in study.arms:
-        name = STOCK if arm == TUNED else arm.removesuffix(SUFFIX)
-        if name not in KNOWN and name not in study.extra:
-            problems.append(
-                f"`--arms` must be among {', '.join([*KNOWN, TUNED, *study.extra])}, or one of these with {SUFFIX!r}, but {arm!r} is not."
-                f"{near_controller(arm, [*KNOWN, TUNED, *study.extra])} "
-                "`--arm 'NAME=FLAGS'` makes one of your own."
-            )
+    names = list(dict.fromkeys([*ARMS, TUNED, *study.extra]))
+    problems += [
+        f"`--arms` must be among {', '.join(names)}, or one of these with {SUFFIX!r}, but {arm!r} is not."
+        f"{near_controller(arm, names)} `--arm 'NAME=FLAGS'` makes one of your own."
+        for arm in study.arms
+        if untuned(arm) not in study.known
+    ]
     if problems:
         raise ConfigError(problems)
 
 
-def flags_of(study: ScriptStudy, arm: str) -> tuple[str, ...]:
-    """Flags of an arm, before any tuning."""
-    name = STOCK if arm == TUNED else arm.removesuffix(SUFFIX)
-    return study.extra[name] if name in study.extra else KNOWN[name][1]
+def _flags(study: Study, arm: str, tuned: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    return (*study.flags_of(arm), *(as_flags(tuned[arm]["chosen"]) if arm in tuned else ()))
 
 
-def _run(study: ScriptStudy, arm: str, flags: tuple[str, ...], seed: int) -> ScriptRun:
-    return ScriptRun(study.task, arm, seed, study.launcher, study.script, flags)
+def _judged(study: Study, names: Sequence[str], tuned: dict[str, dict[str, Any]]) -> Judged:
+    """What the study's runs are judged by; a target that is not given is set now."""
+    quality = study.quality or study.metric
+    target = study.target
+    if target is None:
+        target = set_target(study, _flags(study, TUNED, tuned) if TUNED in tuned else None)
+    return Judged(
+        name=study.task,
+        title=study.title or _short_title(study.script),
+        arms={name: _title(study, name, tuned) for name in names},
+        quality=quality.removeprefix("eval_"),
+        quality_greater=study.greater if quality == study.metric else quality not in ("eval_loss", "eval_perplexity"),
+        quality_of=_quality_of(quality),
+        target=Target(study.metric, target, study.greater),
+        baseline=_baseline(study, tuned),
+        same_data=study.same_data,
+    )
 
 
-def _given(study: ScriptStudy, flag: str, default: float) -> float:
-    """The number that the user's flags give."""
-    for position, text in enumerate(study.script):
-        if text == flag and position + 1 < len(study.script):
-            return float(study.script[position + 1])
-        if text.startswith(f"{flag}="):
-            return float(text.split("=", 1)[1])
-    return default
+def _quality_of(name: str) -> Callable[[dict[str, float]], float | None]:
+    """Finds a metric among those of an evaluation; the perplexity follows from the loss."""
+
+    def quality(metrics: dict[str, float]) -> float | None:
+        if name == "eval_perplexity" and name not in metrics and "eval_loss" in metrics:
+            return math.exp(min(metrics["eval_loss"], 50.0))
+        return metrics.get(name)
+
+    return quality
 
 
-def _tune(study: ScriptStudy, arm: str) -> tuple[str, ...]:
-    """Flags of an arm after a search coordinate by coordinate: learning rate, then threshold, then warm-up; on other seeds."""
-    rate = _given(study, "--learning_rate", DEFAULT_LEARNING_RATE)
-    coordinates: list[tuple[str, Sequence[float]]] = [
-        ("--learning_rate", study.rates or [rate * factor for factor in RATE_FACTORS]),
-        ("--max_grad_norm", (0.1, 0.3, 1.0, 3.0)),
-        ("--warmup_steps", (0.0, 0.1, 0.3)),
-    ]
-    chosen = {
-        "--max_grad_norm": _given(study, "--max_grad_norm", 1.0),
-        "--warmup_steps": _given(study, "--warmup_steps", 0.0),
-    }
-    tried: list[dict[str, Any]] = []
-    for flag, values in coordinates:
-        settings = [{**chosen, flag: value} for value in values]
-        finals = dict(zip(values, sweep(study, arm, settings), strict=True))
-        tried += [{**s, "final": finals[s[flag]]} for s in settings]
-        chosen[flag] = min(values, key=lambda v: finals[v])
-    if not math.isfinite(min(t["final"] for t in tried)):
-        raise ConfigError(f"`{arm}` must train at one of the settings tried, but failed at all of them.")
-    path = study.output / TUNED_FILE
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known[arm] = {"seeds": list(TUNING_SEEDS), "chosen": chosen, "tried": tried}
-    path.write_text(json.dumps(plain(known), indent=1) + "\n", encoding="utf-8")
-    return (*flags_of(study, arm), *as_flags(chosen))
-
-
-def sweep(study: ScriptStudy, arm: str, settings: Sequence[dict[str, float]]) -> list[float]:
-    """Train an arm at each of some settings, on the seeds of the tuning.
-
-    Args:
-        study: The script and how it is run.
-        arm: Name of the arm, or `tuned` for the stock arm.
-        settings: Values by flag. `_tune` makes its runs by this too, so a setting it has tried is not run again.
-
-    Returns:
-        Per setting, the median over seeds of the final value of the metric (its negative if more is better); infinite where a run failed.
-    """
-    runs = []
-    for chosen in settings:
-        name = f"tuning/{arm}/" + ",".join(f"{k.lstrip('-')}={v:g}" for k, v in sorted(chosen.items()))
-        flags = (*flags_of(study, arm), *as_flags(chosen))
-        runs += [_run(study, name, flags, seed) for seed in TUNING_SEEDS]
-    results = run_scripts(runs, study.output, jobs=study.jobs, quiet=study.quiet, warm=study.warm)
-    finals = [_final(study, result) for result in results]
-    size = len(TUNING_SEEDS)
-    return [median(finals[i * size : (i + 1) * size]) for i in range(len(settings))]
-
-
-def as_flags(settings: dict[str, float]) -> tuple[str, ...]:
-    """Values by flag, as they stand on a command line."""
-    return tuple(text for flag, value in settings.items() for text in (flag, f"{value:g}"))
-
-
-def _final(study: ScriptStudy, result: dict[str, Any]) -> float:
-    """Final value of the metric, smaller is better; infinite for a run that failed."""
-    points = result.get("points", [])
-    value = float(points[-1]["metrics"].get(study.metric, math.nan)) if points else math.nan
-    value = -value if study.greater else value
-    return math.inf if math.isnan(value) else value
-
-
-def _set_target(study: ScriptStudy, tuned: tuple[str, ...] | None) -> float:
-    """What the stock arm (the tuned one, if there is one) reaches within 80 % of its evaluations, in every run on other seeds."""
-    flags = tuned or flags_of(study, STOCK)
-    runs = [_run(study, f"target/{TUNED if tuned else STOCK}", flags, seed) for seed in TUNING_SEEDS]
-    sign = -1.0 if study.greater else 1.0
-    reached = []
-    for result in run_scripts(runs, study.output, jobs=study.jobs, quiet=study.quiet, warm=study.warm):
-        if "error" in result:
-            raise ConfigError(
-                f"`--target` must be given, because the stock arm failed when it was to set one: {result['error']}"
-            )
-        values = [sign * float(p["metrics"].get(study.metric, math.nan)) for p in result["points"]]
-        within = [v for v in early(values) if not math.isnan(v)]
-        if not within:
-            names = ", ".join(sorted(result["points"][-1]["metrics"]))
-            raise ConfigError(f"`--target-metric` must be one of {names}, but is {study.metric!r} instead.")
-        reached.append(min(within))
-    return round(sign * max(reached), 6)
-
-
-def _title(study: ScriptStudy, arm: str, tuned: tuple[str, ...] | None) -> str:
-    name = STOCK if arm == TUNED else arm.removesuffix(SUFFIX)
-    if tuned is not None:
-        return f"{name}, tuned: {' '.join(tuned)}"
-    return KNOWN[name][0] if name in KNOWN else " ".join(study.extra[name])
-
-
-_NAMING: Final = ("--task_name", "--dataset_name", "--dataset_config_name", "--model_name_or_path", "--model_type")
+def _title(study: Study, arm: str, tuned: dict[str, dict[str, Any]]) -> str:
+    if arm in tuned:
+        return f"{untuned(arm)}, tuned: {' '.join(_flags(study, arm, tuned))}"
+    return study.known[arm].title
 
 
 def _short_title(script: Sequence[str]) -> str:
@@ -247,22 +117,22 @@ def _short_title(script: Sequence[str]) -> str:
         if flag in _NAMING:
             value = value if equals else (script[position + 1] if position + 1 < len(script) else "")
             named += [Path(value).name] if value else []
-    stem = Path(script[0]).stem
+    stem = script[1] if script[0] == MODULE else Path(script[0]).stem
     title = f"{stem}: {', '.join(dict.fromkeys(named))}" if named else stem
     return title if len(title) <= MAX_TITLE else stem[:MAX_TITLE]
 
 
-def _baseline(study: ScriptStudy, tuned: dict[str, tuple[str, ...]]) -> str:
+def _baseline(study: Study, tuned: dict[str, dict[str, Any]]) -> str:
+    """Who set the target, and how the arms that are tuned were, in sentences."""
     where = (
         "given"
         if study.target is not None
         else "set on other seeds by the " + ("tuned stock arm" if TUNED in tuned else "stock arm")
     )
-    text = f"Target {where}. The arm `stock` is the script's flags as they stand."
+    text = study.baseline or f"Target {where}. The arm `stock` is the script's flags as they stand."
     if tuned:
-        text += (
-            " Tuned coordinate by coordinate (learning rate, max_grad_norm, warm-up; 12 settings on two other seeds): "
-            + "; ".join(f"`{arm}` = {' '.join(flags)}" for arm, flags in tuned.items())
-            + "."
-        )
+        words = ", ".join(_WORDS[flag] for flag in study.coordinates)
+        count = len(next(iter(tuned.values()))["tried"])
+        text += f" Tuned coordinate by coordinate ({words}; {count} settings on two other seeds): "
+        text += "; ".join(f"`{arm}` = {' '.join(_flags(study, arm, tuned))}" for arm in tuned) + "."
     return text

@@ -1,17 +1,22 @@
-"""`hf-adaclip compare` end to end, with a few steps: what it leaves, that it resumes, that it refuses to mix."""
+"""`hf-adaclip compare` without a script, end to end with a few steps: what it leaves, that it resumes, that a failed arm is shown."""
 
 import json
-import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from hf_adaclip.cli import main
-from hf_adaclip.compare.arms import ARMS
-from hf_adaclip.compare.compare import run_spec
+from hf_adaclip.compare.arms import Study
+from hf_adaclip.compare.demo import TASKS
+from hf_adaclip.compare.demo_study import demo_studies, fixed_before
 from hf_adaclip.compare.present import table_rows
-from hf_adaclip.compare.tasks import TASKS
-from hf_adaclip.compare.tuning import TUNING_SEEDS, load_tuned, settle, tuning_specs
+from hf_adaclip.compare.runs import RESULT_FILE
+from hf_adaclip.compare.tuning import TUNING_SEEDS
 
 QUICK = ["--steps", "6", "--seeds", "2", "--tasks", "digits-vit", "--arms", "stock,adaptive", "--jobs", "1"]
 
@@ -33,13 +38,13 @@ def test_leaves_everything_it_names(folder):
 
 
 def test_arms_share_weights_and_data_seed_by_seed(folder):
-    def first_losses(arm):
-        results = [json.loads((folder / f"runs/digits-vit/{arm}/seed-{s}/result.json").read_text()) for s in (0, 1)]
-        return [r["train_loss"][0] for r in results]
+    def first_loss(arm, seed):
+        state = json.loads((folder / f"runs/digits-vit/{arm}/seed-{seed}/trainer_state.json").read_text())
+        return next(entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry)
 
     # six steps are warm-up: the controller clips as the stock Trainer does, so equal losses mean equal batches and weights
-    assert first_losses("stock") == first_losses("adaptive")
-    assert first_losses("stock")[0] != first_losses("stock")[1]
+    assert [first_loss("stock", s) for s in (0, 1)] == [first_loss("adaptive", s) for s in (0, 1)]
+    assert first_loss("stock", 0) != first_loss("stock", 1)
 
 
 def test_comparison_json_is_strict_and_complete(folder):
@@ -51,6 +56,7 @@ def test_comparison_json_is_strict_and_complete(folder):
     stock, adaptive = task["arms"]
 
     assert [a["arm"] for a in task["arms"]] == ["stock", "adaptive"]
+    assert (task["quality"], task["quality_greater_is_better"], task["same_data_as_tuning"]) == ("accuracy", True, True)
     assert stock["seeds"][0]["step"] == "inf"  # six steps reach no target: kept, and shown as never
     assert adaptive["ratio_step"]["neither"] == 2
     assert adaptive["seeds"][0]["ledger"]["verified"] is True
@@ -61,8 +67,8 @@ def test_comparison_json_is_strict_and_complete(folder):
     assert row[10] == "0"
 
 
-def test_started_again_it_goes_on_where_it_stopped(folder, capsys):
-    results = sorted(folder.glob("runs/digits-vit/*/*/result.json"))
+def test_started_again_it_goes_on_where_it_stopped(folder):
+    results = sorted(folder.glob(f"runs/digits-vit/*/*/{RESULT_FILE}"))
     untouched = {p: p.stat().st_mtime_ns for p in results[1:]}
     results[0].unlink()  # as if it had been interrupted here
     before = (folder / "comparison.json").read_text()
@@ -76,11 +82,39 @@ def test_started_again_it_goes_on_where_it_stopped(folder, capsys):
     assert losses[0] == losses[1]  # the same seed gives the same numbers, bit for bit
 
 
-def test_a_folder_of_another_comparison_is_refused(folder, capsys):
-    arguments = [*QUICK]
-    arguments[1] = "7"
-    assert main(["compare", "--output", str(folder), *arguments]) == 2
-    assert "was made with another `max_steps`" in capsys.readouterr().err
+def test_a_killed_comparison_leaves_no_run_behind_and_goes_on(tmp_path):
+    command = [sys.executable, "-m", "hf_adaclip.cli", "compare", "--output", str(tmp_path), *QUICK]
+    command[command.index("6")] = "400"  # long enough to be killed in
+    comparison = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    points = tmp_path / "runs/digits-vit/stock/seed-0/convergence.jsonl"
+    _until(lambda: points.is_file() and points.read_text().count("\n") > 1)
+    comparison.send_signal(signal.SIGKILL)
+    comparison.wait()
+    _until(lambda: not _writers(tmp_path))
+    written = points.read_text()
+    assert not (points.parent / RESULT_FILE).exists()
+    assert main(["compare", "--output", str(tmp_path), *QUICK]) == 0
+    assert points.read_text() != written
+    assert len(list(tmp_path.glob(f"runs/*/*/*/{RESULT_FILE}"))) == 4
+
+
+def _until(there):
+    end = time.monotonic() + 400
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _writers(folder):
+    """Processes that have a file of the folder open."""
+    found = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            files = [os.readlink(f"/proc/{process}/fd/{number}") for number in os.listdir(f"/proc/{process}/fd")]
+        except OSError:  # gone, or not ours
+            continue
+        found += [file for file in files if file.startswith(str(folder))]
+    return found
 
 
 def test_report_fetches_nothing_and_holds_the_plots(folder):
@@ -101,92 +135,68 @@ def test_card_states_rules_and_every_seed(folder):
     card = ModelCard.load(folder / "README.md")
 
     assert card.data.library_name == "transformers"
-    for piece in ("target eval_loss", "## Rules", "never", "hf-adaclip verify", "| adaptive | 1 |"):
+    for piece in ("target eval_loss", "## Rules", "never", "hf-adaclip verify", "| adaptive | 1 |", "the stock arm's best of"):
         assert piece in card.content
 
 
-def test_a_failed_run_is_shown_not_dropped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hf_adaclip.compare.pool._run", _failing_run)
-    assert main(["compare", "--output", str(tmp_path), *QUICK]) == 1
-    out = capsys.readouterr().out
-
-    assert "(1 failed)" in out
-    comparison = json.loads((tmp_path / "comparison.json").read_text())
-    assert len(comparison["tasks"][0]["arms"][1]["ratio_step"]["ratios"]) == 1  # the failed pair is left out
-    assert "RuntimeError: out of luck" in (tmp_path / "README.md").read_text()
-
-
-def _failing_run(specs, output, *, jobs, quiet):
-    """Runs in this process; one of them fails inside training."""
-    import hf_adaclip.compare.worker as worker
-
-    real, results = worker._train, {}
-    for spec in specs:
-
-        def train(spec, folder, on_steps):
-            if spec.arm == "adaptive" and spec.seed == 1:
-                raise RuntimeError("out of luck")
-            return real(spec, folder, on_steps)
-
-        worker._train = train
-        try:
-            results[spec.digest] = worker.execute(spec, output)
-        finally:
-            worker._train = real
-    return results
+def test_a_failed_arm_is_shown_not_dropped(tmp_path, capsys):
+    own = ["--arm", "broken=--clip adaptive --lr_scheduler_type nonsense"]
+    assert main(["compare", "--output", str(tmp_path), *QUICK[:3], "1", *QUICK[4:], *own]) == 1
+    assert "(1 failed)" in capsys.readouterr().out
+    stock, adaptive, broken = json.loads((tmp_path / "comparison.json").read_text())["tasks"][0]["arms"]
+    assert "nonsense" in broken["seeds"][0]["error"]
+    assert broken["ratio_step"] is None
+    assert adaptive["ratio_step"]["ratios"] == [1.0]
+    assert stock["seeds"][0]["error"] is None
+    assert broken["seeds"][0]["error"][:40] in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "mnist"], "`tasks` must be among digits-vit, pydoc-llama, but 'mnist' is not."),
-        (["--arms", "adam"], "`arms` must be among"),
+        (["--tasks", "mnist"], "`--tasks` must be among digits-vit, pydoc-llama, but 'mnist' is not."),
+        (["--arms", "adam"], "`--arms` must be among stock"),
+        (["--target", "0.3", "--rates", "1"], "`--target`, `--rates` must be given with a script"),
+        (["--steps", "3", "--tune", "--", "t.py"], "`--steps`, `--tune` must be left out with a script"),
+        (["--", "-m", "nothing.there"], "`-m` must be followed by a module that this Python finds, but is by 'nothing.there'."),
+        (["--", "-m"], "`-m` must be followed by a module"),
     ],
-)
-def test_unknown_names_are_refused_with_the_known(tmp_path, capsys, arguments, message):
+)  # fmt: skip
+def test_wrong_input_is_refused_before_anything_runs(tmp_path, capsys, arguments, message):
     assert main(["compare", "--output", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_the_recorded_tuning_follows_from_its_own_grid():
-    """Best rate and target in tuned.json are what the rule gives on the recorded runs; the seeds are never compared on."""
-    for name, tuned in load_tuned().items():
-        task = TASKS[name]
-        assert {(g["learning_rate"], g["seed"]) for g in tuned.grid} == {
-            (r, s) for r in task.grid for s in TUNING_SEEDS
-        }
-        mean = {r: sum(g["final_eval_loss"] for g in tuned.grid if g["learning_rate"] == r) for r in task.grid}
-        assert tuned.learning_rate == min(mean, key=lambda rate: mean[rate])
-        best = [g["best_eval_loss_within_share"] for g in tuned.grid if g["learning_rate"] == tuned.learning_rate]
-        assert tuned.target.value == round(max(best), 4)
-        assert len(task.grid) == 5
-    assert set(load_tuned()) == set(TASKS)
+def test_what_is_recorded_follows_from_its_own_grid():
+    fixed = fixed_before()["tasks"]
+    for name, task in TASKS.items():
+        tried = {entry["--learning_rate"]: entry["final"] for entry in fixed[name]["tried"]}
+        assert tuple(tried) == task.rates
+        assert fixed[name]["chosen"] == {"--learning_rate": min(tried, key=lambda rate: tried[rate])}
+        assert fixed[name]["seeds"] == list(TUNING_SEEDS)
+        assert min(tried.values()) < fixed[name]["target"], "reached within 80 %, and training goes on"
+    assert set(fixed) == set(TASKS)
     assert not set(TUNING_SEEDS) & set(range(50))
 
 
-def test_settle_ignores_diverged_rates_and_gives_up_when_all_diverge():
-    task = TASKS["digits-vit"]
-
-    def results(final):
-        return [
-            {
-                "spec": {"learning_rate": s.learning_rate, "seed": s.seed},
-                "points": [{"metrics": {"eval_loss": v}} for v in (3.0, 2.0, 2.0, 2.0, final(s.learning_rate))],
-            }
-            for s in tuning_specs(task)
-        ]
-
-    tuned = settle(task, results(lambda rate: math.nan if rate > 2e-3 else 1 / rate))
-    assert tuned.learning_rate == 1e-3
-    assert tuned.target.value == 2.0  # within the first 80 % of five evaluations
-    with pytest.raises(ValueError, match="failed at all of them"):
-        settle(task, results(lambda rate: math.inf))
+def test_the_stock_arm_is_tuned_and_the_target_set_anew(tmp_path, capsys):
+    options = ["--output", str(tmp_path), "--tasks", "digits-vit", "--steps", "2", "--seeds", "1"]
+    assert main(["compare", *options, "--tune", "--json"]) == 0
+    fixed = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "demo_target.json").read_text()) == fixed
+    [found] = fixed["tasks"].values()
+    assert [entry["--learning_rate"] for entry in found["tried"]] == list(TASKS["digits-vit"].rates)
+    assert main(["compare", *options, "--arms", "stock", "--full"]) == 0
+    [task] = json.loads((tmp_path / "comparison.json").read_text())["tasks"]
+    assert [entry["arm"] for entry in task["arms"]] == ["stock", "stock-default"]
+    assert task["target"]["value"] == found["target"]
 
 
-def test_every_arm_has_a_complete_config():
-    spec = run_spec(TASKS["digits-vit"], ARMS["adaptive-pace"], 0, 1e-3)
-    assert spec.clip is not None
-    assert spec.clip["max_pace"] == 64.0
-    assert spec.clip["decay"] == 0.97
-    assert run_spec(TASKS["digits-vit"], ARMS["stock"], 0, 1e-3).clip is None
-    assert run_spec(TASKS["digits-vit"], ARMS["stock-default"], 0, 1e-3).learning_rate == 5e-5
+def test_a_study_is_the_recorded_setting_of_the_script():
+    study = Study(None, (), ("stock",), {}, 1, 1)
+    [digits] = demo_studies(study, ["digits-vit"], None, fixed_before())
+    assert digits.script == ("-m", "hf_adaclip.compare.demo", "--task", "digits-vit", "--learning_rate", "0.003")
+    assert digits.flags_of("stock") == ("--clip", "stock")
+    assert digits.flags_of("adaptive-pace") == ("--clip", "adaptive", "--max_pace", "64")
+    assert digits.flags_of("stock-default")[2:] == ("--learning_rate", "5e-05")
+    assert (digits.task, digits.target, digits.warm) == ("digits-vit", fixed_before()["tasks"]["digits-vit"]["target"], True)
