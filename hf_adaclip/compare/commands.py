@@ -48,8 +48,8 @@ def _add_compare(commands: Commands) -> None:
     parser.add_argument(
         "--arms",
         default="stock,adaptive,adaptive-pace",
-        help="comma-separated arms: stock, none, any controller, adaptive-pace, stable_adamw; tuned (the stock arm at its best setting) and "
-        "NAME-tuned; without a script stock-default too, at the library's default learning rate (default: %(default)s)",
+        help="comma-separated arms: stock, none, any controller, adaptive-pace, stable_adamw; tuned (the stock arm at its best setting) "
+        "and NAME-tuned; without a script stock-default too, at the library's default learning rate (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds", type=_positive, default=3, help="seeds per arm; a claim needs at least 5 (default: %(default)s)"

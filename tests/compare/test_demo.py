@@ -56,7 +56,11 @@ def test_comparison_json_is_strict_and_complete(folder):
     stock, adaptive = task["arms"]
 
     assert [a["arm"] for a in task["arms"]] == ["stock", "adaptive"]
-    assert (task["quality"], task["quality_greater_is_better"], task["same_data_as_tuning"]) == ("accuracy", True, True)
+    assert (task["quality"], task["quality_greater_is_better"], task["same_data_as_tuning"]) == (
+        "accuracy",
+        True,
+        True,
+    )
     assert stock["seeds"][0]["step"] == "inf"  # six steps reach no target: kept, and shown as never
     assert adaptive["ratio_step"]["neither"] == 2
     assert adaptive["seeds"][0]["ledger"]["verified"] is True
@@ -135,7 +139,14 @@ def test_card_states_rules_and_every_seed(folder):
     card = ModelCard.load(folder / "README.md")
 
     assert card.data.library_name == "transformers"
-    for piece in ("target eval_loss", "## Rules", "never", "hf-adaclip verify", "| adaptive | 1 |", "the stock arm's best of"):
+    for piece in (
+        "target eval_loss",
+        "## Rules",
+        "never",
+        "hf-adaclip verify",
+        "| adaptive | 1 |",
+        "the stock arm's best of",
+    ):
         assert piece in card.content
 
 
@@ -199,4 +210,8 @@ def test_a_study_is_the_recorded_setting_of_the_script():
     assert digits.flags_of("stock") == ("--clip", "stock")
     assert digits.flags_of("adaptive-pace") == ("--clip", "adaptive", "--max_pace", "64")
     assert digits.flags_of("stock-default")[2:] == ("--learning_rate", "5e-05")
-    assert (digits.task, digits.target, digits.warm) == ("digits-vit", fixed_before()["tasks"]["digits-vit"]["target"], True)
+    assert (digits.task, digits.target, digits.warm) == (
+        "digits-vit",
+        fixed_before()["tasks"]["digits-vit"]["target"],
+        True,
+    )
