@@ -59,7 +59,7 @@ class Task:
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": "true",
-            "include_num_input_tokens_seen": "all" if self.quality == "eval_perplexity" else "no",
+            "include_num_input_tokens_seen": str(self.quality == "eval_perplexity").lower(),
         }
         return tuple(text for name, value in schedule.items() for text in (f"--{name}", str(value)))
 

@@ -121,16 +121,11 @@ def _writers(folder):
     return found
 
 
-def test_report_fetches_nothing_and_holds_the_plots(folder):
+def test_report_fetches_nothing_and_holds_the_figures(folder):
     text = (folder / "report.html").read_text()
-    outside = re.sub(
-        r"<script>.*?</script>", "", text, count=1, flags=re.DOTALL
-    )  # plotly itself holds links in its code
-
-    assert "Plotly" not in text
+    assert "<script" not in text
     assert text.count('<svg class="chart"') >= 2
-    assert not re.findall(r'(?:src|href)="https?:', outside)
-    assert text.count("plotly-graph-div") >= 2
+    assert not re.findall(r'(?:src|href)="https?:', text)
 
 
 def test_card_states_rules_and_every_seed(folder):
