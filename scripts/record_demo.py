@@ -1,6 +1,7 @@
 """Record a comparison as the demo's card under model_cards/demo, and put its tables into the README.
 
     python -m scripts.record_demo adaclip-demo
+    python -m scripts.record_demo                 only the README's tables, from the card that is there
 
 The numbers in the README are never typed: a test holds them equal to model_cards/demo/comparison.json.
 """
@@ -27,11 +28,12 @@ def demo_section() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", type=Path, help="folder that `hf-adaclip compare` left")
+    parser.add_argument("comparison", type=Path, nargs="?", help="folder that `hf-adaclip compare` left")
     folder = parser.parse_args().comparison
-    CARD.mkdir(parents=True, exist_ok=True)
-    for name in ("comparison.json", "README.md", "curves.png"):
-        shutil.copy(folder / name, CARD / name)
+    if folder is not None:
+        CARD.mkdir(parents=True, exist_ok=True)
+        for name in ("comparison.json", "README.md", "curves.png"):
+            shutil.copy(folder / name, CARD / name)
     write_section("demo", demo_section())
 
 

@@ -15,7 +15,7 @@ from hf_adaclip.compare.arms import Study
 from hf_adaclip.compare.demo import TASKS
 from hf_adaclip.compare.demo_study import demo_studies, fixed_before
 from hf_adaclip.compare.present import table_rows
-from hf_adaclip.compare.runs import RESULT_FILE
+from hf_adaclip.compare.runs import RESULT_FILE, ScriptRun, run_scripts
 from hf_adaclip.compare.tuning import TUNING_SEEDS
 
 QUICK = ["--steps", "6", "--seeds", "2", "--tasks", "digits-vit", "--arms", "stock,adaptive", "--jobs", "1"]
@@ -196,6 +196,18 @@ def test_the_stock_arm_is_tuned_and_the_target_set_anew(tmp_path, capsys):
     [task] = json.loads((tmp_path / "comparison.json").read_text())["tasks"]
     assert [entry["arm"] for entry in task["arms"]] == ["stock", "stock-default"]
     assert task["target"]["value"] == found["target"]
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_every_task_is_a_script(task, tmp_path):
+    script = ("-m", "hf_adaclip.compare.demo", "--task", task, "--max_steps", "4", "--eval_steps", "2")
+    run = ScriptRun(task, "adaptive", 0, (sys.executable,), script, ("--clip", "adaptive"))
+    [result] = run_scripts([run], tmp_path, jobs=1, quiet=True, warm=True)
+
+    assert [p["step"] for p in result["points"]] == [2, 4]
+    assert result["points"][-1]["tokens"] == (4 * 16 * 128 if task == "pydoc-llama" else None)
+    assert ("eval_accuracy" in result["points"][-1]["metrics"]) == (task == "digits-vit")
+    assert result["ledger"]["verified"] is True
 
 
 def test_a_study_is_the_recorded_setting_of_the_script():
