@@ -90,7 +90,7 @@ reproduce-glue reproduce-vit reproduce-clm: reproduce-%: install
 
 tune: install
 	$(BIN)/hf-adaclip compare --tune --output runs/tuning
-	cp runs/tuning/tuned.json hf_adaclip/compare/tuned.json
+	cp runs/tuning/demo_target.json hf_adaclip/compare/demo_target.json
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-plugins build dist *.egg-info

@@ -155,13 +155,13 @@ def _report_comparison(folder: Path, form: str, output: Path | None, zoom: bool)
         raise ConfigError("`--format` must be html, md, png or json for a comparison, but is 'csv' instead.")
     target = output or folder / f"report.{form}"
 
-    def show(comparison: dict[str, Any], tuned: Any) -> Path:
+    def show(comparison: dict[str, Any]) -> Path:
         if form == "html":
-            return write_report(comparison, folder, tuned, target, zoom=zoom)
+            return write_report(comparison, folder, target, zoom=zoom)
         if form == "png":
             return draw_png(comparison, folder, target)
         if form == "md":
-            return write_card(comparison, folder, tuned, target)
+            return write_card(comparison, folder, target)
         target.write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
         return target
 

@@ -23,19 +23,11 @@ from pathlib import Path
 
 import torch
 
-from hf_adaclip.compare.arms import PACE, STOCK
-from hf_adaclip.compare.compare import COMPARISON_FILE
-from hf_adaclip.compare.script_compare import (
-    KNOWN,
-    TUNED,
-    TUNED_FILE,
-    ScriptStudy,
-    as_flags,
-    compare_script,
-    flags_of,
-    sweep,
-)
-from hf_adaclip.compare.script_runs import python_launcher
+from hf_adaclip.compare.arms import ARMS as KNOWN
+from hf_adaclip.compare.arms import PACE, STOCK, TUNED, Arm, Study, untuned
+from hf_adaclip.compare.study import compare_script
+from hf_adaclip.compare.summary import COMPARISON_FILE
+from hf_adaclip.compare.tuning import TUNED_FILE, as_flags, sweep
 from scripts.study_records import record, restore
 from scripts.study_results import AT, rates_of_range
 from scripts.study_tasks import BASE, TASKS, Place, StudyTask, base_command
@@ -165,8 +157,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTa
 
 
 def _is_arm(arm: str) -> bool:
-    name = arm.removesuffix(AT).removesuffix(f"-{TUNED}")
-    return arm == TUNED or name in KNOWN or name in ARMS
+    name = untuned(arm.removesuffix(AT))
+    return name in KNOWN or name in ARMS
 
 
 def seconds(text: str) -> float:
@@ -194,14 +186,13 @@ def prepare_base(place: Place) -> None:
 def study_task(task: StudyTask, place: Place, arguments: argparse.Namespace, seeds: int) -> None:
     """All runs of one task with this many seeds; `comparison_as_it_comes.json` and, with tuned arms, `comparison.json` in its folder."""
     arms = [a for a in arguments.arms.split(",") if a]
-    study = ScriptStudy(
+    study = Study(
         output=arguments.output / task.name,
         script=(*task.command(place, steps=arguments.steps), *_device_flags(arguments.device)),
         arms=tuple(a for a in arms if "tuned" not in a),
-        extra={name: tuple(flags.split()) for name, flags in ARMS.items() if flags is not None},
+        extra={name: Arm(flags, tuple(flags.split())) for name, flags in ARMS.items() if flags is not None},
         seeds=seeds,
         jobs=arguments.jobs,
-        launcher=python_launcher(),
         quality=task.quality,
         rates=task.rates,
         command=f"python -m scripts.run_study --tasks {task.name}",
@@ -225,10 +216,11 @@ def _device_flags(device: str) -> tuple[str, ...]:
     return ("--use_cpu",) if device == "cpu" and torch.cuda.is_available() else ()
 
 
-def with_flags_of_tuned(study: ScriptStudy, arms: list[str]) -> ScriptStudy:
+def with_flags_of_tuned(study: Study, arms: list[str]) -> Study:
     """The study with arms `NAME@tuned` added: the flags of NAME, and those that the tuning found best for the stock arm."""
     chosen = json.loads((study.output / TUNED_FILE).read_text(encoding="utf-8"))[TUNED]["chosen"]
-    extra = {arm: (*flags_of(study, arm.removesuffix(AT)), *as_flags(chosen)) for arm in arms}
+    flags = {arm: (*study.flags_of(arm.removesuffix(AT)), *as_flags(chosen)) for arm in arms}
+    extra = {arm: Arm(" ".join(found), found) for arm, found in flags.items()}
     return replace(study, arms=(*study.arms, *arms), extra={**study.extra, **extra})
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.audit.replay import replay
-from hf_adaclip.compare.script_compare import TUNED_FILE, ScriptStudy
-from hf_adaclip.compare.script_runs import LEDGER_FILE, ScriptRun, defaults_behind
-from hf_adaclip.compare.worker import RESULT_FILE, finished_result, write_result
+from hf_adaclip.compare.arms import Study
+from hf_adaclip.compare.runs import LEDGER_FILE, RESULT_FILE, ScriptRun, defaults_behind, finished_result, write_result
+from hf_adaclip.compare.tuning import TUNED_FILE
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import LedgerError
@@ -54,7 +54,7 @@ def record(output: Path, folder: Path, tasks: Mapping[str, StudyTask], steps: in
             shutil.copy(tuned, folder / f"{name}.tuned.json")
 
 
-def restore(study: ScriptStudy, task: StudyTask, folder: Path, steps: int | None = None) -> int:
+def restore(study: Study, task: StudyTask, folder: Path, steps: int | None = None) -> int:
     """Take recorded runs for finished ones, where the study has none of its own, their settings are those of today, and the Llama
     that they began with, if any, has the very weights of the one that is here.
 

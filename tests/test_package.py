@@ -148,7 +148,7 @@ def test_the_wheel_installs_and_imports_from_an_empty_directory(tmp_path):
     wheel = next(tmp_path.glob("hf_adaclip-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert "hf_adaclip/py.typed" in names
-    assert "hf_adaclip/compare/tuned.json" in names
+    assert "hf_adaclip/compare/demo_target.json" in names
     assert not [n for n in names if n.startswith(("tests", "scripts", "model_cards"))]
     assert any(n.endswith("licenses/LICENSE") for n in names)
 

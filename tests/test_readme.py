@@ -288,7 +288,7 @@ def test_the_comparison_of_a_script_is_one_that_starts(monkeypatch):
         started.append(study)
         raise HfAdaclipError("started")
 
-    monkeypatch.setattr("hf_adaclip.compare.script_compare.compare_script", start)
+    monkeypatch.setattr("hf_adaclip.compare.study.compare_script", start)
     words = shlex.split(block_with("text", "--arms stock,tuned").replace("\\\n", " "))
     assert cli.main(words[1:]) == 2
     [study] = started

@@ -1,12 +1,18 @@
-"""The arms of a comparison and the runs they are made of."""
+"""The arms of a comparison, and the study that trains a script with some of them."""
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
-from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.compare.runs import MODULE, ScriptRun, python_launcher
 from hf_adaclip.controllers import CONTROLLERS
+
+STOCK: Final = "stock"
+TUNED: Final = "tuned"
+SUFFIX: Final = f"-{TUNED}"
+DEFAULT_LEARNING_RATE: Final = 5e-5
+PACE: Final = 64.0
+"""`max_pace` of the arm `adaptive-pace`: room for the pace to find a rate far above the given one."""
 
 
 @dataclass(frozen=True)
@@ -14,89 +20,114 @@ class Arm:
     """One way to train.
 
     Attributes:
-        name: As in `--arms`.
         title: For people.
-        clip: Fields of `AdaptiveClipConfig` that differ from the defaults; None for the stock Trainer.
-        rate: `tuned`: the learning rate that is best for the stock arm on its grid; `default`: that of `TrainingArguments`.
+        flags: What it adds to a script's own flags.
     """
 
-    name: str
     title: str
-    clip: dict[str, Any] | None
-    rate: Literal["tuned", "default"] = "tuned"
+    flags: tuple[str, ...]
 
-
-STOCK: Final = "stock"
-DEFAULT_LEARNING_RATE: Final = 5e-5
-PACE: Final = 64.0
-"""`max_pace` of the arm `adaptive-pace`: room for the pace to find a rate far above the given one."""
 
 ARMS: Final[dict[str, Arm]] = {
-    arm.name: arm
-    for arm in (
-        Arm(STOCK, "stock Trainer, max_grad_norm 1.0, its best learning rate", None),
-        Arm("adaptive", "adaptive clipping, defaults, the stock arm's learning rate", {}),
-        Arm(
-            "adaptive-pace",
-            f"adaptive clipping with max_pace {PACE:g}, the stock arm's learning rate",
-            {"max_pace": PACE},
-        ),
-        Arm("zscore", "ZClip, defaults, the stock arm's learning rate", {"controller": "zscore"}),
-        Arm("percentile", "AutoClip p=10, the stock arm's learning rate", {"controller": "percentile"}),
-        Arm("stock-default", "stock Trainer exactly as it comes (learning rate 5e-5)", None, "default"),
-    )
+    STOCK: Arm("stock Trainer, the flags as they were given", ("--clip", "stock")),
+    "none": Arm("stock Trainer without clipping", ("--clip", "none")),
+    "stable_adamw": Arm("stock Trainer with optim=stable_adamw", ("--clip", "stock", "--optim", "stable_adamw")),
+    "adaptive-pace": Arm(
+        f"adaptive clipping with max_pace {PACE:g}", ("--clip", "adaptive", "--max_pace", f"{PACE:g}")
+    ),
+    **{name: Arm(f"{kind.idea} ({kind.source})", ("--clip", name)) for name, kind in CONTROLLERS.items()},
 }
-
-ARMS.update(
-    (name, Arm(name, f"{kind.idea} ({kind.source}), the stock arm's learning rate", {"controller": name}))
-    for name, kind in CONTROLLERS.items()
-    if name not in ARMS
-)
-
-DEMO_ARMS: Final = (STOCK, "adaptive", "adaptive-pace")
 
 
 @dataclass(frozen=True)
-class RunSpec:
-    """Everything that decides a run: the same spec on the same machine gives the same numbers.
+class Study:
+    """What is compared, on one task.
 
     Attributes:
-        task, arm, seed: Which run.
-        learning_rate: Peak of a linear schedule.
-        warmup_ratio: Share of the steps in which the rate rises.
-        max_grad_norm: The stock threshold; for adaptive arms that of the controller's warm-up.
-        clip: Complete controller config, None for the stock Trainer.
-        max_steps, batch_size, eval_steps: Schedule.
-        data: Fingerprint of the data.
+        output: Folder for everything.
+        script: The script, or `-m` and a module, and the user's flags.
+        arms: Names out of `ARMS` or `extra`; `tuned` is the stock arm at the setting that is best for it, and `NAME-tuned` the same for
+            another arm, with the same number of runs.
+        extra: Arms of the user's own, by name.
+        seeds: Seeds per arm.
+        jobs: Runs at a time.
+        launcher: What stands before the script.
+        name: Of the task; empty for that of the script.
+        title: Of the task, for people; empty for the script and what it trains on what.
+        metric: What the target is of.
+        greater: Whether more of it is better.
+        target: The target; None lets the stock arm set it on other seeds.
+        baseline: Who set a given target, and how the stock arm was set, in a sentence.
+        same_data: Whether a given target was set on the data that is there.
+        quality: Metric shown as final quality; None for that of the target.
+        rates: Learning rates of the tuning; empty for the script's own times 0.5 to 8.
+        coordinates: Flags that the tuning searches, in this order.
+        command: The command line, for the record.
+        quiet: No progress bar.
+        warm: See `run_scripts`.
     """
 
-    task: str
-    arm: str
-    seed: int
-    learning_rate: float
-    clip: dict[str, Any] | None
-    max_steps: int
-    batch_size: int
-    eval_steps: int
-    data: str
-    warmup_ratio: float = 0.1
-    max_grad_norm: float = 1.0
+    output: Path
+    script: tuple[str, ...]
+    arms: tuple[str, ...]
+    extra: dict[str, Arm]
+    seeds: int
+    jobs: int
+    launcher: tuple[str, ...] = python_launcher()
+    name: str = ""
+    title: str = ""
+    metric: str = "eval_loss"
+    greater: bool = False
+    target: float | None = None
+    baseline: str = ""
+    same_data: bool = True
+    quality: str | None = None
+    rates: tuple[float, ...] = ()
+    coordinates: tuple[str, ...] = ("--learning_rate", "--max_grad_norm", "--warmup_steps")
+    command: str = ""
+    quiet: bool = False
+    warm: bool = False
 
     @property
-    def label(self) -> str:
-        return f"{self.task} {self.arm} seed {self.seed}"
+    def task(self) -> str:
+        """Name of the task."""
+        if self.script[0] == MODULE:
+            return self.name or self.script[1].rpartition(".")[2]
+        return self.name or Path(self.script[0]).stem
 
     @property
-    def folder(self) -> str:
-        """Where the run's files go, relative to the comparison's folder."""
-        return f"runs/{self.task}/{self.arm}/seed-{self.seed}"
+    def known(self) -> dict[str, Arm]:
+        """All arms by name, the user's own first."""
+        return {**ARMS, **self.extra}
 
     @property
-    def digest(self) -> str:
-        """Hash of the spec: a finished run is reused only under the spec that made it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+    def pooling(self) -> dict[str, Any]:
+        """How `run_scripts` is to run it."""
+        return {"jobs": self.jobs, "quiet": self.quiet, "warm": self.warm}
+
+    def flags_of(self, arm: str) -> tuple[str, ...]:
+        """Flags of an arm, before any tuning."""
+        return self.known[untuned(arm)].flags
+
+    def run(self, arm: str, flags: tuple[str, ...], seed: int) -> ScriptRun:
+        """One run of it."""
+        return ScriptRun(self.task, arm, seed, self.launcher, self.script, flags)
+
+    def given(self, flag: str, default: float) -> float:
+        """The number that the user's flags give."""
+        for position, text in enumerate(self.script):
+            if text == flag and position + 1 < len(self.script):
+                return float(self.script[position + 1])
+            if text.startswith(f"{flag}="):
+                return float(text.split("=", 1)[1])
+        return default
 
 
-def clip_config(arm: Arm) -> dict[str, Any] | None:
-    """The complete config of an arm, with every default written out, so that a later default cannot pass for the same run."""
-    return None if arm.clip is None else AdaptiveClipConfig(**arm.clip).to_dict()
+def is_tuned(arm: str) -> bool:
+    """Whether an arm is one that is tuned first."""
+    return arm == TUNED or arm.endswith(SUFFIX)
+
+
+def untuned(arm: str) -> str:
+    """Name of the arm that a tuned one begins with; that of any other as it is."""
+    return STOCK if arm == TUNED else arm.removesuffix(SUFFIX)

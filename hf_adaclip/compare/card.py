@@ -4,8 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
-from hf_adaclip.compare.present import baseline, heading, markdown_table, notes
-from hf_adaclip.compare.tuning import Tuned
+from hf_adaclip.compare.present import heading, markdown_table, notes
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.ledger.tail import find_tail
 from hf_adaclip.report import markdown as md
@@ -16,12 +15,12 @@ GRAMS_CO2_PER_WH: Final = 0.48
 _TASK_TYPES: Final = {"accuracy": "image-classification", "perplexity": "text-generation"}
 
 
-def write_card(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned], path: Path | None = None) -> Path:
+def write_card(comparison: dict[str, Any], output: Path, path: Path | None = None) -> Path:
     """Write the card, by default as README.md into the comparison's folder."""
     from huggingface_hub import ModelCard
 
     path = path or output / "README.md"
-    text = _body(comparison, output, tuned)
+    text = _body(comparison, output)
     ModelCard(f"---\n{card_metadata(comparison).to_yaml()}\n---\n\n{text}").save(path)
     return path
 
@@ -72,7 +71,7 @@ def card_metadata(comparison: dict[str, Any]) -> Any:
     return data
 
 
-def _body(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned]) -> str:
+def _body(comparison: dict[str, Any], output: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in comparison["versions"].items())
     made = f"{comparison['created']}, {comparison['device']}, {versions}"
     parts = [
@@ -84,7 +83,7 @@ def _body(comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned]) -> 
     for task in comparison["tasks"]:
         parts += [
             f"## {md.text(heading(task))}",
-            f"{_with_code(baseline(task, tuned))} Arms:",
+            f"{_with_code(str(task.get('baseline', '')))} Arms:",
             "\n".join(f"- {md.code(entry['arm'])}: {_with_code(entry['title'])}" for entry in task["arms"]),
             markdown_table(task),
             _every_seed(task),

@@ -7,11 +7,15 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.ledger.reader import read_regular
+
+if TYPE_CHECKING:
+    from hf_adaclip.compare.arms import Study
 
 _MOST_BYTES = 512 * 1024 * 1024
 Commands = Any  # argparse keeps the type of its sub-parsers' collection private
@@ -40,13 +44,12 @@ def _add_compare(commands: Commands) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("comparison"), help="folder for everything (default: %(default)s)"
     )
-    parser.add_argument(
-        "--tasks", default="digits-vit,pydoc-llama", help="comma-separated tasks (default: %(default)s)"
-    )
+    parser.add_argument("--tasks", default=None, help="comma-separated tasks (default: digits-vit,pydoc-llama)")
     parser.add_argument(
         "--arms",
         default="stock,adaptive,adaptive-pace",
-        help="comma-separated arms: stock, any controller, adaptive-pace, stock-default (default: %(default)s)",
+        help="comma-separated arms: stock, none, any controller, adaptive-pace, stable_adamw; tuned (the stock arm at its best setting) "
+        "and NAME-tuned; without a script stock-default too, at the library's default learning rate (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds", type=_positive, default=3, help="seeds per arm; a claim needs at least 5 (default: %(default)s)"
@@ -63,7 +66,7 @@ def _add_compare(commands: Commands) -> None:
         help="also tune the stock arm anew and add the arm with the library's default learning rate",
     )
     parser.add_argument(
-        "--tune", action="store_true", help="only tune the stock arm, set the target, and write tuned.json"
+        "--tune", action="store_true", help="only tune the stock arm, set the target, and write demo_target.json"
     )
     parser.add_argument("--json", action="store_true", help="print comparison.json instead of tables")
     script = parser.add_argument_group(
@@ -73,9 +76,8 @@ def _add_compare(commands: Commands) -> None:
         "script",
         nargs="*",
         metavar="-- SCRIPT FLAGS",
-        help="a script with the flags of the Transformers examples and --clip (scripts/run_glue.py, or yours with ClipArguments) in place "
-        "of the two tasks. Arms: stock, none, any controller, adaptive-pace, stable_adamw; tuned (the stock arm at its best learning rate, "
-        "max_grad_norm and warm-up) and NAME-tuned",
+        help="a script, or -m and a module, with the flags of the Transformers examples and --clip (scripts/run_glue.py, or yours with "
+        "ClipArguments) in place of the two tasks. tuned and NAME-tuned: at the best learning rate, max_grad_norm and warm-up",
     )
     script.add_argument(
         "--arm",
@@ -93,7 +95,7 @@ def _add_compare(commands: Commands) -> None:
         default=None,
         help="value to reach (default: what the stock arm reaches in 80 %% of its steps, other seeds)",
     )
-    script.add_argument("--target-metric", default="eval_loss", help="metric of the target (default: %(default)s)")
+    script.add_argument("--target-metric", default=None, help="metric of the target (default: eval_loss)")
     script.add_argument("--greater-is-better", action="store_true", help="more of that metric is better")
     script.add_argument(
         "--quality", default=None, metavar="METRIC", help="metric shown as final quality, such as eval_accuracy"
@@ -122,91 +124,95 @@ def _add_card(commands: Commands) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     _require_extra()
-    from hf_adaclip.compare import compare as comparing
-    from hf_adaclip.compare.tuning import load_tuned
+    from hf_adaclip.compare.demo_study import STOCK_DEFAULT, TARGET_FILE, demo_studies, fix, fixed_before
+    from hf_adaclip.compare.study import check, compare_script
 
-    output: Path = arguments.output
-    tasks = [t for t in arguments.tasks.split(",") if t]
-    arms = [a for a in arguments.arms.split(",") if a]
-    jobs = arguments.jobs or _default_jobs()
-    command = shlex.join(["hf-adaclip", *sys.argv[1:]])
-    output.mkdir(parents=True, exist_ok=True)
+    _refuse_flags_of_the_other(arguments)
+    study = _study(arguments)
+    study.output.mkdir(parents=True, exist_ok=True)
     if arguments.script:
-        from hf_adaclip.compare.script_compare import compare_script
-
-        comparison = compare_script(_study(arguments, arms, jobs, command))
-        return _present(comparison, arguments, {})
+        return _present(compare_script(study), arguments)
+    tasks = [t for t in (arguments.tasks or "digits-vit,pydoc-llama").split(",") if t]
+    if arguments.full:
+        study = replace(study, arms=tuple(dict.fromkeys([*study.arms, STOCK_DEFAULT])))
+    fixed = None if arguments.tune or arguments.full else fixed_before()
+    studies = demo_studies(study, tasks, arguments.steps, fixed)
+    for each in studies:
+        check(each)
+    if fixed is None:
+        fixed = fix(studies)
+        studies = demo_studies(study, tasks, arguments.steps, fixed)
     if arguments.tune:
-        comparing.check_names(tasks, arms)
-        comparing.tune_tasks(output, tasks, jobs=jobs, command=command, quiet=arguments.json)
-        print(
-            (output / "tuned.json").read_text(encoding="utf-8")
-            if arguments.json
-            else f"Wrote {output / 'tuned.json'}."
-        )
+        print(json.dumps(fixed, indent=1) if arguments.json else f"Wrote {study.output / TARGET_FILE}.")
         return 0
-    if arguments.full and "stock-default" not in arms:
-        arms.append("stock-default")
-    comparison = comparing.compare(
-        output,
-        tasks=tasks,
-        arms=arms,
-        seeds=arguments.seeds,
-        jobs=jobs,
-        command=command,
-        tune=arguments.full,
-        quiet=arguments.json,
-        steps=arguments.steps,
-    )
-    return _present(comparison, arguments, load_tuned(output / "tuned.json") if arguments.full else load_tuned())
+    return _present(compare_script(*studies), arguments)
 
 
-def _study(arguments: argparse.Namespace, arms: list[str], jobs: int, command: str) -> Any:
-    from hf_adaclip.compare.script_compare import ScriptStudy
-    from hf_adaclip.compare.script_runs import python_launcher
+def _refuse_flags_of_the_other(arguments: argparse.Namespace) -> None:
+    """Flags that only the two tasks have, with a script; or those that only a script has, without one."""
+    alone = ("tasks", "steps", "full", "tune")
+    scripted = ("target", "target_metric", "greater_is_better", "quality", "rates")
+    given = [
+        f"`--{name.replace('_', '-')}`"
+        for name in (alone if arguments.script else scripted)
+        if getattr(arguments, name) not in (None, False, ())
+    ]
+    if given and arguments.script:
+        raise ConfigError(f"{', '.join(given)} must be left out with a script: it has flags of its own.")
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} must be given with a script, as in `hf-adaclip compare ... -- train.py FLAGS`."
+        )
+
+
+def _study(arguments: argparse.Namespace) -> "Study":
+    """The study that the flags describe; that of a script is complete."""
+    from hf_adaclip.compare.arms import Arm, Study
+    from hf_adaclip.compare.runs import python_launcher
 
     extra = {}
     for text in arguments.arm:
         name, equals, flags = text.partition("=")
         if not equals or not name:
             raise ConfigError(f"`--arm` must be NAME=FLAGS, but is {text!r} instead.")
-        extra[name] = tuple(shlex.split(flags))
-    return ScriptStudy(
+        extra[name] = Arm(flags, tuple(shlex.split(flags)))
+    arms = [a for a in arguments.arms.split(",") if a]
+    return Study(
         output=arguments.output,
         script=tuple(arguments.script),
         arms=tuple(dict.fromkeys([*arms, *extra])),
         extra=extra,
         seeds=arguments.seeds,
-        jobs=jobs,
+        jobs=arguments.jobs or _default_jobs(),
         launcher=tuple(shlex.split(arguments.launcher)) if arguments.launcher else python_launcher(),
-        metric=arguments.target_metric,
+        metric=arguments.target_metric or "eval_loss",
         greater=arguments.greater_is_better,
         target=arguments.target,
         quality=arguments.quality,
         rates=tuple(arguments.rates),
-        command=command,
+        command=shlex.join(["hf-adaclip", *sys.argv[1:]]),
         quiet=arguments.json,
     )
 
 
-def _present(comparison: dict[str, Any], arguments: argparse.Namespace, tuned: dict[str, Any]) -> int:
+def _present(comparison: dict[str, Any], arguments: argparse.Namespace) -> int:
     """Pictures, report, card and table of a comparison; the exit code says whether a run failed."""
-    from hf_adaclip.compare import compare as comparing
     from hf_adaclip.compare.card import write_card
     from hf_adaclip.compare.plots import draw_png
     from hf_adaclip.compare.present import print_tables
     from hf_adaclip.compare.report import write_report
+    from hf_adaclip.compare.summary import COMPARISON_FILE
 
     output: Path = arguments.output
     draw_png(comparison, output)
-    write_report(comparison, output, tuned)
-    write_card(comparison, output, tuned)
+    write_report(comparison, output)
+    write_card(comparison, output)
     if arguments.json:
-        print((output / comparing.COMPARISON_FILE).read_text(encoding="utf-8"))
+        print((output / COMPARISON_FILE).read_text(encoding="utf-8"))
     else:
         print_tables(comparison)
         print(
-            f"\nLook at {output / 'report.html'}; the card is {output / 'README.md'}, the numbers {output / 'comparison.json'}."
+            f"\nLook at {output / 'report.html'}; the card is {output / 'README.md'}, the numbers {output / COMPARISON_FILE}."
         )
     failed = any(seed["error"] for task in comparison["tasks"] for entry in task["arms"] for seed in entry["seeds"])
     return 1 if failed else 0
@@ -217,29 +223,27 @@ def _card(arguments: argparse.Namespace) -> int:
 
     metadata: dict[str, Any] = {}
 
-    def show(comparison: dict[str, Any], tuned: Any) -> Path:
+    def show(comparison: dict[str, Any]) -> Path:
         metadata.update(card_metadata(comparison).to_dict())
-        return write_card(comparison, arguments.comparison, tuned, arguments.output)
+        return write_card(comparison, arguments.comparison, arguments.output)
 
     path = show_comparison(arguments.comparison, show)
     print(json.dumps(metadata, indent=1) if arguments.json else path)
     return 0
 
 
-def show_comparison(folder: Path, show: Callable[[dict[str, Any], Any], Path]) -> Path:
-    """Load a comparison, and the tuning that it was made with, and hand both to `show`.
+def show_comparison(folder: Path, show: Callable[[dict[str, Any]], Path]) -> Path:
+    """Load a comparison, and hand it to `show`.
 
     Raises:
         ConfigError: The folder holds none, or what it holds is damaged.
     """
-    from hf_adaclip.compare.tuning import load_tuned
-
     path = folder / "comparison.json"
     try:
         comparison = json.loads(read_regular(path, _MOST_BYTES).decode("utf-8"))
         if comparison["schema"] != 1:
             raise ConfigError(f"`comparison` must have schema 1, but {path} has {comparison['schema']!r} instead.")
-        return show(comparison, load_tuned(folder / "tuned.json" if (folder / "tuned.json").is_file() else None))
+        return show(comparison)
     except ConfigError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:

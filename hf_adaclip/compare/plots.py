@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_adaclip.compare.present import title_of
-from hf_adaclip.compare.worker import RESULT_FILE
+from hf_adaclip.compare.runs import RESULT_FILE
 from hf_adaclip.report.chart import ARM_COLOURS, COLOURS, Chart, Line
 
 

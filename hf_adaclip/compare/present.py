@@ -4,7 +4,6 @@ import math
 from typing import Any, Final
 
 from hf_adaclip.compare.summary import ratio_from
-from hf_adaclip.compare.tuning import Tuned
 from hf_adaclip.report import markdown as md
 
 COLUMNS: Final = (
@@ -105,13 +104,6 @@ def heading(task: dict[str, Any]) -> str:
     target = task["target"]
     sign = ">=" if target["greater_is_better"] else "<="
     return f"{title_of(task)} · target {target['metric']} {sign} {target['value']:.3f}"
-
-
-def baseline(task: dict[str, Any], tuned: dict[str, Tuned]) -> str:
-    """How the stock arm was set, in a sentence."""
-    if "baseline" in task:
-        return str(task["baseline"])
-    return tuned[task["task"]].baseline  # a comparison of before the sentence was written down with it
 
 
 def notes(comparison: dict[str, Any]) -> list[str]:

@@ -8,22 +8,19 @@ import numpy as np
 from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.compare.arms import STOCK
 from hf_adaclip.compare.plots import curves_chart
-from hf_adaclip.compare.present import baseline, columns, heading, notes, table_rows
-from hf_adaclip.compare.tuning import Tuned
+from hf_adaclip.compare.present import columns, heading, notes, table_rows
 from hf_adaclip.report import page
 from hf_adaclip.report.figures import norms_chart
 from hf_adaclip.report.run_facts import left_out
 
 
-def write_report(
-    comparison: dict[str, Any], output: Path, tuned: dict[str, Tuned], path: Path | None = None, *, zoom: bool = False
-) -> Path:
+def write_report(comparison: dict[str, Any], output: Path, path: Path | None = None, *, zoom: bool = False) -> Path:
     """Write the report, by default into the comparison's folder; with `zoom`, figures by plotly (4.8 MB more)."""
     parts: list[page.Part] = []
     for task in comparison["tasks"]:
         parts += [
             page.heading(heading(task)),
-            page.text(baseline(task, tuned)),
+            page.text(str(task.get("baseline", ""))),
             page.table(columns(task), table_rows(task)),
             page.subheading(
                 "Eval loss: thin lines are seeds, thick lines medians"

@@ -1,16 +1,17 @@
 """From the runs of a comparison to `comparison.json`: every seed's numbers, medians, intervals, losses as well as wins."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Final
 
-from hf_adaclip.compare.arms import STOCK, Arm
+from hf_adaclip.compare.arms import STOCK
 from hf_adaclip.compare.statistics import PairedRatio, median, paired_ratio
 from hf_adaclip.run.versions import environment
 from hf_adaclip.telemetry.point import Target, first_reaching, point_from
 
+COMPARISON_FILE: Final = "comparison.json"
 COSTS: Final = ("step", "train_seconds", "energy_wh")
 
 
@@ -20,6 +21,7 @@ class Judged:
 
     Attributes:
         name, title: Of the task.
+        arms: Their titles, by name.
         quality: Metric shown as final quality, its direction, and a function from an evaluation's metrics.
         target: Fixed before the runs.
         baseline: How the stock arm was set, in a sentence.
@@ -28,6 +30,7 @@ class Judged:
 
     name: str
     title: str
+    arms: Mapping[str, str]
     quality: str
     quality_greater: bool
     quality_of: Callable[[dict[str, float]], float | None]
@@ -37,18 +40,13 @@ class Judged:
 
 
 def summarise(
-    tasks: Sequence[Judged],
-    arms: Sequence[Arm],
-    seeds: int,
-    results: Sequence[dict[str, Any]],
-    command: str,
-    jobs: int,
+    tasks: Sequence[Judged], seeds: int, results: Sequence[dict[str, Any]], command: str, jobs: int
 ) -> dict[str, Any]:
     """The content of `comparison.json`: settings, every seed's numbers, medians and intervals, losses as well as wins."""
     by_run = {(r["spec"]["task"], r["spec"]["arm"], r["spec"]["seed"]): r for r in results}
     entries = []
     for task in tasks:
-        rows = {arm.name: [_seed_row(task, by_run[task.name, arm.name, s]) for s in range(seeds)] for arm in arms}
+        rows = {arm: [_seed_row(task, by_run[task.name, arm, s]) for s in range(seeds)] for arm in task.arms}
         entries.append(
             {
                 "task": task.name,
@@ -58,7 +56,7 @@ def summarise(
                 "target": asdict(task.target),
                 "baseline": task.baseline,
                 "same_data_as_tuning": task.same_data,
-                "arms": [_arm_entry(arm, rows[arm.name], rows[STOCK]) for arm in arms],
+                "arms": [_arm_entry(arm, title, rows[arm], rows[STOCK]) for arm, title in task.arms.items()],
             }
         )
     finished = [r for r in results if "error" not in r]
@@ -96,10 +94,10 @@ def _seed_row(task: Judged, result: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _arm_entry(arm: Arm, rows: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[str, Any]:
+def _arm_entry(arm: str, title: str, rows: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[str, Any]:
     entry: dict[str, Any] = {
-        "arm": arm.name,
-        "title": arm.title,
+        "arm": arm,
+        "title": title,
         "reached": sum(r["reached"] for r in rows),
         "seeds": rows,
     }
@@ -109,13 +107,13 @@ def _arm_entry(arm: Arm, rows: list[dict[str, Any]], stock: list[dict[str, Any]]
         # A run that raised says nothing about speed; a run that never reached the target does.
         pairs = [(a[cost], b[cost]) for a, b in zip(rows, stock, strict=True) if not a["error"] and not b["error"]]
         known = bool(pairs) and all(None not in pair for pair in pairs)
-        ratio = paired_ratio([a for a, _ in pairs], [b for _, b in pairs]) if known and arm.name != STOCK else None
+        ratio = paired_ratio([a for a, _ in pairs], [b for _, b in pairs]) if known and arm != STOCK else None
         entry[f"ratio_{cost}"] = None if ratio is None else asdict(ratio)
     entry["median_final_eval_loss"] = median([r["final_eval_loss"] for r in rows])
     qualities = [r["quality"] for r in rows if r["quality"] is not None]
     entry["median_quality"] = median(qualities) if qualities else None
     differences = [a["final_eval_loss"] - b["final_eval_loss"] for a, b in zip(rows, stock, strict=True)]
-    entry["final_eval_loss_minus_stock"] = None if arm.name == STOCK else differences
+    entry["final_eval_loss_minus_stock"] = None if arm == STOCK else differences
     return entry
 
 

@@ -14,9 +14,9 @@ from datasets import Dataset
 from sklearn.datasets import load_digits
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
-from hf_adaclip.compare.script_compare import TUNED_FILE, ScriptStudy
-from hf_adaclip.compare.script_runs import ScriptRun, run_scripts
-from hf_adaclip.compare.worker import write_result
+from hf_adaclip.compare.arms import Arm, Study
+from hf_adaclip.compare.runs import ScriptRun, run_scripts, write_result
+from hf_adaclip.compare.tuning import TUNED_FILE
 from hf_adaclip.integrations.script_args import parse_arguments
 from scripts import run_clm, run_glue, run_image_classification, run_study, study_records
 from scripts.study_records import record
@@ -232,13 +232,13 @@ def test_a_wrong_arm_is_named_before_anything_runs(options, message, capsys):
 def test_arms_with_the_tuned_flags_take_what_was_best_for_the_stock_arm(tmp_path):
     chosen = {"--max_grad_norm": 0.3, "--warmup_steps": 0.1, "--learning_rate": 2e-3}
     (tmp_path / TUNED_FILE).write_text(json.dumps({"tuned": {"chosen": chosen}}))
-    extra = {"open": ("--clip", "adaptive", "--ceiling_share", "1")}
-    study = ScriptStudy(tmp_path, ("train.py",), ("stock",), extra, 1, 1, ())
+    extra = {"open": Arm("open", ("--clip", "adaptive", "--ceiling_share", "1"))}
+    study = Study(tmp_path, ("train.py",), ("stock",), extra, 1, 1, ())
     found = run_study.with_flags_of_tuned(study, ["adaptive@tuned", "open@tuned"])
     best = ("--max_grad_norm", "0.3", "--warmup_steps", "0.1", "--learning_rate", "0.002")
     assert found.arms == ("stock", "adaptive@tuned", "open@tuned")
-    assert found.extra["adaptive@tuned"] == ("--clip", "adaptive", *best)
-    assert found.extra["open@tuned"] == (*extra["open"], *best)
+    assert found.extra["adaptive@tuned"].flags == ("--clip", "adaptive", *best)
+    assert found.extra["open@tuned"].flags == (*extra["open"].flags, *best)
 
 
 def test_restore_needs_a_record(capsys):

@@ -4,8 +4,8 @@ import functools
 
 import pytest
 
-from hf_adaclip.compare import script_runs
-from hf_adaclip.compare.script_runs import ScriptRun, defaults_behind
+from hf_adaclip.compare import runs
+from hf_adaclip.compare.runs import ScriptRun, defaults_behind
 from hf_adaclip.config import AdaptiveClipConfig
 
 ALL = AdaptiveClipConfig().to_dict()
@@ -38,7 +38,7 @@ def test_the_digest_is_of_what_decides(tmp_path, monkeypatch):
 
     AdaptiveClipConfig(decay=0.9).to_json(tmp_path / "clip.json")
     before = digests()
-    monkeypatch.setattr(script_runs, "AdaptiveClipConfig", functools.partial(AdaptiveClipConfig, ceiling_share=0.7))
+    monkeypatch.setattr(runs, "AdaptiveClipConfig", functools.partial(AdaptiveClipConfig, ceiling_share=0.7))
     after = digests()
     assert {clip for clip in before if before[clip] != after[clip]} == {"adaptive", str(tmp_path / "clip.json")}
     AdaptiveClipConfig(decay=0.8).to_json(tmp_path / "clip.json")

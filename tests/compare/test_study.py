@@ -1,6 +1,7 @@
 """Comparing runs of a training script: processes, resumption, failures, targets, tuning. The script here trains nothing and is quick."""
 
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_adaclip.cli import main
-from hf_adaclip.compare.script_runs import ScriptRun, read_run, run_scripts
+from hf_adaclip.compare.runs import ScriptRun, read_run, run_scripts
 
 ROOT = Path(__file__).parent.parent.parent
 # The loss after t steps is 1 / (1 + speed t / 100); how fast depends on the arm, the learning rate and the seed.
@@ -76,6 +77,22 @@ def test_arms_and_seeds_of_a_script(script, capsys):
     card = Path("study/README.md").read_text()
     assert "Target set on other seeds by the stock arm." in card
     assert "`median`: twice the running median" in card
+
+
+def test_a_module_is_a_script_too_and_the_perplexity_follows_from_the_loss(script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(script).parent)
+    options = ["--arms", "stock,adaptive", "--target", "0.3", "--quality", "eval_perplexity"]
+    assert compare("-m", *options, flags=["train", "--learning_rate", "2e-3"]) == 0
+    comparison = load()
+    [task] = comparison["tasks"]
+    stock = task["arms"][0]
+
+    assert (task["task"], task["title"], comparison["script"][:2]) == ("train", "train", ["-m", "train"])
+    assert stock["median_quality"] == pytest.approx(math.exp(stock["median_final_eval_loss"]))
+    assert starts() == 6
+    Path(script).write_text(Path(script).read_text() + "# changed\n")
+    assert compare("-m", *options, flags=["train", "--learning_rate", "2e-3"]) == 0
+    assert starts() == 12, "the module's text decides as a script's does"
 
 
 def test_a_second_call_only_makes_what_is_missing(script):
@@ -244,7 +261,7 @@ def test_a_real_script_is_compared(tmp_path, monkeypatch):
 )
 def test_the_title_is_a_short_name(script, title):
     from hf_adaclip.compare.present import MAX_TITLE
-    from hf_adaclip.compare.script_compare import _short_title
+    from hf_adaclip.compare.study import _short_title
 
     assert _short_title(script) == title
     assert len(title) <= MAX_TITLE

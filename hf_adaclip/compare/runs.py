@@ -1,7 +1,11 @@
-"""Runs of a training script, each in a process of its own: what is started, what is read from what it leaves."""
+"""Runs of a training script, each in a process of its own: what is started, what is read from what it leaves.
+
+`result.json` is the last thing that a run gets: one without it was cut off.
+"""
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -16,8 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from hf_adaclip.compare.warm import start as start_warm
-from hf_adaclip.compare.worker import finished_result, write_result
+from hf_adaclip.compare import fork_server
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import LedgerError
@@ -25,6 +28,8 @@ from hf_adaclip.fields import HyperParameters
 from hf_adaclip.telemetry.point import CONVERGENCE_FILE, read_points
 from hf_adaclip.telemetry.progress import Progress
 
+MODULE: Final = "-m"
+RESULT_FILE: Final = "result.json"
 LOG_FILE: Final = "log.txt"
 LEDGER_FILE: Final = "clip_ledger.jsonl"
 
@@ -36,7 +41,7 @@ class ScriptRun:
     Attributes:
         task, arm, seed: Which run.
         launcher: What stands before the script: an interpreter, or `accelerate launch ...`.
-        script: The script and the user's flags.
+        script: The script, or `-m` and a module, and the user's flags.
         flags: The arm's flags; they come last, and win.
     """
 
@@ -49,7 +54,7 @@ class ScriptRun:
 
     @property
     def label(self) -> str:
-        return f"{self.arm} seed {self.seed}"
+        return f"{self.task} {self.arm} seed {self.seed}"
 
     @property
     def folder(self) -> str:
@@ -61,12 +66,23 @@ class ScriptRun:
         """Hash of all that decides the run, the script's text and the defaults of this package that it goes by included."""
         arguments = [*self.script, *self.flags]
         text = json.dumps([asdict(self), defaults_behind(arguments)], sort_keys=True)
-        files = [Path(self.script[0]), *([Path(clip)] if (clip := _clip_of(arguments)) else [])]
-        return hashlib.sha256(text.encode() + b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()
+        files = [file_of(self.script), *([Path(clip)] if (clip := _clip_of(arguments)) else [])]
+        return hashlib.sha256(text.encode() + b"".join(f.read_bytes() for f in files if f and f.is_file())).hexdigest()
 
     def arguments(self, output: Path) -> list[str]:
         """The script and all its flags."""
         return [*self.script, *self.flags, "--seed", str(self.seed), "--output_dir", str(output / self.folder)]
+
+
+def file_of(script: Sequence[str]) -> Path | None:
+    """The file that holds a script, or the module after `-m`; None where there is no such module."""
+    if script[0] != MODULE:
+        return Path(script[0])
+    try:
+        found = importlib.util.find_spec(script[1])
+    except (ImportError, IndexError, ValueError):
+        return None
+    return None if found is None or found.origin is None else Path(found.origin)
 
 
 def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
@@ -107,7 +123,7 @@ def run_scripts(
         output: Folder of the comparison.
         jobs: Runs at a time; each gets an equal share of the cores.
         quiet: No progress bar.
-        warm: Fork runs without a launcher of their own off a process that has imported the libraries; see `warm`.
+        warm: Fork runs without a launcher of their own off a process that has imported the libraries; see `fork_server`.
     """
     results: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -153,8 +169,8 @@ def _execute(run: ScriptRun, output: Path, threads: int, started: Callable[[Any]
     mark.write_text(text, encoding="utf-8")
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ, "OMP_NUM_THREADS": str(threads)}
     begin = time.perf_counter()
-    if warm and run.launcher == python_launcher():
-        forked = start_warm(run.arguments(output), folder / LOG_FILE, environment)
+    if warm and fork_server.AVAILABLE and run.launcher == python_launcher():
+        forked = fork_server.start(run.arguments(output), folder / LOG_FILE, environment)
         started(forked)
         forked.join()
         code = forked.exitcode
@@ -173,6 +189,24 @@ def _execute(run: ScriptRun, output: Path, threads: int, started: Callable[[Any]
         result["error"] = str(error)
     result["wall_seconds"] = round(time.perf_counter() - begin, 3)
     write_result(folder, result)
+    return result
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write `result.json` in one move: it is there whole or not at all."""
+    unfinished = folder / f"{RESULT_FILE}.part"
+    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(folder / RESULT_FILE)
+
+
+def finished_result(run: ScriptRun, output: Path) -> dict[str, Any] | None:
+    """The result of an earlier, successful run of exactly this kind, or None."""
+    try:
+        result = json.loads((output / run.folder / RESULT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(result, dict) or "error" in result or result.get("digest") != run.digest:
+        return None
     return result
 
 
