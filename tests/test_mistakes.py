@@ -167,7 +167,7 @@ def test_one_rank_of_several_warns_of_events(caplog):
     trouble = ClipEvent(3, 3, "trouble", 9.0, 1.0, "Why.", "norm")
     for speaks, warnings in ((False, 0), (True, 2)):
         caplog.clear()
-        heard = []
+        heard: list[object] = []
         alerts = Alerts(speaks=speaks)
         alerts.listeners.append(heard.append)
         alerts.tell([event, trouble])

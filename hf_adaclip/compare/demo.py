@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     argv = sys.argv[1:] if argv is None else argv
     task = TASKS[
-        HfArgumentParser(DemoArguments).parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].task
+        HfArgumentParser(DemoArguments).parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].task  # type: ignore[arg-type]
     ]
     _, args, clip, config = parse_arguments([*task.flags(), *argv], DemoArguments)
     model, train_rows, eval_rows, compute_metrics = task.build()

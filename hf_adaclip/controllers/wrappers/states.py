@@ -111,8 +111,8 @@ def _rows(
     if kept is not None and stays:
         to, source = ([pair[side] for pair in stays] for side in (0, 1))
         if isinstance(rows, Tensor):
-            to, source = (torch.tensor(i, dtype=torch.int64, device=rows.device) for i in (to, source))
-            rows[..., to] = kept[..., source]
+            there, here = (torch.tensor(i, dtype=torch.int64, device=rows.device) for i in (to, source))
+            rows[..., there] = kept[..., here]
         else:
             rows[..., to] = kept[..., source]
     return rows
