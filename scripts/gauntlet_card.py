@@ -38,8 +38,8 @@ most follow growth without end, and most cut a second source of data for good.
 """
 
 FOOT = """
-`before` for the other rules: norms of 1e-8 and 1e-40 were altered in 100 % of steps by all but `static` and `zscore`, and a constant norm by
-`percentile` and `mean_sd` in 100 % and by `quantile` in 0.9 %. Torch's 1e-6 was added to norms that are not of order 1.
+`before` for the other rules: norms of 1e-8 and 1e-40 were altered in 100 % of steps by all but `static` and `zscore`, and a constant norm
+by `percentile` and `mean_sd` in 100 % and by `quantile` in 0.9 %. Torch's 1e-6 was added to norms that are not of order 1.
 """
 
 

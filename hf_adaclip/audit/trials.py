@@ -51,7 +51,7 @@ def _calm(rng: Rng) -> np.ndarray:
 
 def _growth(rate: float) -> Trial:
     def norms(rng: Rng) -> np.ndarray:
-        growth: np.ndarray = np.minimum((1 + rate) ** np.maximum(np.arange(STEPS) - WARM, 0.0), 1e30)
+        growth: Any = np.minimum((1 + rate) ** np.maximum(np.arange(STEPS) - WARM, 0.0), 1e30)
         return _calm(rng) * growth
 
     def largest(norms: np.ndarray, coefficients: np.ndarray) -> float:

@@ -22,13 +22,15 @@ to 17). So there the static threshold stays the ceiling, and the range works bel
 
 The bound. Norms that agree with each other prove nothing about the training: those of a divergence do so too.
 
-    g_t   = level at the end of the warm-up; min(L_t, static) while held; then max(g, min(1.5 L_t, 1.03 g)) at a new best of the loss
-    bound = max(min(static, 50 g), k g)             k = 8 as long as fewer than 20 losses are known
+    g_0   = level at the end of the warm-up; at most 0.16 static if c_0 > ceiling_share / 5
+    g_t   = max(g, min(1.5 L_t, 1.03 g)) at a new best of the loss; min(L_t, static) while held
+    bound = max(min(static, 50 g), k g)             none while held; k = 8 as long as fewer than 20 losses are known
                                                     k = 1.25 while the loss is near its best, and that of the step is not far above it
                                                     k = 1 otherwise: more than 2 (the mean) or 4 (the step) spreads above (`trend.py`)
 
-So what the static threshold lets through is followed. Where no loss is known, the range goes beyond it by a fixed factor on the level
-that was given, in all. Where one is known, only progress takes it there, a little with each new best.
+So what the static threshold lets through is followed. Beyond it, where no loss is known, the range goes by a fixed factor on the level
+that was given, in all, and by a quarter where the static threshold acted in the warm-up. Where a loss is known, only progress takes it
+there, a little with each new best.
 
 Lasting levels. `accept_after` norms in a row beyond min(far, 0.6) that agree with their own mean (within far of it) are a lasting new
 level, not spikes: L jumps there and the step passes. Norms that keep growing do not agree with each other and are not accepted.
@@ -284,7 +286,12 @@ class AdaptiveController(Controller[AdaptiveState]):
         share = ops.where(first, state.acted / warmup, state.acted)
         past = state.count >= warmup
         held = past & (share > ops(self.ceiling_share) * ops.where(first, one, ops(RELEASE)))
-        given = ops.where(state.given > ops(0.0), state.given, state.level)
+        start = state.level
+        if self.ceiling_share < 1:
+            active = first & (share > ops(self.ceiling_share * RELEASE))
+            most = observation.static_threshold * ops(WITH_LOSS / ALLOWANCE)
+            start = ops.where(active, ops.minimum(start, most), start)
+        given = ops.where(state.given > ops(0.0), state.given, start)
         trend = _trend_of(state)
         known = known_trend(trend, ops)
         trusted = ~(known & far_from_best(trend, LOSS_BAR, 0.0, ops))
@@ -292,6 +299,9 @@ class AdaptiveController(Controller[AdaptiveState]):
         allowance = ops.where(known, ops.where(trusted & own, ops(WITH_LOSS), one), ops(ALLOWANCE))
         allowed = given * allowance
         bound = ops.maximum(ops.minimum(observation.static_threshold, given * ops(REACH)), allowed)
+        bound = ops.where(
+            held, ops(float("inf")), bound
+        )  # the static threshold is bound enough, and the level is free to be above it
         return _Ceiling(bound, held, share, given, trusted)
 
     def _edge(self, level: Value, far: Value, observation: Observation, ops: Ops) -> Value:
