@@ -27,6 +27,7 @@ The bound. Norms that agree with each other prove nothing about the training: th
     bound = max(min(static, 50 g), k g)             none while held; k = 8 as long as fewer than 20 losses are known
                                                     k = 1.25 while the loss is near its best, and that of the step is not far above it
                                                     k = 1 otherwise: more than 2 (the mean) or 4 (the step) spreads above (`trend.py`)
+                                                    with ceiling_share 1 (and tensor by tensor) k = 8 for 1.25, and 4 for 1
 
 So what the static threshold lets through is followed. Beyond it, where no loss is known, the range goes by a fixed factor on the level
 that was given, in all, and by a quarter where the static threshold acted in the warm-up. Where a loss is known, only progress takes it
@@ -85,6 +86,9 @@ PACE_START = 50
 ALLOWANCE, WITH_LOSS, REACH, RENEWAL, HEADROOM = 8.0, 1.25, 50.0, 1.03, 1.5
 """How far the range may leave the given level beyond the static threshold, where no loss is known and where one is; how far below it;
 by how much a new best of the loss lets the given level follow, and how far above the running one."""
+
+WORSE = 4.0
+"""How far it may leave the given level while the loss is worse, where the static threshold is never the ceiling (a tensor of many)."""
 
 LOSS_BAR, OWN_BAR = 2.0, 4.0
 """Spreads above its best at which the loss speaks against a wider range: its mean, and that of the step itself."""
@@ -296,7 +300,9 @@ class AdaptiveController(Controller[AdaptiveState]):
         known = known_trend(trend, ops)
         trusted = ~(known & far_from_best(trend, LOSS_BAR, 0.0, ops))
         own = observation.loss <= trend.best + ops(OWN_BAR) * spread_of(trend, ops)
-        allowance = ops.where(known, ops.where(trusted & own, ops(WITH_LOSS), one), ops(ALLOWANCE))
+        # A static threshold that is never the ceiling says nothing of the level, which may be far above it.
+        near_best, worse = (WITH_LOSS, 1.0) if self.ceiling_share < 1 else (ALLOWANCE, WORSE)
+        allowance = ops.where(known, ops.where(trusted & own, ops(near_best), ops(worse)), ops(ALLOWANCE))
         allowed = given * allowance
         bound = ops.maximum(ops.minimum(observation.static_threshold, given * ops(REACH)), allowed)
         bound = ops.where(

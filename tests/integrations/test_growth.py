@@ -73,7 +73,8 @@ def test_a_loop_of_2000_steps_is_not_lost(known):
     model, x, y = Mlp(), torch.tensor(X), torch.tensor(Y)
     optimizer = torch.optim.SGD(model.parameters(), 1.5)
     clipper = AdaptiveClipper("adaptive", optimizer=optimizer)
-    generator, order = torch.Generator().manual_seed(1), []
+    generator = torch.Generator().manual_seed(1)
+    order: list[int] = []
     for step in range(2000):
         order = order if len(order) >= 8 else torch.randperm(512, generator=generator).tolist()
         batch, order = order[:8], order[8:]

@@ -180,7 +180,8 @@ class AdaptiveReference:
         factor = 8.0
         if self.trend.known():
             fine = not self.trend.far() and loss <= self.trend.best + 4 * self.trend.s()
-            factor = 1.25 if fine else 1.0
+            fine_factor, worse_factor = (1.25, 1.0) if self.ceiling_share < 1 else (8.0, 4.0)
+            factor = fine_factor if fine else worse_factor
         return max(min(self.static_threshold, 50 * given), factor * given)
 
     def _remember(self, norm, far, *, weight, over):
