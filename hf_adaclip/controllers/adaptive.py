@@ -22,13 +22,16 @@ to 17). So there the static threshold stays the ceiling, and the range works bel
 
 The bound. Norms that agree with each other prove nothing about the training: those of a divergence do so too.
 
-    g_t   = level at the end of the warm-up; min(L_t, static) while held; then max(g, min(1.5 L_t, 1.03 g)) at a new best of the loss
-    bound = max(min(static, 50 g), k g)             k = 8 as long as fewer than 20 losses are known
+    g_0   = level at the end of the warm-up; at most 0.16 static if c_0 > ceiling_share / 5
+    g_t   = max(g, min(1.5 L_t, 1.03 g)) at a new best of the loss; min(L_t, static) while held
+    bound = max(min(static, 50 g), k g)             none while held; k = 8 as long as fewer than 20 losses are known
                                                     k = 1.25 while the loss is near its best, and that of the step is not far above it
                                                     k = 1 otherwise: more than 2 (the mean) or 4 (the step) spreads above (`trend.py`)
+                                                    with ceiling_share 1 (and tensor by tensor) k = 8 for 1.25, and 4 for 1
 
-So what the static threshold lets through is followed. Where no loss is known, the range goes beyond it by a fixed factor on the level
-that was given, in all. Where one is known, only progress takes it there, a little with each new best.
+So what the static threshold lets through is followed. Beyond it, where no loss is known, the range goes by a fixed factor on the level
+that was given, in all, and by a quarter where the static threshold acted in the warm-up. Where a loss is known, only progress takes it
+there, a little with each new best.
 
 Lasting levels. `accept_after` norms in a row beyond min(far, 0.6) that agree with their own mean (within far of it) are a lasting new
 level, not spikes: L jumps there and the step passes. Norms that keep growing do not agree with each other and are not accepted.
@@ -83,6 +86,9 @@ PACE_START = 50
 ALLOWANCE, WITH_LOSS, REACH, RENEWAL, HEADROOM = 8.0, 1.25, 50.0, 1.03, 1.5
 """How far the range may leave the given level beyond the static threshold, where no loss is known and where one is; how far below it;
 by how much a new best of the loss lets the given level follow, and how far above the running one."""
+
+WORSE = 4.0
+"""How far it may leave the given level while the loss is worse, where the static threshold is never the ceiling (a tensor of many)."""
 
 LOSS_BAR, OWN_BAR = 2.0, 4.0
 """Spreads above its best at which the loss speaks against a wider range: its mean, and that of the step itself."""
@@ -288,14 +294,24 @@ class AdaptiveController(Controller[AdaptiveState]):
         share = ops.where(first, state.acted / warmup, state.acted)
         past = state.count >= warmup
         held = past & (share > ops(self.ceiling_share) * ops.where(first, one, ops(RELEASE)))
-        given = ops.where(state.given > ops(0.0), state.given, state.level)
+        start = state.level
+        if self.ceiling_share < 1:
+            active = first & (share > ops(self.ceiling_share * RELEASE))
+            most = observation.static_threshold * ops(WITH_LOSS / ALLOWANCE)
+            start = ops.where(active, ops.minimum(start, most), start)
+        given = ops.where(state.given > ops(0.0), state.given, start)
         trend = _trend_of(state)
         known = known_trend(trend, ops)
         trusted = ~(known & far_from_best(trend, LOSS_BAR, 0.0, ops))
         own = observation.loss <= trend.best + ops(OWN_BAR) * spread_of(trend, ops)
-        allowance = ops.where(known, ops.where(trusted & own, ops(WITH_LOSS), one), ops(ALLOWANCE))
+        # A static threshold that is never the ceiling says nothing of the level, which may be far above it.
+        near_best, worse = (WITH_LOSS, 1.0) if self.ceiling_share < 1 else (ALLOWANCE, WORSE)
+        allowance = ops.where(known, ops.where(trusted & own, ops(near_best), ops(worse)), ops(ALLOWANCE))
         allowed = given * allowance
         bound = ops.maximum(ops.minimum(observation.static_threshold, given * ops(REACH)), allowed)
+        bound = ops.where(
+            held, ops(float("inf")), bound
+        )  # the static threshold is bound enough, and the level is free to be above it
         return _Ceiling(bound, held, share, given, trusted)
 
     def _edge(self, level: Value, far: Value, observation: Observation, ops: Ops) -> Value:

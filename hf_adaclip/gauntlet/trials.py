@@ -40,18 +40,18 @@ class Trial:
     name: str
     figure: str
     bar: float
-    norms: Callable[[Rng], np.ndarray]
+    norms: Callable[[Rng], Any]
     static_threshold: float
     measure: Callable[[np.ndarray, np.ndarray], float]
 
 
-def _calm(rng: Rng) -> np.ndarray:
-    norms: np.ndarray = LEVEL * np.exp(0.15 * rng.standard_normal(STEPS))
-    return norms
+def _calm(rng: Rng) -> Any:
+    """Norms of one source, an array of shape `[steps]`."""
+    return LEVEL * np.exp(0.15 * rng.standard_normal(STEPS))
 
 
 def _growth(rate: float) -> Trial:
-    def norms(rng: Rng) -> np.ndarray:
+    def norms(rng: Rng) -> Any:
         growth: np.ndarray = np.minimum((1 + rate) ** np.maximum(np.arange(STEPS) - WARM, 0.0), 1e30)
         grown: np.ndarray = _calm(rng) * growth
         return grown
@@ -63,10 +63,8 @@ def _growth(rate: float) -> Trial:
 
 
 def _mixed(name: str, larger: Callable[[Rng], np.ndarray]) -> Trial:
-    def norms(rng: Rng) -> np.ndarray:
-        which = larger(rng)
-        mixed: np.ndarray = np.where(which, LARGER, 1.0) * _calm(rng)
-        return mixed
+    def norms(rng: Rng) -> Any:
+        return _calm(rng) * np.where(larger(rng), LARGER, 1.0)
 
     def cut(norms: np.ndarray, coefficients: np.ndarray) -> float:
         shares = []
@@ -88,7 +86,7 @@ def _share(share: float) -> Trial:
     return _mixed(f"a source of {share:.0%}", lambda rng: _late(rng.random(STEPS) < share))
 
 
-def _restart(rng: Rng) -> np.ndarray:
+def _restart(rng: Rng) -> Any:
     """Norms that fall to a tenth over 500 steps, and are back at once."""
     return _calm(rng) * 0.1 ** ((np.arange(STEPS) % 500) / 500)
 
@@ -101,7 +99,7 @@ def _altered(norms: np.ndarray, coefficients: np.ndarray) -> float:
     return 100.0 * float((coefficients[WARM:] < 1).mean())
 
 
-def _with_spikes(rng: Rng) -> np.ndarray:
+def _with_spikes(rng: Rng) -> Any:
     """Spikes of 5 to 1000 times the norm, one in 300 steps."""
     spikes = _late(rng.random(STEPS) < 1 / 300)
     return _calm(rng) * np.where(spikes, np.exp(rng.uniform(np.log(5), np.log(1000), STEPS)), 1.0)

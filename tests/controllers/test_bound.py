@@ -55,6 +55,14 @@ def test_while_the_loss_is_worse_than_it_was_the_static_threshold_is_the_bound()
     assert all((r == "HELD") <= (t == np.float32(1.0)) for r, t in zip(bad[2], bad[0], strict=True))
 
 
+def test_where_the_static_threshold_acted_in_the_warm_up_a_quarter_more_is_all():
+    norms = 0.97 * calm(900) * np.where(np.arange(900) < 300, 1, 3)
+    assert 5 < (norms[:50] > 1).sum() < 25
+    _, coefficient, reason = drive(norms, 1.0)
+    assert "HELD" not in reason[60:300]
+    assert (norms * coefficient)[50:].max() <= 1.25 * (1 + 1e-6)
+
+
 def test_progress_renews_the_bound():
     """A warm-up of the rate: norms grow for long beyond the static threshold, and the loss falls all the while."""
     steps = np.arange(1500)

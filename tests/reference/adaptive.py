@@ -61,6 +61,7 @@ class AdaptiveReference:
         self.pace_shrink = pace_shrink
         self.level, self.spread, self.width, self.count = None, min_spread, far_width, 0
         self.excursions = []
+        self.most = math.inf
         self.given, self.quiet, self.trend = None, None, TrendReference(2.0, 0.0)
         self.crest, self.memory, self.was_upward = 0.0, 0.0, False
         self.rivals = [[0.0, 0.0], [0.0, 0.0]]  # level, hits
@@ -71,6 +72,8 @@ class AdaptiveReference:
         if not warm and self.ceiling is None:
             self.share /= self.warmup_observations
             self.ceiling = self.static_threshold if self.share > self.ceiling_share else math.inf
+            if self.ceiling_share < 1 and self.share > self.ceiling_share / 5:
+                self.most = 1.25 * self.static_threshold / 8
         ceiling = math.inf if warm else self.ceiling
         level = self.level if self.level is not None else norm
         far = min(self.width * self.spread, self.max_edge)
@@ -96,7 +99,7 @@ class AdaptiveReference:
             self._pace(reach)
             return self.static_threshold, min(1.0, self.static_threshold / (norm + 1e-6)), self.pace, "WARMUP"
 
-        given = level if self.given is None else self.given
+        given = min(level, self.most) if self.given is None else self.given
         over, low = norm > top, x < -far
         mean, accepted = norm, False
         if abs(x) > min(far, 0.6):
@@ -171,11 +174,14 @@ class AdaptiveReference:
         return self.trend.known() and self.trend.far()
 
     def bound(self, level, loss):
-        given = level if self.given is None else self.given
+        if self.ceiling is not None and self.ceiling < math.inf:
+            return math.inf
+        given = min(level, self.most) if self.given is None else self.given
         factor = 8.0
         if self.trend.known():
             fine = not self.trend.far() and loss <= self.trend.best + 4 * self.trend.s()
-            factor = 1.25 if fine else 1.0
+            fine_factor, worse_factor = (1.25, 1.0) if self.ceiling_share < 1 else (8.0, 4.0)
+            factor = fine_factor if fine else worse_factor
         return max(min(self.static_threshold, 50 * given), factor * given)
 
     def _remember(self, norm, far, *, weight, over):
