@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_adaclip.errors import ConfigError
 from hf_adaclip.integrations.script_args import (
     Ingredients,
     make_trainer,
@@ -31,7 +32,7 @@ from hf_adaclip.integrations.script_args import (
     run_script,
     train_and_evaluate,
 )
-from hf_adaclip.integrations.script_checks import check_size_was_chosen, reader_of
+from hf_adaclip.integrations.script_checks import check_size_was_chosen, override, reader_of
 
 SMALL = "hidden_size=128,intermediate_size=256,num_hidden_layers=4,num_attention_heads=4,num_key_value_heads=4"
 
@@ -86,7 +87,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_file is None:
-            raise ValueError("`--dataset_name` or `--train_file` must be given, but neither is.")
+            raise ConfigError("`--dataset_name` or `--train_file` must be given, but neither is.")
 
 
 def load_splits(data: DataArguments) -> tuple[Any, Any]:
@@ -114,7 +115,7 @@ def make_tokenizer(arguments: ModelArguments, rows: Any, columns: list[str]) -> 
     name = arguments.tokenizer_name or arguments.model_name_or_path
     if arguments.train_tokenizer is None:
         if name is None:
-            raise ValueError(
+            raise ConfigError(
                 "`--train_tokenizer` or `--tokenizer_name` must be given for a model from scratch, but neither is."
             )
         return AutoTokenizer.from_pretrained(name)
@@ -137,8 +138,7 @@ def make_model(arguments: ModelArguments, tokenizer: Any) -> Any:
     """The model, with adapters if wanted."""
     source = arguments.model_name_or_path
     config = AutoConfig.from_pretrained(source) if source else AutoConfig.for_model(arguments.model_type)
-    if arguments.config_overrides:
-        config.update_from_string(arguments.config_overrides)
+    override(config, arguments.config_overrides)
     if source:
         model = AutoModelForCausalLM.from_pretrained(source, config=config)
     else:
@@ -175,7 +175,7 @@ def into_blocks(rows: Any, tokenizer: Any, columns: list[str], size: int) -> Any
 
     blocks = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenizing")
     if not len(blocks):
-        raise ValueError(f"`--block_size` must be at most the length of the text in tokens, but is {size} instead.")
+        raise ConfigError(f"`--block_size` must be at most the length of the text in tokens, but is {size} instead.")
     return blocks
 
 
@@ -185,7 +185,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any, se
     columns = data_args.text_columns.split(",")
     missing = [c for c in columns if c not in train_rows.column_names]
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"`--text_columns` must be among {', '.join(train_rows.column_names)}, but {', '.join(missing)} is not."
         )
     with first:

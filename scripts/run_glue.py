@@ -23,6 +23,7 @@ from transformers import (
     default_data_collator,
 )
 
+from hf_adaclip.errors import ConfigError
 from hf_adaclip.integrations.script_args import (
     Ingredients,
     make_trainer,
@@ -30,7 +31,7 @@ from hf_adaclip.integrations.script_args import (
     run_script,
     train_and_evaluate,
 )
-from hf_adaclip.integrations.script_checks import check_size_was_chosen, reader_of
+from hf_adaclip.integrations.script_checks import check_columns, check_size_was_chosen, override, reader_of
 from hf_adaclip.metrics import GLUE_METRICS, metric_path
 
 logger = logging.getLogger(__name__)
@@ -90,11 +91,11 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.task_name is not None and self.task_name not in SENTENCES:
-            raise ValueError(
+            raise ConfigError(
                 f"`--task_name` must be one of {', '.join(SENTENCES)}, but is {self.task_name!r} instead."
             )
         if self.task_name is None and self.dataset_name is None and self.train_file is None:
-            raise ValueError("`--task_name`, `--dataset_name` or `--train_file` must be given, but none is.")
+            raise ConfigError("`--task_name`, `--dataset_name` or `--train_file` must be given, but none is.")
 
 
 def load_splits(data: DataArguments) -> tuple[Any, Any]:
@@ -134,12 +135,15 @@ def make_model(arguments: ModelArguments, num_labels: int, regression: bool) -> 
         if source
         else AutoConfig.for_model(arguments.model_type, **settings)
     )
-    if arguments.config_overrides:
-        config.update_from_string(arguments.config_overrides)
+    override(config, arguments.config_overrides)
     name = arguments.tokenizer_name or source
     if name is None:
-        raise ValueError("`--tokenizer_name` must be given when there is no `--model_name_or_path`, but is not.")
+        raise ConfigError("`--tokenizer_name` must be given when there is no `--model_name_or_path`, but is not.")
     tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:  # as of GPT-2 and Llama: padding is masked, whatever it is
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if config.pad_token_id is None or not source:  # by which such models find the last token of a row
+        config.pad_token_id = tokenizer.pad_token_id
     if source:
         return AutoModelForSequenceClassification.from_pretrained(source, config=config), tokenizer
     config.vocab_size = len(tokenizer)
@@ -152,10 +156,12 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any) ->
     train_rows, eval_rows = load_splits(data_args)
     train_rows = limit(train_rows, data_args.max_train_samples)
     eval_rows = limit(eval_rows, data_args.max_eval_samples)
+    one, two = columns_of(data_args, train_rows)
+    for rows in (train_rows, eval_rows):
+        check_columns("task_name", [name for name in (one, two, "label") if name is not None], rows)
     regression = str(train_rows.features["label"].dtype).startswith("float")
     num_labels = 1 if regression else len(set(train_rows["label"]))
     model, tokenizer = make_model(model_args, num_labels, regression)
-    one, two = columns_of(data_args, train_rows)
 
     def encode(batch: dict[str, Any]) -> Any:
         texts = (batch[one],) if two is None else (batch[one], batch[two])

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForImageClassification,
 )
 
+from hf_adaclip.errors import ConfigError
 from hf_adaclip.integrations.script_args import (
     Ingredients,
     make_trainer,
@@ -30,7 +31,7 @@ from hf_adaclip.integrations.script_args import (
     run_script,
     train_and_evaluate,
 )
-from hf_adaclip.integrations.script_checks import check_size_was_chosen, reader_of
+from hf_adaclip.integrations.script_checks import check_size_was_chosen, override, reader_of
 from hf_adaclip.metrics import metric_path
 
 SMALL = "image_size=32,patch_size=4,hidden_size=64,num_hidden_layers=3,num_attention_heads=4,intermediate_size=128"
@@ -78,7 +79,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_dir is None and self.train_file is None:
-            raise ValueError("`--dataset_name`, `--train_dir` or `--train_file` must be given, but none is.")
+            raise ConfigError("`--dataset_name`, `--train_dir` or `--train_file` must be given, but none is.")
 
 
 def load_splits(data: DataArguments) -> tuple[Any, Any]:
@@ -107,7 +108,7 @@ def image_column(data: DataArguments, rows: Any) -> str:
         return data.image_column_name
     found = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     if not found:
-        raise ValueError(
+        raise ConfigError(
             f"`--image_column_name` must be a column of images, but {', '.join(rows.column_names)} hold none."
         )
     return str(found[0])
@@ -120,8 +121,7 @@ def make_model(arguments: ModelArguments, labels: list[str]) -> tuple[Any, dict[
     config = (
         AutoConfig.from_pretrained(source, **names) if source else AutoConfig.for_model(arguments.model_type, **names)
     )
-    if arguments.config_overrides:
-        config.update_from_string(arguments.config_overrides)
+    override(config, arguments.config_overrides)
     half = [0.5] * getattr(config, "num_channels", 3)
     making = {"size": getattr(config, "image_size", 224), "mean": half, "std": half}
     if source is None:
@@ -174,7 +174,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments) -> Ingredients
         eval_rows = eval_rows.select(range(min(data_args.max_eval_samples, len(eval_rows))))
     column, label = image_column(data_args, train_rows), data_args.label_column_name
     if label not in train_rows.column_names:
-        raise ValueError(
+        raise ConfigError(
             f"`--label_column_name` must be one of {', '.join(train_rows.column_names)}, but is {label!r} instead."
         )
     feature = train_rows.features[label]

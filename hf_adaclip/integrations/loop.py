@@ -19,6 +19,7 @@ from transformers import EvalPrediction, get_scheduler
 
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.integrations.loop_arguments import LoopArguments
 from hf_adaclip.integrations.script_args import ClipArguments, Ingredients
@@ -321,7 +322,9 @@ class _Loop:
         match = None if folder is None else CHECKPOINT.fullmatch(folder.name)
         if folder is None or match is None:
             if folder is not None:
-                raise ValueError(f"`--resume_from_checkpoint` must be a folder checkpoint-N, but is {folder} instead.")
+                raise ConfigError(
+                    f"`--resume_from_checkpoint` must be a folder checkpoint-N, but is {folder} instead."
+                )
             if self._accelerator.is_main_process:
                 self.only_record(CONVERGENCE_FILE, lambda: write_points(points, []))
             return 0

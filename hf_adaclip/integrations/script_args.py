@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from accelerate import PartialState
+from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS
-from hf_adaclip.errors import ConfigError, UnsupportedSetupError
-from hf_adaclip.hints import near, near_controller, near_flag
+from hf_adaclip.errors import ConfigError, LedgerError, StateError, UnsupportedSetupError
+from hf_adaclip.hints import near, near_clip, near_flag
 from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
 from hf_adaclip.integrations.transformers import AdaptiveClipTrainer
+from hf_adaclip.telemetry.progress import is_terminal
 
 STOCK: Final = ("stock", "none")
 
@@ -39,7 +42,7 @@ class ClipArguments:
         metadata={
             "help": "'stock': the plain Trainer with --max_grad_norm; 'none': the plain Trainer without clipping; or a controller ("
             + ", ".join(CONTROLLERS)
-            + "), set further by the flags of AdaptiveClipConfig; or the path of a config's JSON."
+            + "), set further by the flags of AdaptiveClipConfig; or all in one, as NAME:FIELD=VALUE,... or the path of a config's JSON."
         },
     )
 
@@ -63,19 +66,21 @@ class ClipArguments:
                 )
             chosen = self.clip if config.controller == default else config.controller
             return AdaptiveClipConfig.from_dict({**config.to_dict(), "controller": chosen})
-        if not Path(self.clip).is_file():
+        in_text = self.clip.partition(":")[0] in CONTROLLERS
+        if not in_text and not Path(self.clip).is_file():
             raise ConfigError(
-                f"`--clip` must be one of {', '.join((*STOCK, *CONTROLLERS))}, or the path of a JSON file, but is {self.clip!r} instead."
-                + near_controller(self.clip, (*STOCK, *CONTROLLERS))
+                f"`--clip` must be one of {', '.join((*STOCK, *CONTROLLERS))}, NAME:FIELD=VALUE,..., or the path of a JSON file, but is "
+                f"{self.clip!r} instead.{near_clip(self.clip, (*STOCK, *CONTROLLERS))}"
             )
         flags = [
             f"`--{name}`" for name, value in config.to_dict().items() if value != getattr(AdaptiveClipConfig, name)
         ]
         if flags:
             raise ConfigError(
-                f"{', '.join(flags)} must be left out with `--clip {self.clip}`: all settings are those of the file. Write them into it."
+                f"{', '.join(flags)} must be left out with `--clip {self.clip}`, which holds all settings. Write them into "
+                f"{'it, as FIELD=VALUE' if in_text else 'the file'}."
             )
-        return AdaptiveClipConfig.from_json(self.clip)
+        return AdaptiveClipConfig.resolve(self.clip) if in_text else AdaptiveClipConfig.from_json(self.clip)
 
 
 class Ingredients(NamedTuple):
@@ -175,11 +180,23 @@ def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = Training
         if rest:
             raise ConfigError(unknown or f"{' '.join(map(repr, rest))} belongs to no flag of this script.")
         parsed = tuple(found)
-    training_args = parsed[-3]
+    training_args, clip, config = parsed[-3:]
+    clip.resolve(config)  # what is wrong there is said before anything is loaded
+    if not is_terminal(sys.stderr):
+        _without_bars()
+        training_args.disable_tqdm = training_args.disable_tqdm or schedule is TrainingArguments
     level = training_args.get_process_log_level() if schedule is TrainingArguments else logging.INFO
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
     set_seed(training_args.seed)
     return parsed
+
+
+def _without_bars() -> None:
+    """In a file bars are thousands of carriage returns. Without its own the Trainer prints its log lines, and a loop has a bar of lines."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_hub_bars()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -203,14 +220,15 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def run_script(main: Callable[[], Any]) -> None:
     """Run a script's `main`, then end what its processes share, so that no rank is torn down while another still talks to it.
 
-    A setting that is wrong, or a setup that is not supported, ends the script with its message and exit code 2, without a traceback.
+    A setting that is wrong, a setup that is not supported, a checkpoint that does not fit or a required ledger that cannot be written ends
+    the script with its message and exit code 2, without a traceback.
 
     Args:
         main: The script, with its arguments from the command line.
     """
     try:
         main()
-    except (ConfigError, UnsupportedSetupError) as error:
+    except (ConfigError, LedgerError, StateError, UnsupportedSetupError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     PartialState().destroy_process_group()

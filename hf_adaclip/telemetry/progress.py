@@ -22,7 +22,7 @@ class Progress(tqdm):  # type: ignore[type-arg]
 
     def __init__(self, *args: Any, clock: Callable[[], float] = time.monotonic, **kwargs: Any) -> None:
         stream = kwargs.setdefault("file", sys.stderr)
-        self._in_lines = not _is_terminal(stream)
+        self._in_lines = not is_terminal(stream)
         self._clock, self._last, self._shown = clock, -EVERY, ""
         if self._in_lines:
             kwargs.update(ncols=0, ascii=True, leave=True)
@@ -51,7 +51,8 @@ class Progress(tqdm):  # type: ignore[type-arg]
             self._decr_instances(self)  # type: ignore[attr-defined]
 
 
-def _is_terminal(stream: Any) -> bool:
+def is_terminal(stream: Any) -> bool:
+    """Whether somebody looks at it, so that a line may be written over."""
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError):  # not a file, or closed

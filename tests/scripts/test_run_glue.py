@@ -1,6 +1,7 @@
 """`scripts/run_glue.py`, by real runs on generated sentences with a model that is made from a config."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_adaclip.audit import verify_ledger
+from hf_adaclip.integrations.script_args import run_script
 from hf_adaclip.metrics import GLUE_METRICS
 from hf_adaclip.telemetry.point import read_points
 from scripts import run_glue
@@ -190,3 +192,57 @@ def test_without_a_trainer(here, tmp_path, tokenizer, files, task):
     assert found == json.loads((tmp_path / "out/all_results.json").read_text())
     assert [p.step for p in read_points(tmp_path / "out/convergence.jsonl")] == [12, 24]
     assert verify_ledger(tmp_path / "out/clip_ledger.jsonl").ok
+
+
+@pytest.mark.parametrize("script", ["run_glue", "run_glue_no_trainer"])
+def test_a_log_that_is_no_terminal_has_lines_and_no_bars(here, capfd, tmp_path, tokenizer, files, script):
+    listed = flags(tokenizer, files("cola"), tmp_path / "out", task_name="cola", logging_steps=12)
+    here(script, [f for f in listed if not f.startswith("--disable_tqdm")])
+    shown = "".join(capfd.readouterr())
+    assert "\r" not in shown
+    assert "clip/norm_max" in shown
+    assert "eval_loss" in shown
+    assert len(shown.splitlines()) < 60
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(here, tmp_path, tokenizer, files):
+    folder = tmp_path / "unpadded"
+    words = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words.backend_tokenizer, unk_token="[UNK]", eos_token="[SEP]"
+    ).save_pretrained(folder)
+    results = here(
+        "run_glue", flags(folder, files("cola"), tmp_path / "out", task_name="cola", max_steps=4, eval_steps=4)
+    )
+    assert results["eval_loss"] > 0
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert saved["pad_token_id"] == words.convert_tokens_to_ids("[SEP]")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"task_name": "mrpc"},
+            r"`--task_name` must name columns of the data \(sentence, label, idx\), but 'sentence1' is none",
+        ),
+        (
+            {"config_overrides": "hiden_size=32"},
+            "a setting of bert .*'hiden_size=32' is none. Did you mean `hidden_size`",
+        ),
+        ({"config_overrides": "hidden_size"}, "must name NAME=VALUE in each piece"),
+        ({"config_overrides": "hidden_size=small"}, "must give hidden_size a value of its kind"),
+        ({"clip": "zclip"}, "zclip is here 'zscore'"),
+        ({"tokenizer_name": None}, "`--tokenizer_name` must be given"),
+    ],
+)
+def test_wrong_settings_end_a_script_with_one_sentence(
+    capsys, monkeypatch, tmp_path, tokenizer, files, changes, words
+):
+    listed = flags(tokenizer, files("sst2"), tmp_path / "out", **{"task_name": "sst2", **changes})
+    monkeypatch.setattr(sys, "argv", ["run_glue.py", *listed])
+    with pytest.raises(SystemExit, match="2"):
+        run_script(run_glue.main)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("run_glue.py: ")
+    assert re.search(words, said)
