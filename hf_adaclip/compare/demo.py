@@ -6,6 +6,7 @@ Both are trained from scratch in well under a minute on two CPU cores, far enoug
 the Transformers examples: `TrainingArguments`, `--clip` and the settings of `AdaptiveClipConfig`.
 """
 
+import argparse
 import hashlib
 import os
 import sys
@@ -171,18 +172,21 @@ class DemoArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train one task as the flags say."""
     import torch
-    from transformers import HfArgumentParser, default_data_collator
+    from transformers import default_data_collator
 
     from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
     from hf_adaclip.integrations.script_args import make_trainer, parse_arguments
 
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--task")
+    name = first.parse_known_args(argv)[0].task
+    # The task's own flags come first, so that those that are given win.
+    flags = TASKS[name].flags() if name in TASKS else ()
+    chosen, args, clip, config = parse_arguments([*flags, *argv], DemoArguments)
+    task = TASKS[chosen.task]
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    argv = sys.argv[1:] if argv is None else argv
-    task = TASKS[
-        HfArgumentParser(DemoArguments).parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].task  # type: ignore[arg-type]
-    ]
-    _, args, clip, config = parse_arguments([*task.flags(), *argv], DemoArguments)
     model, train_rows, eval_rows, compute_metrics = task.build()
     trainer = make_trainer(
         clip,

@@ -55,7 +55,9 @@ def check(study: Study) -> None:
     problems = []
     file = file_of(study.script)
     if file is None:
-        problems.append(f"`-m` must be followed by a module that this Python finds, but is by {study.script[1:2]!r}.")
+        problems.append(
+            f"`-m` must be followed by a module that this Python finds, but is by {''.join(study.script[1:2])!r}."
+        )
     elif not file.is_file():
         problems.append(f"`script` must be a file, but {study.script[0]!r} is none.")
     names = list(dict.fromkeys([*ARMS, TUNED, *study.extra]))

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from hf_adaclip.cli import main
+from hf_adaclip.compare import demo
 from hf_adaclip.compare.arms import Study
 from hf_adaclip.compare.demo import TASKS
 from hf_adaclip.compare.demo_study import demo_studies, fixed_before
@@ -208,6 +209,16 @@ def test_every_task_is_a_script(task, tmp_path):
     assert result["points"][-1]["tokens"] == (4 * 16 * 128 if task == "pydoc-llama" else None)
     assert ("eval_accuracy" in result["points"][-1]["metrics"]) == (task == "digits-vit")
     assert result["ledger"]["verified"] is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"), [(["--help"], 0, "--clip"), (["--task", "mnist"], 2, "invalid choice")]
+)
+def test_the_script_says_what_it_takes(flags, code, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        demo.main(flags)
+    assert ended.value.code == code
+    assert said in "".join(capsys.readouterr())
 
 
 def test_a_study_is_the_recorded_setting_of_the_script():
