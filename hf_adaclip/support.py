@@ -54,7 +54,7 @@ def check_accelerator(accelerator: Any) -> str:
         ConfigError: It is no accelerator.
         UnsupportedSetupError: It is not; parallelism within a layer or a sequence counts, though its `distributed_type` is MULTI_GPU.
     """
-    if not callable(getattr(accelerator, "clip_grad_norm_", None)) or not hasattr(accelerator, "distributed_type"):
+    if not hasattr(accelerator, "distributed_type"):
         raise ConfigError(
             f"`accelerator` must be an accelerate.Accelerator, but is {shown(accelerator)} instead. Pass `Accelerator()`, or leave it "
             "out in a loop without one."

@@ -83,6 +83,8 @@ def test_every_controller_takes_its_own_state_and_no_other(tmp_path, controller)
     assert load(folder, config, steps=3)[0].step == 33
     begins = build_controller(config.resolved()).init(SCALAR, ())
     for name, like in zip(begins._fields, begins, strict=True):
+        if name in ("loss_mean", "loss_spread", "loss_best"):
+            continue  # not known, in a state of the first revision
         broken = torch.full(tuple(like.shape), float("nan"))
         change(folder, {name: broken})
         with pytest.raises(StateError, match=f"`{name}` must be a number, but is NaN"):

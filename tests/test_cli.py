@@ -28,7 +28,7 @@ def test_a_folder_stands_for_its_ledger(tmp_path, capsys):
 
     assert main(["verify", str(tmp_path)]) == 0
     assert main(["advise", str(tmp_path)]) == 0
-    assert "45 norms, every step" in capsys.readouterr().out
+    assert "45 norms" in capsys.readouterr().out
 
 
 def test_verify_json(tmp_path, capsys):

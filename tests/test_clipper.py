@@ -101,10 +101,10 @@ def test_the_controller_never_reads_the_host(on_device):
             if config.max_pace > 1:
                 optimizer.step()  # torch's own, on a CPU, reads the rate that is a tensor
         look = 2 if config.granularity == "tensor" else 1  # rows, and the norms by tensor beside them
-        assert steps == look  # at all rows so far, once in `LOOK_EVERY` steps
+        assert steps <= 2 * look  # copies of rows that have landed, once in `LOOK_EVERY` steps
         with HostReads() as reads:
             clipper.metrics()
-        assert reads.count == look  # for all metrics, when somebody logs
+        assert reads.count <= 2 * look  # for all metrics, when somebody logs: the copy that has landed, and the rest
 
 
 def test_host_reads_of_an_optimizer_that_cannot_skip_are_one_per_step(on_device):

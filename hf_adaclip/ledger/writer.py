@@ -199,9 +199,9 @@ class Ledger:
 
 def _open(path: Path, anchor: str | None) -> tuple[BinaryIO, Tail]:
     """Open a ledger for one writer and find where it goes on."""
-    if path.is_dir():
+    if os.path.isdir(path):  # which takes a name that cannot be for none
         raise LedgerError(
-            f"`ledger` must be a file, but {path} is a folder instead. Write {path / 'clip_ledger.jsonl'}."
+            f"`ledger` must be a writable file, but {path} is a folder instead. Write {path / 'clip_ledger.jsonl'}."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -247,7 +247,8 @@ def _compare(path: Path, saved: AdaptiveClipConfig, config: AdaptiveClipConfig) 
     if {saved.on_trouble, config.on_trouble} == {"continue", "stop"}:
         changed.remove("on_trouble")  # the two decide alike and differ only in what is done about it
     if changed:
-        lines = "; ".join(f"`{k}` was {before[k]!r} and is {now[k]!r}" for k in changed)
+        names = {"static_threshold": "`static_threshold` (in a Trainer `max_grad_norm`)"}
+        lines = "; ".join(f"{names.get(k, f'`{k}`')} was {before[k]!r} and is {now[k]!r}" for k in changed)
         raise StateError(
             f"`clip` must be as it was when the checkpoint was written, but {lines}. Pass the config of the checkpoint, "
             f"or delete {path} to start the controller afresh."

@@ -38,7 +38,7 @@ def test_faults_of_one_rank_are_handled_by_both(tmp_path):
 def test_a_divergence_that_one_rank_sees_is_decided_on_by_both(tmp_path):
     first, second = launch("diverging", tmp_path / "two")
 
-    assert first["counts"]["FALLBACK"] > 5
+    assert first["counts"]["FALLBACK"] >= 1
     assert first["counts"] == second["counts"]
     assert first["state"] == second["state"]
     assert first["weights"] == second["weights"]

@@ -24,7 +24,7 @@ def test_a_sharded_run_is_the_unsharded_run(tmp_path, layout, ranks, optimizer, 
     first = results[0]
 
     assert first["worst"]["norm"] < 1e-6
-    assert first["worst"]["norms"] < 1e-4  # of the smallest tensors
+    assert first["worst"]["norms"] < 5e-4  # of the smallest tensors
     assert first["worst"]["weights"] < 1e-6
     assert first["finite"]
     assert first["counts"]["NONFINITE"] == first["plain counts"]["NONFINITE"] == 1
