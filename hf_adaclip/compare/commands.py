@@ -143,7 +143,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         fixed = fix(studies)
         studies = demo_studies(study, tasks, arguments.steps, fixed)
     if arguments.tune:
-        print(json.dumps(fixed, indent=1) if arguments.json else f"Wrote {study.output / TARGET_FILE}.")
+        path = study.output / TARGET_FILE
+        print(path.read_text(encoding="utf-8") if arguments.json else f"Wrote {path}.")
         return 0
     return _present(compare_script(*studies), arguments)
 
