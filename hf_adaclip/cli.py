@@ -1,6 +1,7 @@
 """The console command `hf-adaclip`."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from hf_adaclip.compare.commands import add_commands as add_convergence_commands
 from hf_adaclip.compare.commands import show_comparison
@@ -18,6 +19,8 @@ from hf_adaclip.errors import ConfigError, HfAdaclipError
 from hf_adaclip.hints import near, near_flag
 from hf_adaclip.integrations.launch import VARIABLE, run_command
 from hf_adaclip.report.commands import add_commands as add_audit_commands
+
+FORMATS: Final = ("html", "md", "png", "json", "csv")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         return 0
     except OSError as error:  # an output that cannot be written, a file that vanished
-        print(f"hf-adaclip: {error}", file=sys.stderr)
+        which = "a file" if error.filename is None else str(error.filename)
+        print(
+            f"hf-adaclip: {which} cannot be written or read ({error.strerror or error}). Make room, or name another place, such as by "
+            "`--output` or `--plot`.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\nhf-adaclip: interrupted. The same command goes on where it stopped.", file=sys.stderr)
@@ -82,9 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("source", type=Path, metavar="RUN_OR_COMPARISON", help="folder or clip_ledger.jsonl")
     report.add_argument(
         "--format",
-        choices=["html", "md", "png", "json", "csv"],
-        default="html",
-        help="what to make (default: %(default)s)",
+        choices=FORMATS,
+        default=None,
+        help="what to make (default: as --output ends, or html)",
     )
     report.add_argument(
         "--output", type=Path, default=None, help="file to write (default: report.FORMAT beside the source)"
@@ -127,33 +135,45 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     source: Path = arguments.source
+    ending = "" if arguments.output is None else arguments.output.suffix.lstrip(".")
+    form = arguments.format or (ending if ending in FORMATS else "html")
+    folder = source if source.is_dir() else source.parent
+    target = arguments.output or folder / f"report.{form}"
+    there = target.exists()
+    try:
+        _write_report(source, form, target, arguments.interactive)
+    except OSError:
+        if not there:  # half a page is none
+            with contextlib.suppress(OSError):
+                target.unlink()
+        raise
+    print(target)
+    return 0
+
+
+def _write_report(source: Path, form: str, target: Path, zoom: bool) -> None:
     if (source / "comparison.json").is_file():
-        path = _report_comparison(source, arguments.format, arguments.output, arguments.interactive)
+        _report_comparison(source, form, target, zoom)
     else:
         from hf_adaclip.report import run_report
 
         writers: dict[str, Callable[[Any, Path], Path]] = {
-            "html": partial(run_report.write_html, zoom=arguments.interactive),
+            "html": partial(run_report.write_html, zoom=zoom),
             "csv": run_report.write_csv,
             "md": run_report.write_markdown,
             "png": run_report.write_png,
             "json": run_report.write_json,
         }
-        folder = source if source.is_dir() else source.parent
-        report = run_report.load_run(source)
-        path = writers[arguments.format](report, arguments.output or folder / f"report.{arguments.format}")
-    print(path)
-    return 0
+        writers[form](run_report.load_run(source), target)
 
 
-def _report_comparison(folder: Path, form: str, output: Path | None, zoom: bool) -> Path:
+def _report_comparison(folder: Path, form: str, target: Path, zoom: bool) -> Path:
     from hf_adaclip.compare.card import write_card
     from hf_adaclip.compare.plots import draw_png
     from hf_adaclip.compare.report import write_report
 
     if form == "csv":
         raise ConfigError("`--format` must be html, md, png or json for a comparison, but is 'csv' instead.")
-    target = output or folder / f"report.{form}"
 
     def show(comparison: dict[str, Any]) -> Path:
         if form == "html":

@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -130,3 +131,55 @@ def test_mistyped_names_in_values_get_a_hint(tmp_path, capsys):
     assert "zclip is here 'zscore'" in capsys.readouterr().err
     assert main(["compare", "--arms", "stock,zclip", "--output", str(tmp_path / "c")]) == 2
     assert "zclip is here 'zscore'" in capsys.readouterr().err
+
+
+def test_the_card_of_a_run_is_not_that_of_a_comparison(tmp_path, capsys):
+    write_run(tmp_path / "clip_ledger.jsonl")
+    assert main(["card", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "holds no comparison.json" in said
+    assert "`create_model_card`" in said
+    assert "damaged" not in said
+
+
+@pytest.mark.parametrize("name", ["p.md", "p.json", "p.csv", "p.png", "p.html", "p.txt"])
+def test_the_format_of_a_report_is_that_of_its_name(name, tmp_path, capsys):
+    write_run(tmp_path / "clip_ledger.jsonl")
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / name)]) == 0
+    begin = {"md": b"# Run", "json": b"{", "csv": b"step,", "png": b"\x89PNG"}.get(name[2:], b"<!doctype html>")
+    assert (tmp_path / name).read_bytes().lower().startswith(begin.lower())
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / name), "--format", "json"]) == 0
+    json.loads((tmp_path / name).read_text())
+
+
+@pytest.mark.parametrize("form", ["html", "md", "json", "csv", "png"])
+def test_a_report_that_cannot_be_written_says_where_and_what_to_do(form, tmp_path, capsys):
+    write_run(tmp_path / "clip_ledger.jsonl")
+    target = tmp_path / "gone" / f"r.{form}"
+    assert main(["report", str(tmp_path), "--format", form, "--output", str(target)]) == 2
+    said = capsys.readouterr().err
+    assert f"hf-adaclip: {target} cannot be written or read (No such file or directory)." in said
+    assert "`--output`" in said
+
+
+def test_half_a_report_is_none(tmp_path, monkeypatch, capsys):
+    from hf_adaclip.report import run_report
+
+    def full(report, path, **kwargs):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_run(tmp_path / "clip_ledger.jsonl")
+    monkeypatch.setattr(run_report, "write_html", full)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "a file cannot be written or read (No space left on device). Make room" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_adjustments_are_in_the_order_of_their_first_steps():
+    from hf_adaclip.report.run_report import _shown
+    from hf_adaclip.run.events import ClipEvent
+
+    late = ClipEvent(150, 150, "spike", 9.0, 1.0, "Why.", "norm")
+    slow = ClipEvent(56, 149, "pace_lowered", 2.0, 1.0, "Why.", "pace")
+    assert _shown([late, slow]) == [slow, late]

@@ -240,17 +240,26 @@ def show_comparison(folder: Path, show: Callable[[dict[str, Any]], Path]) -> Pat
         ConfigError: The folder holds none, or what it holds is damaged.
     """
     path = folder / "comparison.json"
+    if not path.exists():
+        raise ConfigError(
+            f"`comparison` must be a folder of `hf-adaclip compare`, but {folder} holds no comparison.json. A run has its section in the "
+            "card that `create_model_card` or `push_to_hub` of its Trainer writes; `hf-adaclip report --format md` makes one page of it."
+        )
     try:
-        comparison = json.loads(read_regular(path, _MOST_BYTES).decode("utf-8"))
+        text = read_regular(path, _MOST_BYTES)
+    except OSError as error:
+        raise ConfigError(f"`comparison` must hold a readable comparison.json, but {path} is not: {error}.") from error
+    try:
+        comparison = json.loads(text.decode("utf-8"))
         if comparison["schema"] != 1:
             raise ConfigError(f"`comparison` must have schema 1, but {path} has {comparison['schema']!r} instead.")
         return show(comparison)
     except ConfigError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(
-            f"`comparison` must be a folder of `hf-adaclip compare`, but {path} is damaged ({text})."
+            f"`comparison` must be a folder of `hf-adaclip compare`, but {path} is damaged ({what})."
         ) from error
 
 

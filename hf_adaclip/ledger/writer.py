@@ -181,6 +181,8 @@ class Ledger:
                 file.write(line)
             os.replace(f"{path}.tmp", path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{path}.tmp")
             if not self._warned_of_seal:
                 logger.warning(
                     "%s could not be written (%s): `verify` will not notice when the end of the ledger is cut off.",

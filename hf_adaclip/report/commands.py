@@ -39,8 +39,9 @@ def _add_verify(commands: Commands) -> None:
     parser = commands.add_parser(
         "verify",
         help="check a ledger: its chain, its continuity, and that each decision follows from the recorded norms",
-        description="Check ledgers from first byte to last. Exit code 0: verified; 1: something was violated; 2: not readable as a ledger; "
-        "3: nothing is wrong, but nothing or not all could be checked (a run that was killed in a block, steps that are missing).",
+        description="Check ledgers from first byte to last. Exit code 0: verified, steps that a full disk has left out named as a gap; "
+        "1: something was violated; 2: not readable as a ledger; 3: nothing is wrong, but nothing or not all could be checked (a run that "
+        "was killed in a block, an end that is missing).",
         epilog=_PROOF,
     )
     parser.add_argument(
@@ -79,7 +80,7 @@ def _add_replay(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="field of AdaptiveClipConfig, such as decay=0.9",
+        help="field of AdaptiveClipConfig, such as decay=0.9; may be given several times",
     )
     parser.add_argument(
         "--max-grad-norm", type=float, default=None, help="static threshold (default: the run's, or 1.0)"

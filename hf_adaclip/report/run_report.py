@@ -165,9 +165,7 @@ def _evaluations(report: RunReport, zoom: bool) -> list[page.Part]:
 def _event_table(events: list[ClipEvent]) -> list[page.Part]:
     if not events:
         return [page.text("None: the controller never changed anything.")]
-    # Rare kinds first in line for the space that there is, then in order of time.
-    kinds = {e.kind: sum(o.kind == e.kind for o in events) for e in events}
-    shown = sorted(sorted(events, key=lambda e: kinds[e.kind])[:MAX_EVENTS], key=lambda e: e.step)
+    shown = _shown(events)
     rows = [_event_row(e) for e in shown]
     parts = [page.table(_EVENT_LABELS, rows, words=["why", "what"])]
     if len(shown) < len(events):
@@ -175,6 +173,12 @@ def _event_table(events: list[ClipEvent]) -> list[page.Part]:
             page.text(f"{len(events) - len(shown)} more of the frequent kinds are in the JSON (`--format json`).")
         )
     return parts
+
+
+def _shown(events: list[ClipEvent]) -> list[ClipEvent]:
+    """In order of their first steps; rare kinds are first in line for the space that there is."""
+    kinds = Counter(e.kind for e in events)
+    return sorted(sorted(events, key=lambda e: kinds[e.kind])[:MAX_EVENTS], key=lambda e: e.step)
 
 
 _EVENT_LABELS: Final = ["steps", "what", "change", "why"]
@@ -188,7 +192,7 @@ def _event_row(event: ClipEvent) -> list[str]:
 def write_markdown(report: RunReport, path: Path) -> Path:
     """The same in Markdown, without the pictures."""
     reasons = [[md.code(name), count, md.text(meaning)] for name, count, meaning in reason_rows(report.series)]
-    events = [[md.text(cell) for cell in _event_row(e)] for e in report.events[:MAX_EVENTS]]
+    events = [[md.text(cell) for cell in _event_row(e)] for e in _shown(report.events)]
     parts = [
         f"# Run {md.text(report.name)}",
         md.text(answer(report)),
