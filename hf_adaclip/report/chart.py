@@ -136,7 +136,7 @@ def svg(chart: Chart) -> str:
         f'<text class="axis" x="{centre:g}" y="{chart.height - 6}" text-anchor="middle">{html.escape(chart.x)}</text>'
     )
     out.append("</svg>")
-    return f"<figure><figcaption>{_legend(chart)}</figcaption>{''.join(out)}</figure>"
+    return f"<figure><figcaption>{_legend(chart, log)}</figcaption>{''.join(out)}</figure>"
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -210,13 +210,11 @@ def _draw_bars(chart: Chart, px: Place, inner: float, left: int) -> list[str]:
     return out
 
 
-def _legend(chart: Chart) -> str:
+def _legend(chart: Chart, log: bool) -> str:
     signs = [(line.name, line.colour, "&#9472;&#9472;") for line in chart.lines if line.named]
     signs += [(m.name, m.colour, "&#9660;" if m.symbol == "down" else "&#10005;") for m in chart.marks]
     entries = [f'<span><b class="t-{colour}">{sign}</b> {html.escape(name)}</span>' for name, colour, sign in signs]
-    axis = (
-        f"<span>{html.escape(chart.y)}{', log axis' if chart.log and not chart.bars else ''}</span>" if chart.y else ""
-    )
+    axis = f"<span>{html.escape(chart.y)}{', log axis' if log and not chart.bars else ''}</span>" if chart.y else ""
     return axis + "".join(entries)
 
 

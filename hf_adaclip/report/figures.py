@@ -52,6 +52,12 @@ def line_chart(steps: np.ndarray, values: np.ndarray, name: str, colour: str, *,
     return Chart(_STEPS, name, [_line(steps[kept], values[kept], name, colour, named=False)], log=log, height=260)
 
 
+def spans_decades(values: np.ndarray) -> bool:
+    """Whether a linear axis would be flat but for a few spikes: all of it is above 0, and the largest is 20 times the median or more."""
+    finite = values[np.isfinite(values)]
+    return bool(len(finite) and (finite > 0).all() and finite.max() >= 20 * np.median(finite))
+
+
 def phases_chart(steps: np.ndarray, phases: list[str]) -> Chart:
     """Which phase the run was in, as bars over the steps; of many short ones the longest 2000 are drawn."""
     starts = [i for i in range(len(phases)) if i == 0 or phases[i] != phases[i - 1]]

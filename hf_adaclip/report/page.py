@@ -33,6 +33,7 @@ _TEMPLATE = """<!doctype html>
   th { white-space: nowrap; }
   th:first-child, td:first-child, td.words, th.words { text-align: left; }
   td { overflow-wrap: break-word; }
+  td.short, th.short { text-align: left; } td.short { white-space: nowrap; }
   td.words { min-width: 200px; } td.words, table.facts td { overflow-wrap: anywhere; }
   table.facts td { text-align: left; } table.facts td:first-child { width: 14rem; color: var(--soft); }
   th { color: var(--soft); font-weight: 600; position: sticky; top: 0; background: var(--ground); }
@@ -75,15 +76,20 @@ _TEMPLATE = """<!doctype html>
 {% macro table(part) %}<div class="scroll{{ ' tall' if part.rows | length > 14 }}">
 <table class="{{ 'facts' if not part.labels else 'wide' if part.labels | length > 2 }}"><tbody>
 {% if part.labels %}<tr class="head">{% for label in part.labels %}
-<th{{ ' class="words"' | safe if label in part.words }}>{{ label }}</th>{% endfor %}</tr>
+<th{{ ' class="words"' | safe if label in part.words }}
+{{- ' class="short"' | safe if label in part.short }}>{{ label }}</th>{% endfor %}</tr>
 {% endif %}{% for row in part.rows %}<tr{{ ' class="marked"' | safe if loop.index0 in part.marked }}>{% for cell in row %}
 <td{{ ' class="words"' | safe if part.labels and part.labels[loop.index0] in part.words }}
+{{- ' class="short"' | safe if part.labels and part.labels[loop.index0] in part.short }}
 {%- if part.labels and part.labels[loop.index0] %} data-label="{{ part.labels[loop.index0] }}"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endmacro %}
+{% macro prose(text) %}{% set pieces = text.split("`") %}{% for piece in pieces %}
+{%- if pieces | length % 2 == 0 %}{{ "`" if not loop.first }}{{ piece }}
+{%- elif loop.index0 % 2 %}<code>{{ piece }}</code>{% else %}{{ piece }}{% endif %}{% endfor %}{% endmacro %}
 {% for part in parts %}
 {% if part.kind == "heading" %}<h2>{{ part.text }}</h2>
 {% elif part.kind == "subheading" %}<h3>{{ part.text }}</h3>
-{% elif part.kind == "text" %}<p class="{{ part.tone }}">{{ part.text }}</p>
+{% elif part.kind == "text" %}<p class="{{ part.tone }}">{{ prose(part.text) }}</p>
 {% elif part.kind == "list" %}<ul>{% for item in part.rows %}<li>{{ item }}</li>{% endfor %}</ul>
 {% elif part.kind == "figure" %}{{ part.text | safe }}
 {% elif part.kind == "table" %}{{ table(part) }}
@@ -104,6 +110,7 @@ class Part:
     labels: Sequence[str] = ()
     rows: Sequence[Any] = ()
     words: Sequence[str] = ()
+    short: Sequence[str] = ()
     marked: Sequence[int] = ()
     interactive: bool = False
 
@@ -126,10 +133,15 @@ def bullets(items: Sequence[str]) -> Part:
 
 
 def table(
-    labels: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str] = (), marked: Sequence[int] = ()
+    labels: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    words: Sequence[str] = (),
+    marked: Sequence[int] = (),
+    short: Sequence[str] = (),
 ) -> Part:
-    """A table; the columns in `words` hold sentences, the rows in `marked` stand out. On a narrow screen each row is a card."""
-    return Part("table", labels=labels, rows=rows, words=words, marked=marked)
+    """A table; the columns in `words` hold sentences, those in `short` a few words that stay on one line, the rows in `marked` stand out.
+    On a narrow screen each row is a card."""
+    return Part("table", labels=labels, rows=rows, words=words, short=short, marked=marked)
 
 
 def facts(rows: Sequence[Sequence[str]]) -> Part:

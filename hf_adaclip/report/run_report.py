@@ -45,7 +45,7 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
         path: File to write.
         zoom: Figures by plotly, to zoom into; the page is 4.8 MB larger for it.
     """
-    from hf_adaclip.report.figures import line_chart, norms_chart, phases_chart
+    from hf_adaclip.report.figures import line_chart, norms_chart, phases_chart, spans_decades
 
     series, header = report.series, report.header
     thresholds, coefficients = series.decisions()
@@ -65,7 +65,7 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
     if series.paces is not None and (series.paces != 1).any():
         parts += [page.heading("Pace"), page.figure(line_chart(series.steps, series.paces, "pace", "pace"), zoom=zoom)]
     if np.isfinite(series.losses).any():
-        chart = line_chart(series.steps, series.losses, "training loss", "loss")
+        chart = line_chart(series.steps, series.losses, "training loss", "loss", log=spans_decades(series.losses))
         parts += [page.heading("Training loss"), page.figure(chart, zoom=zoom)]
     parts += _evaluations(report, zoom)
     parts += [
@@ -167,7 +167,7 @@ def _event_table(events: list[ClipEvent]) -> list[page.Part]:
         return [page.text("None: the controller never changed anything.")]
     shown = _shown(events)
     rows = [_event_row(e) for e in shown]
-    parts = [page.table(_EVENT_LABELS, rows, words=["why", "what"])]
+    parts = [page.table(_EVENT_LABELS, rows, words=["why"], short=["steps", "what", "change"])]
     if len(shown) < len(events):
         parts.append(
             page.text(f"{len(events) - len(shown)} more of the frequent kinds are in the JSON (`--format json`).")

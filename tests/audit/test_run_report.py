@@ -333,3 +333,47 @@ def test_any_folder_name_will_do(tmp_path, name):
         assert main(["report", str(folder), "--format", form]) == 0
     assert "verified. 120 steps" in (folder / "report.html").read_text()
     assert ": verified" not in clipping_section(load_run(folder), "abc").replace("Ledger: verified", "")
+
+
+def test_a_few_words_stay_on_one_line_and_code_is_code(tmp_path):
+    from hf_adaclip.report import page
+
+    rows = [["1", "threshold 1 -> 2", "Why."]]
+    parts = [
+        page.table(["steps", "change", "why"], rows, words=["why"], short=["change"]),
+        page.text("The arm `<b>` is it."),
+        page.text("A ` alone."),
+    ]
+    shown = page.write_page(tmp_path / "p.html", "t", "s", parts).read_text()
+    assert '<td class="short" data-label="change">threshold 1 -&gt; 2</td>' in shown
+    assert '<td class="words" data-label="why">' in shown
+    assert "The arm <code>&lt;b&gt;</code> is it." in shown
+    assert "A ` alone." in shown
+
+
+@pytest.mark.parametrize(
+    ("losses", "log"),
+    [
+        ([2.0, 2.1, 1.9, 800.0, 2.0], True),
+        ([2.0, 2.1, float("nan"), 800.0, 2.0], True),
+        ([2.0, 2.1, 1.9, 30.0, 2.0], False),
+        ([0.0, 2.1, 1.9, 800.0, 2.0], False),
+        ([float("nan")], False),
+    ],
+)
+def test_a_spike_of_the_loss_does_not_flatten_the_rest(losses, log):
+    from hf_adaclip.report.chart import svg
+    from hf_adaclip.report.figures import line_chart, spans_decades
+
+    values = np.array(losses)
+    assert spans_decades(values) is log
+    chart = line_chart(np.arange(len(values)), values, "training loss", "loss", log=spans_decades(values))
+    assert (", log axis" in svg(chart)) is log
+
+
+def test_a_linear_axis_is_not_called_a_log_axis():
+    from hf_adaclip.report.chart import svg
+    from hf_adaclip.report.figures import line_chart
+
+    chart = line_chart(np.arange(3), np.array([0.0, 1.0, 2.0]), "norm", "norm", log=True)
+    assert "log axis" not in svg(chart)
