@@ -143,6 +143,7 @@ class AdaptiveClipper:
             config, self._run, self._guards, lambda: models or ([] if port is None else port.models), self._run.alerts
         )
         self._closed = False
+        self._installed = False  # then no rank ever knows a loss
         self._handles: list[Any] = []
         self._slot: Slot | None = None
         if self._port is not None:
@@ -300,11 +301,14 @@ class AdaptiveClipper:
     def _observe(self, loss: Tensor | float | None, device: torch.device) -> Value:
         if loss is None and self.config.divergence_spreads > 0:
             self.alerts.warn_once("`divergence_spreads` > 0 needs the training loss: call `clip_(..., loss=loss)`.")
-        average = self.config.looks_at_loss
-        if average and not (self._port or self._run.ranks or self.config.divergence_spreads > 0) and world_size() > 1:
+        ranks = self._run.ranks
+        average = self.config.looks_at_loss and not self._installed
+        if average and not (self._port or ranks or self.config.divergence_spreads > 0) and world_size() > 1:
             # Ranks that see different losses would decide differently, and who they are is not known here: some may have no clipper.
             average, loss = False, None
-        return observe_loss(loss, device, self._run.ops, average=average)
+        return observe_loss(
+            loss, device, self._run.ops, average=average, group=None if ranks is None else ranks.group
+        )
 
     def _measure(self, gradients: list[Tensor]) -> None:
         assert self._run.recorder is not None
@@ -412,6 +416,7 @@ class AdaptiveClipper:
         """
         if self._port is None:
             raise ConfigError("`accelerator` must be given to AdaptiveClipper before `install`, but is None instead.")
+        self._installed = True
         with self, self._port.replace_clipping(self.clip_, self._take_script_threshold, self.alerts.warn_once):
             yield self
 

@@ -49,28 +49,37 @@ def check_loss(loss: Any) -> None:
     raise ConfigError(f"`loss` must be one real number, but is {found}.")
 
 
-def observe_loss(loss: Tensor | float | None, device: torch.device, ops: Ops, *, average: bool) -> Value:
+def observe_loss(
+    loss: Tensor | float | None, device: torch.device, ops: Ops, *, average: bool, group: Any = None
+) -> Value:
     """The training loss of a step, shape `[]`; NaN when it is not known.
 
     Args:
         loss: One number that `check_loss` has let pass, or None.
         device: Device of the gradients.
         ops: The kind of number wanted.
-        average: Average over ranks, which see different batches: where the loss decides, all must see the same. One scalar
-            crosses the network.
+        average: Average over the ranks that know it, which see different batches: where the loss decides, all must see the same. Two
+            numbers cross the network, and every rank of the group has to call this, with a loss or without.
+        group: The process group of these ranks; None for all.
     """
+    average = average and torch.distributed.is_available() and torch.distributed.is_initialized()
     if loss is None:
-        return ops(math.nan)
+        if not average:
+            return ops(math.nan)
+        return to_value(_mean_over_ranks(torch.zeros((), dtype=torch.float32, device=device), 0.0, group), ops)
     if isinstance(loss, Tensor):
         seen = summed_part(loss.detach()) if is_sharded(loss) else loss.detach()
     else:  # no dtype and no device by default: both may have been set to anything
         seen = torch.tensor(_as_float(loss), dtype=torch.float32, device=HOST)
     seen = moved(seen, device).to(torch.float32).reshape(())
-    if average and torch.distributed.is_available() and torch.distributed.is_initialized():
-        seen = seen.clone()
-        torch.distributed.all_reduce(seen)
-        seen = seen / tensor_ops(device)(float(torch.distributed.get_world_size()))
-    return to_value(seen, ops)
+    return to_value(_mean_over_ranks(seen, 1.0, group) if average else seen, ops)
+
+
+def _mean_over_ranks(loss: Tensor, weight: float, group: Any) -> Tensor:
+    """The mean over the ranks whose weight is 1; NaN where there are none."""
+    both = torch.stack([loss, tensor_ops(loss.device)(weight)])
+    torch.distributed.all_reduce(both, group=group)
+    return both[0] / both[1]
 
 
 def _as_float(loss: Any) -> float:

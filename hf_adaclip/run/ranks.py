@@ -32,7 +32,7 @@ class RankCheck:
     """
 
     def __init__(self, group: Any = None) -> None:
-        self._group = group
+        self.group = group
         self._sum: Value | float = 0.0
         self._agree: Tensor | None = None
         self._step = 0
@@ -44,7 +44,7 @@ class RankCheck:
             step: The optimizer step, counted from 0.
             norm: Global norm, shape `[]` like all that follow.
             threshold: What was decided.
-            kept: The coefficient; -1 where the step is not finite.
+            kept: The coefficient; -1 where the step is not finite, or has no gradient.
             pace: What was decided.
         """
         self._sum = self._sum + kept
@@ -57,7 +57,7 @@ class RankCheck:
             values = torch.from_numpy(np.array(seen, dtype=np.float32))
         values = torch.nan_to_num(values.double(), nan=-1.0)
         extremes = torch.cat([values, -values])
-        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=self.group)
         largest, smallest = extremes[: len(seen)], -extremes[len(seen) :]
         close = (largest == smallest) | (
             largest - smallest <= TOLERANCE * torch.maximum(largest.abs(), smallest.abs())

@@ -258,7 +258,7 @@ class Run:
             decision, self._state = self._keeping.controller.update(self._state, seen)
             summary = Summary(*decision) if not self.num_tensors else summarise(norm, observed, *decision)
         if self.ranks is not None:
-            kept = self._ops.where(finite, summary.coefficient, self._ops(-1.0))
+            kept = self._ops.where(finite & (norm > self._ops(0.0)), summary.coefficient, self._ops(-1.0))
             self.ranks.add(self.step, norm, summary.threshold, kept, summary.pace)
             if self._ops.on_host:
                 self.ranks.require()
