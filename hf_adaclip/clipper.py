@@ -306,9 +306,7 @@ class AdaptiveClipper:
         if average and not (self._port or ranks or self.config.divergence_spreads > 0) and world_size() > 1:
             # Ranks that see different losses would decide differently, and who they are is not known here: some may have no clipper.
             average, loss = False, None
-        return observe_loss(
-            loss, device, self._run.ops, average=average, group=None if ranks is None else ranks.group
-        )
+        return observe_loss(loss, device, self._run.ops, average=average, group=None if ranks is None else ranks.group)
 
     def _measure(self, gradients: list[Tensor]) -> None:
         assert self._run.recorder is not None

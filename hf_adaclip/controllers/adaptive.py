@@ -5,8 +5,9 @@
     x_t       = d(n_t, L_{t-1})
     far       = min(w_{t-1} S_{t-1}, max_edge)      the edge of the range; near = min(near_width S_{t-1}, max_near)
     edge      = max(u(min(far, 0.6), L), min(u(far, L), static))
-    top       = max(edge, u(max(far, 0.6), C)) while a second level C is remembered, else edge; at most `bound`
-    over      = n_t > top                           an excursion upward; a spike where also x_t > far. Downward: x_t < -far
+    known     = max(edge, u(max(far, 0.6), C)) while a second level C is remembered, else edge
+    top       = min(known, bound)
+    over      = n_t > top                           an excursion upward; a spike where n_t > known and x_t > far. Downward: x_t < -far
     threshold = min(u(near, L), bound) in a spike, else top
     L_t       = min(u(a clip(x_t, -far, far), L_{t-1}), bound)        a = max(1 / (count + 1), 1 - decay)
     S_t       = max(min_spread, S_{t-1} + a (min(|x_t|, far) - S_{t-1}))
@@ -22,16 +23,15 @@ to 17). So there the static threshold stays the ceiling, and the range works bel
 
 The bound. Norms that agree with each other prove nothing about the training: those of a divergence do so too.
 
-    g_0   = level at the end of the warm-up; at most 0.16 static if c_0 > ceiling_share / 5
+    g_0   = level at the end of the warm-up
     g_t   = max(g, min(1.5 L_t, 1.03 g)) at a new best of the loss; min(L_t, static) while held
-    bound = max(min(static, 50 g), k g)             none while held; k = 8 as long as fewer than 20 losses are known
-                                                    k = 1.25 while the loss is near its best, and that of the step is not far above it
-                                                    k = 1 otherwise: more than 2 (the mean) or 4 (the step) spreads above (`trend.py`)
-                                                    with ceiling_share 1 (and tensor by tensor) k = 8 for 1.25, and 4 for 1
+    bound = max(min(static, 50 g), k g)             none while held; k = 1 where the loss is known to be high: its mean more
+                                                    than 2 spreads above its best, or that of the step more than 4
+                                                    (`trend.py`); k = 1.25 otherwise
+                                                    with ceiling_share 1 (and tensor by tensor) k = 4 for 1, and 8 for 1.25
 
-So what the static threshold lets through is followed. Beyond it, where no loss is known, the range goes by a fixed factor on the level
-that was given, in all, and by a quarter where the static threshold acted in the warm-up. Where a loss is known, only progress takes it
-there, a little with each new best.
+So what the static threshold lets through is followed. Beyond it only progress takes the range, a little with each new best of the loss.
+Where no loss is known there is no evidence of progress, and a quarter more than the level that was given is all.
 
 Lasting levels. `accept_after` norms in a row beyond min(far, 0.6) that agree with their own mean (within far of it) are a lasting new
 level, not spikes: L jumps there and the step passes. Norms that keep growing do not agree with each other and are not accepted.
@@ -83,12 +83,12 @@ RELEASE = 0.2
 PACE_START = 50
 """Steps of the pace's start where nothing says how long the run is."""
 
-ALLOWANCE, WITH_LOSS, REACH, RENEWAL, HEADROOM = 8.0, 1.25, 50.0, 1.03, 1.5
-"""How far the range may leave the given level beyond the static threshold, where no loss is known and where one is; how far below it;
-by how much a new best of the loss lets the given level follow, and how far above the running one."""
+ALLOWANCE, REACH, RENEWAL, HEADROOM = 1.25, 50.0, 1.03, 1.5
+"""How far the range may leave the given level beyond the static threshold, and how far below it; by how much a new best of the loss lets
+the given level follow, and how far above the running one."""
 
-WORSE = 4.0
-"""How far it may leave the given level while the loss is worse, where the static threshold is never the ceiling (a tensor of many)."""
+WIDE, WORSE = 8.0, 4.0
+"""How far it may leave the given level where the static threshold is never the ceiling (a tensor of many), and while the loss is worse."""
 
 LOSS_BAR, OWN_BAR = 2.0, 4.0
 """Spreads above its best at which the loss speaks against a wider range: its mean, and that of the step itself."""
@@ -166,7 +166,7 @@ class _Judgement(NamedTuple):
         norm: Not below the smallest normal number.
         finite, usable, warm, ready: Finite; and above zero; in the warm-up; usable and after it.
         level, x, far, near, edge, top: See the formulas.
-        over, low, recurring: Above the top; below the range; above the edge and let through by the remembered level.
+        over, low, recurring: Above the top; below the range; above the edge and explained by the remembered level.
         unusual, upward, accepted, spike: Beyond the inner edge; upward; the last of a run that is a new level; cut back to near the level.
         candidate, run: Of the run, with this norm.
     """
@@ -294,24 +294,17 @@ class AdaptiveController(Controller[AdaptiveState]):
         share = ops.where(first, state.acted / warmup, state.acted)
         past = state.count >= warmup
         held = past & (share > ops(self.ceiling_share) * ops.where(first, one, ops(RELEASE)))
-        start = state.level
-        if self.ceiling_share < 1:
-            active = first & (share > ops(self.ceiling_share * RELEASE))
-            most = observation.static_threshold * ops(WITH_LOSS / ALLOWANCE)
-            start = ops.where(active, ops.minimum(start, most), start)
-        given = ops.where(state.given > ops(0.0), state.given, start)
+        given = ops.where(state.given > ops(0.0), state.given, state.level)
         trend = _trend_of(state)
         known = known_trend(trend, ops)
         trusted = ~(known & far_from_best(trend, LOSS_BAR, 0.0, ops))
         own = observation.loss <= trend.best + ops(OWN_BAR) * spread_of(trend, ops)
         # A static threshold that is never the ceiling says nothing of the level, which may be far above it.
-        near_best, worse = (WITH_LOSS, 1.0) if self.ceiling_share < 1 else (ALLOWANCE, WORSE)
-        allowance = ops.where(known, ops.where(trusted & own, ops(near_best), ops(worse)), ops(ALLOWANCE))
-        allowed = given * allowance
+        usual, worse = (ALLOWANCE, 1.0) if self.ceiling_share < 1 else (WIDE, WORSE)
+        allowed = given * ops.where(known & ~(trusted & own), ops(worse), ops(usual))
         bound = ops.maximum(ops.minimum(observation.static_threshold, given * ops(REACH)), allowed)
-        bound = ops.where(
-            held, ops(float("inf")), bound
-        )  # the static threshold is bound enough, and the level is free to be above it
+        # Held, the static threshold is bound enough, and the level is free to be above it.
+        bound = ops.where(held, ops(float("inf")), bound)
         return _Ceiling(bound, held, share, given, trusted)
 
     def _edge(self, level: Value, far: Value, observation: Observation, ops: Ops) -> Value:
@@ -335,9 +328,10 @@ class AdaptiveController(Controller[AdaptiveState]):
         near = ops.minimum(ops(self.near_width) * state.spread, ops(self.max_near))
         edge = self._edge(level, far, observation, ops)
         crest = ops.where(state.memory >= ops(HITS), _above(state.crest, ops.maximum(far, inner), ops), edge)
-        top = ops.minimum(ops.maximum(edge, crest), ceiling.bound)
+        known = ops.maximum(edge, crest)
+        top = ops.minimum(known, ceiling.bound)
         over = ready & (norm > top)
-        high = over & (x > far)
+        high = ready & (norm > known) & (x > far)
 
         # Six in a row that are only beyond the inner edge are a new level too: in a noisy run it would be found slowly otherwise.
         unusual = ready & (abs(x) > ops.minimum(far, inner))
@@ -361,7 +355,7 @@ class AdaptiveController(Controller[AdaptiveState]):
             high=high,
             over=over,
             low=ready & (x < -far),
-            recurring=ready & ~over & (norm > edge) & ~accepted,
+            recurring=ready & (norm > edge) & (norm <= known) & ~accepted,
             unusual=unusual,
             upward=unusual & (x > zero),
             accepted=accepted,
@@ -479,7 +473,7 @@ class AdaptiveController(Controller[AdaptiveState]):
         first = event & (hits >= ops(FORGOTTEN)) & (abs(_deviation(norm, state.rival, ops)) <= alike)
         second = event & ~first & (other_hits >= ops(FORGOTTEN))
         second = second & (abs(_deviation(norm, state.other, ops)) <= alike)
-        new = event & j.over & ~first & ~second
+        new = event & j.over & ~j.recurring & ~first & ~second
         weaker = hits < other_hits
         into, instead = new & weaker, new & ~weaker
         hits = ops.where(into, weight, ops.where(first, hits + weight, hits))

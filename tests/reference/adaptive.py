@@ -61,7 +61,6 @@ class AdaptiveReference:
         self.pace_shrink = pace_shrink
         self.level, self.spread, self.width, self.count = None, min_spread, far_width, 0
         self.excursions = []
-        self.most = math.inf
         self.given, self.quiet, self.trend = None, None, TrendReference(2.0, 0.0)
         self.crest, self.memory, self.was_upward = 0.0, 0.0, False
         self.rivals = [[0.0, 0.0], [0.0, 0.0]]  # level, hits
@@ -72,17 +71,15 @@ class AdaptiveReference:
         if not warm and self.ceiling is None:
             self.share /= self.warmup_observations
             self.ceiling = self.static_threshold if self.share > self.ceiling_share else math.inf
-            if self.ceiling_share < 1 and self.share > self.ceiling_share / 5:
-                self.most = 1.25 * self.static_threshold / 8
         ceiling = math.inf if warm else self.ceiling
         level = self.level if self.level is not None else norm
         far = min(self.width * self.spread, self.max_edge)
         near = min(self.near_width * self.spread, self.max_near)
         bound = self.bound(level, loss)
-        top = self.edge(level, far) if math.isfinite(level) else math.nan
+        edge = explained = self.edge(level, far) if math.isfinite(level) else math.nan
         if self.memory >= 4:
-            top = max(top, above(self.crest, max(far, 0.6)))
-        top = min(top, bound)
+            explained = max(edge, above(self.crest, max(far, 0.6)))
+        top = min(explained, bound)
         if not math.isfinite(norm) or norm == 0:
             self._pace(reach, left_out=norm != 0)
             reason = "VANISHING" if norm == 0 else "NONFINITE"
@@ -99,7 +96,7 @@ class AdaptiveReference:
             self._pace(reach)
             return self.static_threshold, min(1.0, self.static_threshold / (norm + 1e-6)), self.pace, "WARMUP"
 
-        given = min(level, self.most) if self.given is None else self.given
+        given = level if self.given is None else self.given
         over, low = norm > top, x < -far
         mean, accepted = norm, False
         if abs(x) > min(far, 0.6):
@@ -110,8 +107,9 @@ class AdaptiveReference:
         else:
             self.excursions = []
         usual = not self.excursions
-        spike = over and x > far and not accepted
-        recurring = norm > self.edge(level, far) and not over and not accepted
+        high = norm > explained and x > far
+        spike = high and not accepted
+        recurring = edge < norm <= explained and not accepted
         learned = max(-far, min(far, x))
 
         if spike:
@@ -147,7 +145,7 @@ class AdaptiveReference:
 
         upward = bool(x > min(far, 0.6))
         counts = upward and (accepted or not self.was_upward) and not self.speaks_against()
-        self._remember(norm, far, weight=(2.0 if accepted else 1.0) if counts else 0.0, over=over)
+        self._remember(norm, far, weight=(2.0 if accepted else 1.0) if counts else 0.0, new=over and not recurring)
         self.was_upward = upward
         if accepted:
             self.level = mean
@@ -163,7 +161,7 @@ class AdaptiveReference:
         elif known and self.trend.best < best:
             given = max(given, min(1.5 * self.level, 1.03 * given))
         self.given = given
-        self._pace(reach, spike=over and x > far)
+        self._pace(reach, spike=high)
         if ceiling < math.inf:
             self.share += (1 - self.decay) * ((norm > self.static_threshold) - self.share)
             if not self.share > self.ceiling_share / 5:
@@ -176,21 +174,19 @@ class AdaptiveReference:
     def bound(self, level, loss):
         if self.ceiling is not None and self.ceiling < math.inf:
             return math.inf
-        given = min(level, self.most) if self.given is None else self.given
-        factor = 8.0
-        if self.trend.known():
-            fine = not self.trend.far() and loss <= self.trend.best + 4 * self.trend.s()
-            fine_factor, worse_factor = (1.25, 1.0) if self.ceiling_share < 1 else (8.0, 4.0)
-            factor = fine_factor if fine else worse_factor
+        given = level if self.given is None else self.given
+        fine = not self.trend.known() or (not self.trend.far() and loss <= self.trend.best + 4 * self.trend.s())
+        fine_factor, worse_factor = (1.25, 1.0) if self.ceiling_share < 1 else (8.0, 4.0)
+        factor = fine_factor if fine else worse_factor
         return max(min(self.static_threshold, 50 * given), factor * given)
 
-    def _remember(self, norm, far, *, weight, over):
+    def _remember(self, norm, far, *, weight, new):
         for rival in self.rivals:
             rival[1] *= 0.997
         won = None
         if weight:
             hit = next((r for r in self.rivals if r[1] >= 0.5 and abs(deviation(norm, r[0])) <= 0.75), None)
-            if hit is None and over:
+            if hit is None and new:
                 weaker = self.rivals[0] if self.rivals[0][1] < self.rivals[1][1] else self.rivals[1]
                 weaker[:] = [norm, weight]
             elif hit is not None:
