@@ -47,6 +47,7 @@ from hf_adaclip.run.ranks import RankCheck, world_size
 from hf_adaclip.run.recorder import is_rank_zero
 from hf_adaclip.run.run import Run
 from hf_adaclip.run.selftest import FirstStepCheck, check_on_a_copy
+from hf_adaclip.run.shaping import Shaping
 from hf_adaclip.support import check_capture, check_optimizer_given
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ class AdaptiveClipper:
         self._per_parameter = PerParameter(
             config, self._run, self._guards, lambda: models or ([] if port is None else port.models), self._run.alerts
         )
+        self._shaping = Shaping(config, self._run, self._guards, lambda: models or ([] if port is None else port.models))
         self._closed = False
         self._installed = False  # then no rank ever knows a loss
         self._handles: list[Any] = []
@@ -280,6 +282,7 @@ class AdaptiveClipper:
         fold = scale_of(coefficient, ops) if kept.why_not_folded is None and not checks else None
         if fold is None and gradients.tensors:
             scale_(gradients.tensors, coefficient)
+        self._shaping.act_(gradients, taken=planned.taken, factor=None if fold is None else planned.coefficient)
         if checks:
             self._check.clipped(gradients.tensors)
         self._guards.arm(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError
@@ -24,6 +24,8 @@ from hf_adaclip.validation import (
     json_or_text,
     problems_of,
 )
+
+_MAY_BE_INFINITE: Final = ("static_threshold", "spectral_width")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,23 @@ class AdaptiveClipConfig(HyperParameters):
         metadata={
             "help": "Largest multiplier on the learning rate of a step (>= 1). 1.0 switches the pace off; 64 leaves it room to find a "
             "rate that is far above the given one."
+        },
+    )
+    spectral_width: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clip the singular values of each hidden matrix's gradient softly at this many times their root mean square, and give "
+            "the matrix its norm back: 0 makes them equal, 'inf' changes nothing. Unset: off."
+        },
+    )
+    spectral_every: int = field(
+        default=1, metadata={"help": "Steps from one in which the spectral range acts to the next (>= 1)."}
+    )
+    agreement: bool = field(
+        default=False,
+        metadata={
+            "help": "Take back, after each step of the optimizer, what of it goes against the sign of the present gradient, and make the "
+            "rest larger by as much. Needs the optimizer."
         },
     )
     max_consecutive_nonfinite: int = field(
@@ -184,9 +203,9 @@ class AdaptiveClipConfig(HyperParameters):
     def __post_init__(self) -> None:
         if isinstance(self.parameter_rules, str):
             object.__setattr__(self, "parameter_rules", json_or_text(self.parameter_rules))
-        threshold: Any = self.static_threshold
-        if threshold == "inf":  # as `to_dict` writes it, because JSON has no infinity
-            object.__setattr__(self, "static_threshold", math.inf)
+        for name in _MAY_BE_INFINITE:
+            if getattr(self, name) == "inf":  # as `to_dict` writes it, because JSON has no infinity
+                object.__setattr__(self, name, math.inf)
         problems = problems_of(self)
         if not (self.__dict__.get("_of_parser") and self.controller == type(self).controller):
             problems += foreign_problems(self)
@@ -346,11 +365,12 @@ class AdaptiveClipConfig(HyperParameters):
         return cls(**bitsandbytes_fields(percentile_clipping))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for strict JSON: an infinite threshold is the string "inf"."""
+        """All fields, ready for strict JSON: an infinite threshold or width is the string "inf"."""
         values = dataclasses.asdict(self)
         for fields in (values, *(values["parameter_rules"] or {}).values()):
-            if isinstance(fields, dict) and fields.get("static_threshold") == math.inf:
-                fields["static_threshold"] = "inf"
+            for name in _MAY_BE_INFINITE:
+                if isinstance(fields, dict) and fields.get(name) == math.inf:
+                    fields[name] = "inf"
         return values
 
     def to_json(self, path: str | Path) -> None:

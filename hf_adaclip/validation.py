@@ -19,6 +19,7 @@ GRANULARITIES = ("auto", "global", "module", "tensor", "unit", "element")
 _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("max_pace", 1.0, math.inf, True, False),
     ("max_consecutive_nonfinite", 1, math.inf, True, False),
+    ("spectral_every", 1, math.inf, True, False),
     ("warmup_observations", 2, math.inf, True, False),
     ("decay", 0.0, 1.0, False, False),
     ("far_width", 0.0, math.inf, False, False),
@@ -59,6 +60,7 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
 # The same for fields that may be None.
 _OPTIONAL_RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("static_threshold", 0.0, math.inf, False, True),
+    ("spectral_width", 0.0, math.inf, True, True),
     ("pace_start", 1, math.inf, True, False),
     ("freeze_after", 0, math.inf, True, False),
     ("min_threshold", 0.0, math.inf, False, False),
@@ -235,6 +237,22 @@ def _late_rules(config: Any) -> str | None:
     return "`parameter_rules` must be None under DeepSpeed, whose engine knows one threshold, but are set instead."
 
 
+def _late_shape(config: Any) -> str | None:
+    if not config.one_step_late or (config.spectral_width is None and not config.agreement):
+        return None
+    name, off = ("agreement", False) if config.spectral_width is None else ("spectral_width", None)
+    return (
+        f"`{name}` must be {off} under DeepSpeed, but is {getattr(config, name)} instead: its engine steps before anything outside sees the "
+        "gradients."
+    )
+
+
+def _spectral_every(config: Any) -> str | None:
+    if config.spectral_every == 1 or config.spectral_width is not None:
+        return None
+    return f"`spectral_every` must be 1 as long as `spectral_width` is None, but is {config.spectral_every} instead: set the width."
+
+
 def _paces(config: Any) -> str | None:
     if config.max_pace == 1 or CONTROLLERS[config.controller].paces:
         return None
@@ -252,6 +270,8 @@ _JOINT_RULES: tuple[tuple[Callable[[Any], str | None], tuple[str, ...]], ...] = 
     (_near_and_far, ("near_width", "min_far_width")),
     (_late_rules, ("one_step_late", "parameter_rules")),
     (_paces, ("controller", "max_pace")),
+    (_late_shape, ("one_step_late", "spectral_width", "agreement")),
+    (_spectral_every, ("spectral_width", "spectral_every")),
 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from hf_adaclip.controllers.numerics.ops import Ops, Value
+from hf_adaclip.gradients.agreement import Agreement
 from hf_adaclip.gradients.callers import steps_running
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.optimizers import Path
@@ -88,6 +89,20 @@ class Guards:
         """Guard these, if none is guarded yet; should others take their place later, guard those."""
         if not self._guards and optimizers:
             self._guards, self._adopted = [StepGuard(o, scaler=self._scaler) for o in optimizers], True
+
+    def agree(self, told: Callable[[Tensor], None], *, change: bool) -> None:
+        """From the coming step on, take back what goes against the gradient, of every optimizer.
+
+        Args:
+            told: As for `Agreement`.
+            change: As for `Agreement`.
+
+        Raises:
+            UnsupportedSetupError: The step of one of them cannot be taken back in part.
+        """
+        for guard in self._guards:
+            if guard.agreement is None:
+                guard.agreement = Agreement(guard.optimizer, told, change=change)
 
     def changed(self) -> bool:
         """Whether the optimizers are others than at the last call, or the number of hooks that run before their steps is."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError
+from hf_adaclip.gradients.agreement import Agreement
 from hf_adaclip.gradients.callers import stepping_scaler, steps_running
 from hf_adaclip.gradients.optimizers import choose_path, copied, moves, unwrap_optimizer, watched, without_parameters
 from hf_adaclip.gradients.pacing import Pacing
@@ -44,6 +45,7 @@ class StepGuard:
         scaler: Whether a `GradScaler` drives the optimizer.
 
     Attributes:
+        agreement: Takes back a part of each step that was prepared; None where that is off.
         armed: Whether a step that was prepared has not been made yet.
         consumed: Prepared steps that were made or left out.
         unarmed: Steps that moved weights and were not prepared, since the first that was.
@@ -54,6 +56,7 @@ class StepGuard:
         self.path, self.why = choose_path(self.optimizer, scaler)
         self.armed = False
         self.consumed = self.unarmed = 0
+        self.agreement: Agreement | None = None
         self._pacing = Pacing(self.optimizer)
         self._pace: Value | None = None
         self._measure: Callable[[], None] | None = None
@@ -123,6 +126,7 @@ class StepGuard:
     def detach(self) -> None:
         """Remove the hooks; the optimizer is as if this object had never been."""
         self._clear()
+        self.agreement = None
         self.consumed = 0
         if not steps_running(self.optimizer):  # as the garbage collector finds it, while torch goes through the hooks
             self._before.remove()
@@ -193,6 +197,8 @@ class StepGuard:
         if self._depth:
             return
         if self.armed:
+            if self.agreement is not None and not self._leaves_out:
+                self.agreement.after()
             measure = self._measure if self._fold is not None or self._within else None
             self._clear()
             self.consumed += 1
@@ -218,6 +224,8 @@ class StepGuard:
             on_device = self.path == "device" and isinstance(self._pace, Tensor)
             pace = self._pace if on_device else float(self._pace)
             self._pacing.apply(pace, getattr(self.optimizer, "found_inf", None) if on_device else None)
+        if self.agreement is not None and not self._leaves_out:
+            self.agreement.before()
 
     def _assert_attributes(self) -> None:
         """What a GradScaler has written over ours, just before it called `step`."""
@@ -233,6 +241,8 @@ class StepGuard:
     def _clear(self) -> None:
         # What is armed is armed for one step: a stale flag would skip, and a stale rate would compound.
         self._pacing.restore()
+        if self.agreement is not None:
+            self.agreement.forget()
         for group, kept in zip(self.optimizer.param_groups, self._kept, strict=False):
             group.update(kept)
         if self._wrapped is not None and self.optimizer.__dict__.get("step") is self._wrapped:

@@ -12,7 +12,7 @@ from hf_adaclip.controllers import CONTROLLERS, Controller, Reason, build_contro
 from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, Ops, Shape, Value, ops_of
 from hf_adaclip.gradients.transfer import HOST, moved
-from hf_adaclip.ledger.schema import number, number_or_null, parse_number
+from hf_adaclip.ledger.schema import SHAPE_FIELDS, number, number_or_null, parse_number
 
 
 def step_record(
@@ -35,6 +35,7 @@ def step_record(
         record["reach"] = number(row["reach"])  # only where there is a pace
     if static is not None:
         record["static_threshold"] = number(static)
+    record.update((key, number(row[key])) for key in SHAPE_FIELDS if key in row and row[key] == row[key])
     record["time"] = round(seconds, 3)
     record["applied_norm"] = number_or_null(row["applied_norm"])
     if norms is not None:

@@ -43,6 +43,9 @@ STEP_FIELDS: Final = (
     "applied_norm",
 )
 
+SHAPE_FIELDS: Final = ("spectral_width", "altered_energy", "matrix_norm", "agreeing_share")
+"""Of a step record, where the spectral range or the agreement is on."""
+
 
 def number(value: float) -> float | str:
     """A float32 as JSON: the shortest decimal that rounds back to the same float32; non-finite values as strings."""

@@ -18,7 +18,7 @@ from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Value
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.gradients import to_value
 from hf_adaclip.ledger.records import Summary, revisions, state_to_json, step_record
-from hf_adaclip.ledger.schema import plain
+from hf_adaclip.ledger.schema import SHAPE_FIELDS, plain
 from hf_adaclip.ledger.writer import Ledger
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent, EventTracker
@@ -113,7 +113,8 @@ class Recorder:
             reason = ops.where(overflow, ops(float(Reason.SCALER_SKIPPED)), reason)
         scale = ops(math.nan) if loss_scale is None else to_value(loss_scale.float().reshape(()), ops)
         led = ops(math.nan) if reach is None else reach
-        values = (norm, summary.threshold, summary.coefficient, summary.pace, reason, loss, scale, led)
+        later = [ops(math.nan)] * len(SHAPE_FIELDS)
+        values = (norm, summary.threshold, summary.coefficient, summary.pace, reason, loss, scale, led, *later)
         self._ring.append(values, norms if self._num_tensors else None)
         self._times.append(time.monotonic() - self._started)
         self._statics.append(None if static_threshold == self._static_threshold else static_threshold)
@@ -122,6 +123,11 @@ class Recorder:
         """The norm that really reached the optimizer in the newest step, if its row is still here."""
         if len(self._ring):
             self._ring.set_applied(norm)
+
+    def fill(self, **values: Any) -> None:
+        """What was done with the newest step after it was decided on, by column, if its row is still here."""
+        for column, value in values.items() if len(self._ring) else ():
+            self._ring.fill(column, value)
 
     def flush(self, state: Callable[[], dict[str, Any]] | None = None) -> list[ClipEvent]:
         """Read all rows (one host read), count them, write them down; returns the events that they complete.

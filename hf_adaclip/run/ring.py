@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.gradients.transfer import HOST, moved, start_copy
+from hf_adaclip.ledger.schema import SHAPE_FIELDS
 
-COLUMNS: Final = ("norm", "threshold", "coefficient", "pace", "reason", "loss", "loss_scale", "reach", "applied_norm")
+DECIDED: Final = ("norm", "threshold", "coefficient", "pace", "reason", "loss", "loss_scale", "reach")
+COLUMNS: Final = (*DECIDED, *SHAPE_FIELDS, "applied_norm")
+"""The last ones are filled in after the decision, and NaN where that does not happen."""
 LOOK_EVERY: Final = 12
 """Steps between two looks at rows that are on an accelerator: what ends a run is noticed 12 to 24 steps later, and without waiting."""
 _APPLIED: Final = COLUMNS.index("applied_norm")
@@ -40,6 +43,9 @@ class Ring(Protocol):
 
     def set_applied(self, norm: Tensor) -> None:
         """Fill in the norm that really reached the optimizer, for the newest row."""
+
+    def fill(self, column: str, value: Any) -> None:
+        """Fill in another value of the newest row: a number, or a tensor of shape `[]`."""
 
     def look(self) -> Rows:
         """Rows that can be had without waiting, oldest first; none when it is not time. The newest row must be complete."""
@@ -95,6 +101,10 @@ class DeviceRing:
     def set_applied(self, norm: Tensor) -> None:
         self._rows[self._filled - 1, _APPLIED].copy_(norm)
 
+    def fill(self, column: str, value: Any) -> None:
+        place = self._rows[self._filled - 1, COLUMNS.index(column)]
+        place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
+
     def look(self) -> Rows:
         if self._filled - self._copied < LOOK_EVERY:
             return Rows([], None)
@@ -148,6 +158,9 @@ class HostRing:
 
     def set_applied(self, norm: Tensor) -> None:
         self._rows[-1][_APPLIED] = float(moved(norm, HOST).numpy())
+
+    def fill(self, column: str, value: Any) -> None:
+        self._rows[-1][COLUMNS.index(column)] = float(moved(value, HOST).numpy() if isinstance(value, Tensor) else value)
 
     def look(self) -> Rows:
         return self.drain()

@@ -1,0 +1,108 @@
+"""Which parameters are hidden matrices: weights that map features to features, neither an embedding of the input nor the head.
+
+A matrix is a 2-D weight, a LoRA factor among them, or a convolution kernel as a matrix of outputs by everything else. Left alone are
+
+- embeddings: by the class of their module, by `get_input_embeddings`, or by "embed" in their name (patches, positions);
+- the head: `get_output_embeddings`, and what stands outside of the `base_model` of a model of transformers; in other models the last weight;
+- tensors that are one of these somewhere and a matrix elsewhere (tied weights);
+- depthwise kernels, whose rows meet different inputs, and what has one row, one column, or nothing.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+
+class HiddenMatrices:
+    """Looks parameters up in the modules that own them, again when it meets one that it does not know.
+
+    Args:
+        models: Gives the models.
+    """
+
+    def __init__(self, models: Callable[[], Sequence[Any]]) -> None:
+        self._models = models
+        self._known: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+
+    @property
+    def named(self) -> bool:
+        """Whether there is a model to look at; without one nothing tells an embedding from a matrix."""
+        return bool(self._models())
+
+    @property
+    def found(self) -> int:
+        """How many hidden matrices the models have, trainable or not, as of the last look."""
+        return sum(hidden for _, hidden in self._known.values())
+
+    def among(self, parameters: Sequence[Tensor]) -> list[bool]:
+        """Whether each of these is one."""
+        if not all(self._knows(p) for p in parameters):
+            hidden = hidden_matrices(self._models())
+            self._known = {id(p): (weakref.ref(p), False) for p in parameters}
+            self._known |= {id(p): (weakref.ref(p), True) for p in hidden}
+        return [self._known[id(p)][1] for p in parameters]
+
+    def _knows(self, parameter: Tensor) -> bool:
+        found = self._known.get(id(parameter))
+        return found is not None and found[0]() is parameter
+
+
+def hidden_matrices(models: Iterable[Any]) -> list[Tensor]:
+    """The hidden matrices of these models, each once."""
+    matrices: dict[int, Tensor] = {}
+    left: set[int] = set()
+    for model in models:
+        left |= _heads(model)
+        for path, module in model.named_modules(remove_duplicate=False):
+            embeds = isinstance(module, nn.Embedding | nn.EmbeddingBag) or "embed" in path.lower()
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if embeds or "embed" in name.lower():
+                    left.add(id(parameter))
+                elif _is_matrix(module, name, parameter):
+                    matrices[id(parameter)] = parameter
+    return [parameter for key, parameter in matrices.items() if key not in left]
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Rows are outputs, columns everything else."""
+    return tensor if tensor.dim() == 2 else tensor.flatten(1)
+
+
+def _is_matrix(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    if "weight" not in name or not parameter.is_floating_point():
+        return False
+    if isinstance(module, _ConvNd):
+        if module.groups == module.in_channels and module.groups > 1:
+            return False
+    elif parameter.dim() != 2:
+        return False
+    rows, columns = parameter.shape[0], parameter.shape[1:].numel()
+    return min(rows, columns) > 1
+
+
+def _heads(model: Any) -> set[int]:
+    """Ids of the weights that make outputs of features, and of embeddings that only the model's own methods name."""
+    left: set[int] = set()
+    of_transformers = [m for m in model.modules() if isinstance(getattr(m, "base_model_prefix", None), str)]
+    for module in of_transformers:
+        base = getattr(module, module.base_model_prefix, module)
+        if isinstance(base, nn.Module) and base is not module:
+            inside = {id(p) for p in base.parameters()}
+            left |= {id(p) for p in module.parameters() if id(p) not in inside}
+        for method in ("get_input_embeddings", "get_output_embeddings"):
+            left |= _parameters_of(module, method)
+    if not of_transformers:
+        weights = [p for _, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1]
+        left |= {id(p) for p in weights[-1:]}
+    return left
+
+
+def _parameters_of(module: Any, method: str) -> set[int]:
+    try:
+        found = getattr(module, method)()
+    except (AttributeError, NotImplementedError):  # transformers: a model without
+        return set()
+    return {id(p) for p in found.parameters()} if isinstance(found, nn.Module) else set()

@@ -1,0 +1,89 @@
+"""What is done beside the length of a step: the spectral range on the gradients, and the agreement on the step, each where it is on."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers.numerics.ops import Value
+from hf_adaclip.errors import ConfigError
+from hf_adaclip.gradients import Gradients, Guards
+from hf_adaclip.gradients.matrices import HiddenMatrices
+from hf_adaclip.gradients.spectral import SpectralRange
+from hf_adaclip.gradients.transfer import moved
+from hf_adaclip.run.run import Run
+
+
+class Shaping:
+    """Called once per step, between clipping and the optimizer.
+
+    Args:
+        config: The settings.
+        run: Whose records it fills in.
+        guards: The optimizers.
+        models: Gives the models that tell hidden matrices from embeddings and heads.
+    """
+
+    def __init__(
+        self, config: AdaptiveClipConfig, run: Run, guards: Guards, models: Callable[[], Sequence[Any]]
+    ) -> None:
+        self._config, self._run, self._guards = config, run, guards
+        self._matrices = HiddenMatrices(models)
+        width = config.spectral_width
+        self._range = None if width is None else SpectralRange(width, self._matrices)
+        self._agreeing: Tensor | None = None  # of the present step, over the optimizers that have made theirs
+
+    def act_(self, gradients: Gradients, *, taken: Value, factor: Value | None = None) -> None:
+        """On clipped gradients, before the step that is made with them.
+
+        Args:
+            gradients: Of the step.
+            taken: Bool, whether the step is taken; a step that is left out is not worth the work, where the host knows.
+            factor: What the step will multiply the gradients by (see `fold`); None where they are scaled already.
+
+        Raises:
+            ConfigError: There is no model to look at, or no optimizer.
+            UnsupportedSetupError: The gradients, or the optimizer, cannot be worked on.
+        """
+        if self._config.agreement:
+            self._agreeing = None
+            if not self._guards:
+                raise ConfigError(
+                    "`optimizer` must be given with `agreement` where the accelerator has not prepared exactly one, but is None instead."
+                )
+            self._guards.agree(self._count, change=not self._config.shadow)
+        if self._range is None or self._run.step % self._config.spectral_every:
+            return
+        if not self._matrices.named:
+            raise ConfigError(
+                "`model` must be given with `spectral_width`, but is None instead: hidden matrices are told from embeddings and the head by "
+                "the modules that own them. Pass `AdaptiveClipper(..., model=model)`."
+            )
+        ops = self._run.ops
+        if not gradients.tensors or (ops.on_host and not taken):
+            return
+        effect = self._range.act_(gradients, change=not self._config.shadow)
+        if effect is None:
+            if not self._matrices.found:
+                self._run.alerts.warn_once(
+                    "`spectral_width` acts on nothing: no trainable parameter is a hidden matrix. Only embeddings, heads, vectors or "
+                    "parameters of another model than `model` have a gradient."
+                )
+            return
+        altered, norm = effect
+        if factor is not None:
+            norm = norm * moved(factor, norm.device) if isinstance(factor, Tensor) else norm * float(factor)
+        if isinstance(taken, Tensor):
+            left_out = ~moved(taken, norm.device)
+            altered, norm = altered.masked_fill(left_out, math.nan), norm.masked_fill(left_out, math.nan)
+        assert self._run.recorder is not None
+        self._run.recorder.fill(spectral_width=self._range.width, altered_energy=altered, matrix_norm=norm)
+
+    def _count(self, counts: Tensor) -> None:
+        """An optimizer has stepped: how many components agree, and how many have a gradient."""
+        self._agreeing = counts if self._agreeing is None else self._agreeing + moved(counts, self._agreeing.device)
+        agree, there = self._agreeing.unbind()
+        assert self._run.recorder is not None
+        self._run.recorder.fill(agreeing_share=agree / there)
