@@ -1,6 +1,7 @@
 """What another controller or setting would have decided on the same norms.
 
-Counterfactual on thresholds only: had the run been clipped otherwise, its later norms would have been others.
+Counterfactual on thresholds only: had the run been clipped otherwise, its later norms would have been others. The spectral range and the
+agreement keep the norm and need the gradients, so a replay leaves them aside.
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
 from hf_adaclip.ledger.header import check_counts, check_header, is_text
 from hf_adaclip.ledger.records import Summary, revisions, state_bytes, state_from_json, summarise
-from hf_adaclip.ledger.schema import STEP_FIELDS, parse_number
+from hf_adaclip.ledger.schema import SHAPE_FIELDS, STEP_FIELDS, parse_number
 
 APPLIED_TOLERANCE = 0.01
 """Relative difference between a measured and an intended norm that rounding explains (bfloat16 gradients: 1 in 256)."""
@@ -125,6 +125,7 @@ class Segment:
             norms = [parse_number(n) for n in record["norms"]] if self._num_tensors else None
             problems += self._compare_time(parse_number(record["time"]))
             parse_number(record["loss_scale"])
+            shape = {key: parse_number(record[key]) for key in SHAPE_FIELDS if key in record}
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             self._broken = True
             return [*problems, f"the record cannot be understood: {error}."]
@@ -139,7 +140,7 @@ class Segment:
                 self._broken = True  # only a state that no run ever had, such as a NaN for a place in a history
                 return [*problems, f"the decision cannot be recomputed: {error}."]
         problems += self._compare_applied(recorded, applied)
-        return problems
+        return problems + self._compare_shape(shape, recorded, step)
 
     def gap(self, record: dict[str, Any]) -> list[str]:
         """Check a line on steps that could not be written, and go on after them; returns problems in words."""
@@ -227,13 +228,54 @@ class Segment:
         self._recomputed += not problems
         return problems
 
-    def _compare_applied(self, recorded: dict[str, float], applied: float) -> list[str]:
-        if applied != applied or not math.isfinite(recorded["norm"]):
-            return []
+    @property
+    def beyond_recomputing(self) -> str | None:
+        """What records of this segment hold that follows from gradients, which no ledger has; None where there is nothing of the kind."""
+        fields = [*(SHAPE_FIELDS[1:3] if self._config.spectral_width is not None else ())]
+        fields += SHAPE_FIELDS[3:] if self._config.agreement else ()
+        if not fields:
+            return None
+        names = ", ".join(f"`{name}`" for name in fields)
+        return f"{names}: held to what is possible and not recomputed, because they follow from gradients, which no ledger has."
+
+    def _compare_shape(self, shape: dict[str, float], recorded: dict[str, float], step: Any) -> list[str]:
+        """What the spectral range and the agreement have done, as far as the settings and the norm say what it can be."""
+        problems = []
+        width, every = self._config.spectral_width, self._config.spectral_every
+        spectral = [key for key in SHAPE_FIELDS[:3] if key in shape]
+        if spectral and (width is None or not isinstance(step, int) or step % every):
+            problems.append(f"`{spectral[0]}` is recorded, but by the settings the spectral range does not act in this step.")
+        elif spectral:
+            if len(spectral) < 3:
+                problems.append(f"`{spectral[0]}` is recorded without {', '.join(SHAPE_FIELDS[:3])} as a whole.")
+            elif np.float32(shape["spectral_width"]) != np.float32(width):
+                problems.append(f"`spectral_width` is recorded as {shape['spectral_width']:g}, but the settings say {width:g}.")
+            else:
+                left = self._intended(recorded)
+                if not 0 <= shape["matrix_norm"] <= left * (1 + APPLIED_TOLERANCE):
+                    problems.append(
+                        f"`matrix_norm` is recorded as {shape['matrix_norm']:g}, but the norm of all gradients was {left:g}."
+                    )
+        if "agreeing_share" in shape and not self._config.agreement:
+            problems.append("`agreeing_share` is recorded, but by the settings the agreement is off.")
+        problems += [
+            f"`{key}` is recorded as {shape[key]:g}, not a share between 0 and 1."
+            for key in ("altered_energy", "agreeing_share")
+            if key in shape and not 0 <= shape[key] <= 1
+        ]
+        return problems
+
+    def _intended(self, recorded: dict[str, float]) -> float:
+        """The norm that clipping leaves."""
         coefficient = recorded["coefficient"]
         if self._config.shadow:
             coefficient = float(coefficient_of(np.float32(recorded["norm"]), self._static, SCALAR))
-        intended = recorded["norm"] * coefficient
+        return recorded["norm"] * coefficient
+
+    def _compare_applied(self, recorded: dict[str, float], applied: float) -> list[str]:
+        if applied != applied or not math.isfinite(recorded["norm"]):
+            return []
+        intended = self._intended(recorded)
         if not _close(intended, applied, APPLIED_TOLERANCE):
             return [
                 f"the optimizer was given a gradient of norm {applied:g}, {intended:g} was intended: "

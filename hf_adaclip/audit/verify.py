@@ -309,6 +309,8 @@ class _Verifier:
         if before is not None and not before.closed and self._segment.restarted is None:
             self._note(line.number, "the run before this header did not end cleanly.")
         self._report.segments += 1
+        if (beyond := self._segment.beyond_recomputing) is not None:
+            self._note(line.number, beyond)
         dropped, missing = self._segment.dropped, self._segment.missing_seal
         if dropped is not None:
             self._note(line.number, f"a torn tail of {dropped['bytes']} bytes was cut off when the run was resumed.")

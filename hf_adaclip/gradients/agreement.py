@@ -1,14 +1,18 @@
 """Sign agreement: of a step that an optimizer has made, what goes against the present gradient is taken back.
 
     mask = [d g < 0]            d the step without decoupled weight decay, g the gradient as the optimizer read it
-    w <- w + d (mask / m - 1)   m the share of the mask among the components that have a gradient, per tensor
+    w <- w + d (mask / m - 1)   m the share of the mask, per tensor, and at least 1/4
 
-What agrees is made larger by 1/m, so that the step keeps its mean length. Components without a gradient stay where they are.
+The weights are corrected and not set, so what is taken back is back to within a rounding of the weight.
+
+What agrees is made larger by 1/m, so that the step keeps its mean length. Components without a gradient stay where they are, such as the
+rows of an embedding whose tokens are not in the batch: what Adam would still move them by afterwards is what the others gain. That is most
+of the gain of an embedding, and with a large vocabulary it has no bound, hence the 1/4.
 
 Adam and AdamW keep all that their step follows from, so there it is computed again from their state: nothing is copied. Other optimizers
 need one copy of the weights from just before the step until just after it.
 
-Source: Cautious Optimizers, Liang et al. 2024, arXiv 2411.16085, which scales by the share among all components.
+Source: Cautious Optimizers, Liang et al. 2024, arXiv 2411.16085, whose m is at least 1/1000.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +26,8 @@ from hf_adaclip.gradients.pacing import decouples
 from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
 from hf_adaclip.gradients.transfer import moved
 
-SMALLEST_SHARE: Final = 1e-3
-"""As in the source: where less agrees, the step is not made larger any more."""
+SMALLEST_SHARE: Final = 0.25
+"""Where less agrees, the step is not made larger any more: no component moves more than four times as far as the optimizer would."""
 MOST_AT_ONCE: Final = 1 << 22
 """Numbers whose steps are looked at together; three times as many are kept for that. A larger tensor is taken alone."""
 _KEEPS_ITS_STEP: Final = (torch.optim.Adam, torch.optim.AdamW)
@@ -64,7 +68,7 @@ class Agreement:
 
     Args:
         optimizer: The optimizer.
-        told: Called after each step with the number of components that agree, and of all that have a gradient, float32, shape `[2]`.
+        told: Called after each step with the number of components that agree, and of all, float32, shape `[2]`.
         change: False only finds out.
 
     Raises:
@@ -118,19 +122,19 @@ class Agreement:
         gradients = [summed_part(p.grad) for p in parameters if p.grad is not None]
         # By the signs, whose product cannot vanish for being small.
         agrees = torch._foreach_sign(gradients)
-        there = torch.stack(torch._foreach_norm(agrees)) ** 2
         torch._foreach_mul_(agrees, torch._foreach_sign(steps))
         if not maximize:
             torch._foreach_neg_(agrees)
         torch._foreach_clamp_min_(agrees, 0)
-        agreeing = torch.stack(torch._foreach_norm(agrees)) ** 2
-        counts = _over_ranks(parameters, torch.stack([agreeing, there], dim=1).to(torch.float32))
+        wide = torch.promote_types(agrees[0].dtype, torch.float32)  # half precision cannot count
+        agreeing = _over_ranks(parameters, torch.stack(torch._foreach_norm(agrees, 1, wide)).to(torch.float32))
+        sizes = torch.tensor([p.numel() for p in parameters], dtype=torch.float32)
         if self._change:
-            shares = (counts[:, 0] / counts[:, 1].clamp_min(1.0)).clamp_min(SMALLEST_SHARE)
-            torch._foreach_mul_(agrees, list((1 / shares).unbind()))
+            shares = (agreeing / moved(sizes, agreeing.device)).clamp_min(SMALLEST_SHARE)
+            torch._foreach_mul_(agrees, _scalars(1 / shares))
             torch._foreach_sub_(agrees, 1)
             torch._foreach_addcmul_([local_part(p) for p in parameters], steps, agrees)
-        return counts.sum(0)
+        return torch.stack([agreeing.sum(), moved(sizes.sum(), agreeing.device)])
 
     def _recomputed(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """What Adam has added to the weights, from its state after the step."""
@@ -138,14 +142,12 @@ class Agreement:
         device = parameters[0].device
         beta1, beta2 = group["betas"]
         squares = [local_part(s["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]) for s in states]
-        counts = torch.stack([s["step"].to(torch.float32).reshape(()) for s in states])
+        counts = torch.stack([s["step"].to(torch.float64).reshape(()) for s in states])
         rate, skip = group["lr"], getattr(self._optimizer, "found_inf", None)
         if isinstance(rate, Tensor) or isinstance(skip, Tensor):
             counts = moved(counts, device)
         counts = counts.clamp_min(1.0)  # 0 where the first step was left out on the device
         sizes = (moved(rate, device) if isinstance(rate, Tensor) else rate) / (beta1**counts - 1)
-        if group["maximize"]:
-            sizes = -sizes
         if isinstance(skip, Tensor):
             sizes = torch.where(moved(skip, device) > 0, 0.0, sizes)
         below = torch._foreach_sqrt(squares)
@@ -170,7 +172,7 @@ class Agreement:
 
 def _scalars(values: Tensor) -> Any:
     """One factor for each tensor of a list: numbers, where they are in host memory already."""
-    return values.tolist() if values.device.type == "cpu" else list(values.unbind())
+    return values.tolist() if values.device.type == "cpu" else list(values.to(torch.float32).unbind())
 
 
 def _alike(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -190,7 +192,7 @@ def _alike(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def _over_ranks(parameters: list[Tensor], counts: Tensor) -> Tensor:
-    """Counts of the parts on this rank, shape `[len(parameters), 2]`, added up over the ranks that hold the other parts."""
+    """Counts of the parts on this rank, shape `[len(parameters)]`, added up over the ranks that hold the other parts."""
     layouts: dict[Layout, list[int]] = {}
     for position, parameter in enumerate(parameters):
         if (layout := layout_of(parameter)) is not None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import NonFiniteGradientError
+from hf_adaclip.ledger.schema import SHAPE_FIELDS
 
 TEXT_METRICS: Final = ("clip/phase",)
 """Those of the metrics that are words. `clip/phase_id` says the same as a number."""
@@ -120,7 +121,8 @@ class RunStatistics:
         """The `clip/*` values for a log line, over the steps since the last one. Empty before the first step.
 
         Over the window: `norm_max` (largest finite norm, NaN where none was), `coefficient` (the smallest; 0 where the controller left a
-        step out), `fraction` (share scaled down), `spikes`, `skipped`. Of its last step: `threshold`, `pace`, `phase`, `phase_id`. Of the
+        step out), `fraction` (share scaled down), `spikes`, `skipped`. Of its last step: `threshold`, `pace`, `phase`, `phase_id`, and what
+        the spectral range and the agreement did where they are on. Of the
         run: `spikes_total`, `skipped_total`. Where no step came since, the last window is told again.
         """
         if self._last is None:
@@ -142,6 +144,9 @@ class RunStatistics:
                 "clip/phase": self._last_reason.phase,
                 "clip/phase_id": self._last_reason.phase_id,
             }
+            for name in SHAPE_FIELDS:
+                if not math.isnan(value := self._last.get(name, math.nan)):
+                    self._logged[f"clip/{name}"] = value
         return dict(self._logged)
 
     def counts_by_name(self) -> dict[str, int]:

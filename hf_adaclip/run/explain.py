@@ -1,5 +1,6 @@
 """What a clipper does, and why it does it that way, in words: `AdaptiveClipper.explain`."""
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -72,6 +73,7 @@ def describe(
         "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
     )
     lines.append(f"pace        {_pace(config)}")
+    lines += _shaping(config)
     lines.append(f"ledger      {'none' if config.ledger in (None, 'none', 'auto') else config.ledger}")
     return "\n".join(lines)
 
@@ -89,6 +91,19 @@ def _ceiling(config: AdaptiveClipConfig, static_threshold: float, held: bool | N
     if held:
         return f"the static threshold {static}, which cut more than {share:.0%} of the warm-up, {release}"
     return f"none for the range as a whole: the static threshold {static} cuts few steps{beyond}"
+
+
+def _shaping(config: AdaptiveClipConfig) -> list[str]:
+    """What is done beside the length of a step; nothing where all of it is off."""
+    lines, shadow = [], " (recorded only: shadow)" if config.shadow else ""
+    if config.spectral_width is not None:
+        width, every = config.spectral_width, config.spectral_every
+        often = "" if every == 1 else f", in one step of {every}"
+        what = {0.0: "made equal", math.inf: "left as they are"}.get(width, f"clipped softly at {width:g} x their root mean square")
+        lines.append(f"spectral    singular values of each hidden matrix {what}, its norm kept{often}{shadow}")
+    if config.agreement:
+        lines.append(f"agreement   of each step, what goes against the sign of the gradient is taken back{shadow}")
+    return lines
 
 
 def _pace(config: AdaptiveClipConfig) -> str:

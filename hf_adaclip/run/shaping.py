@@ -82,7 +82,7 @@ class Shaping:
         self._run.recorder.fill(spectral_width=self._range.width, altered_energy=altered, matrix_norm=norm)
 
     def _count(self, counts: Tensor) -> None:
-        """An optimizer has stepped: how many components agree, and how many have a gradient."""
+        """An optimizer has stepped: how many components agree, of how many."""
         self._agreeing = counts if self._agreeing is None else self._agreeing + moved(counts, self._agreeing.device)
         agree, there = self._agreeing.unbind()
         assert self._run.recorder is not None
