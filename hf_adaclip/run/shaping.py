@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
@@ -33,6 +34,7 @@ class Shaping:
         self._matrices = HiddenMatrices(models)
         width = config.spectral_width
         self._range = None if width is None else SpectralRange(width, self._matrices)
+        self._taken: Value | None = None
         self._agreeing: Tensor | None = None  # of the present step, over the optimizers that have made theirs
 
     def act_(self, gradients: Gradients, *, taken: Value, factor: Value | None = None) -> None:
@@ -47,6 +49,7 @@ class Shaping:
             ConfigError: There is no model to look at, or no optimizer.
             UnsupportedSetupError: The gradients, or the optimizer, cannot be worked on.
         """
+        self._taken = taken
         if self._config.agreement:
             self._agreeing = None
             if not self._guards:
@@ -75,15 +78,19 @@ class Shaping:
         altered, norm = effect
         if factor is not None:
             norm = norm * moved(factor, norm.device) if isinstance(factor, Tensor) else norm * float(factor)
-        if isinstance(taken, Tensor):
-            left_out = ~moved(taken, norm.device)
-            altered, norm = altered.masked_fill(left_out, math.nan), norm.masked_fill(left_out, math.nan)
-        assert self._run.recorder is not None
-        self._run.recorder.fill(spectral_width=self._range.width, altered_energy=altered, matrix_norm=norm)
+        width = torch.full_like(altered, self._range.width)
+        self._record(spectral_width=width, altered_energy=altered, matrix_norm=norm)
 
     def _count(self, counts: Tensor) -> None:
         """An optimizer has stepped: how many components agree, of how many."""
         self._agreeing = counts if self._agreeing is None else self._agreeing + moved(counts, self._agreeing.device)
         agree, there = self._agreeing.unbind()
+        self._record(agreeing_share=agree / there)
+
+    def _record(self, **values: Tensor) -> None:
+        """Of a step that is left out nothing is recorded; where only the device knows, its NaN says so."""
+        if isinstance(self._taken, Tensor):
+            taken = moved(self._taken, next(iter(values.values())).device)
+            values = {name: torch.where(taken, value, math.nan) for name, value in values.items()}
         assert self._run.recorder is not None
-        self._run.recorder.fill(agreeing_share=agree / there)
+        self._run.recorder.fill(**values)
