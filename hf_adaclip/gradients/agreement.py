@@ -15,8 +15,8 @@ need one copy of the weights from just before the step until just after it.
 Source: Cautious Optimizers, Liang et al. 2024, arXiv 2411.16085, whose m is at least 1/1000.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ _REFUSED: Final = {
     "BSAM": "it moves the weights to and fro within a step",
     "Lookahead": "it sets the weights back to an average of its own",
 }
+
+_Stepped: TypeAlias = list[tuple[Tensor, Tensor, Any]]
+"""Parameters, their gradients, and what their step follows from."""
 
 
 def check_agreement(optimizer: torch.optim.Optimizer) -> None:
@@ -104,95 +107,137 @@ class Agreement:
     def after(self) -> None:
         """The optimizer has stepped, and its groups are still as they were for that."""
         totals: list[Tensor] = []
+        take_back = self._take_back_copied if self.copies else self._take_back_recomputed
         for group in self._optimizer.param_groups:
-            stepped = [p for p in group["params"] if p.grad is not None and self._has_stepped(p)]
-            for members in _alike(stepped):
-                steps = self._recomputed(members, group) if not self.copies else self._observed(members, group)
-                totals.append(self._take_back(members, steps, bool(group.get("maximize"))))
+            totals += [take_back(stepped, group) for stepped in _alike(self._stepped(group))]
         self._copies = None
         if totals:
             self._told(torch.stack([moved(t, totals[0].device) for t in totals]).sum(0))
 
-    def _has_stepped(self, parameter: Tensor) -> bool:
-        if self._copies is not None:
-            return id(parameter) in self._copies
-        return not self.copies and bool(self._optimizer.state.get(parameter))
+    def _stepped(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """The parameters that have made a step, their gradients, and what the step follows from: their state, or the weights of before."""
+        state, copies = self._optimizer.state, self._copies or {}
+        for p in group["params"]:
+            if (gradient := p.grad) is None:
+                continue
+            kept = copies.get(id(p)) if self.copies else (state.get(p) or None)
+            if kept is not None:
+                yield p, gradient, kept
 
-    def _take_back(self, parameters: list[Tensor], steps: list[Tensor], maximize: bool) -> Tensor:
-        gradients = [summed_part(p.grad) for p in parameters if p.grad is not None]
-        # By the signs, whose product cannot vanish for being small.
-        agrees = torch._foreach_sign(gradients)
-        torch._foreach_mul_(agrees, torch._foreach_sign(steps))
-        if not maximize:
-            torch._foreach_neg_(agrees)
-        torch._foreach_clamp_min_(agrees, 0)
-        wide = torch.promote_types(agrees[0].dtype, torch.float32)  # half precision cannot count
-        agreeing = _over_ranks(parameters, torch.stack(torch._foreach_norm(agrees, 1, wide)).to(torch.float32))
-        sizes = torch.tensor([p.numel() for p in parameters], dtype=torch.float32)
+    def _take_back_recomputed(self, stepped: _Stepped, group: dict[str, Any]) -> Tensor:
+        """From the state of Adam after the step, which was -size m / (sqrt(v) + eps'), both averages as they are in the state."""
+        parameters, gradients, states = zip(*stepped, strict=True)
+        averages = _parts([s["exp_avg"] for s in states])
+        mask, agreeing, sizes = _agreeing(parameters, gradients, averages, along=not group["maximize"])
         if self._change:
-            shares = (agreeing / moved(sizes, agreeing.device)).clamp_min(SMALLEST_SHARE)
-            torch._foreach_mul_(agrees, _scalars(1 / shares))
-            torch._foreach_sub_(agrees, 1)
-            torch._foreach_addcmul_([local_part(p) for p in parameters], steps, agrees)
+            size, root = self._sizes(states, group, parameters[0].device)
+            share = _shares(agreeing, sizes)
+            # w += -size m / (sqrt(v) + eps') (mask / share - 1), in as few passes as that takes.
+            torch._foreach_mul_(mask, _factors(-size / moved(share, size.device), mask[0].dtype))
+            torch._foreach_add_(mask, _factors(size, mask[0].dtype))
+            torch._foreach_mul_(mask, averages)
+            squares = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+            below = torch._foreach_sqrt(_parts([s[squares] for s in states]))
+            torch._foreach_add_(below, _factors(root * group["eps"], below[0].dtype))
+            torch._foreach_addcdiv_(_parts(parameters), mask, below)
         return torch.stack([agreeing.sum(), moved(sizes.sum(), agreeing.device)])
 
-    def _recomputed(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """What Adam has added to the weights, from its state after the step."""
-        states = [self._optimizer.state[p] for p in parameters]
-        device = parameters[0].device
+    def _sizes(self, states: Sequence[dict[str, Any]], group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Per tensor, what m / (sqrt(v) + root eps) was multiplied by, and root; 0 and anything where the device left the step out."""
         beta1, beta2 = group["betas"]
-        squares = [local_part(s["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]) for s in states]
-        counts = torch.stack([s["step"].to(torch.float64).reshape(()) for s in states])
+        counts = torch.stack([s["step"] for s in states]).to(torch.float64)
         rate, skip = group["lr"], getattr(self._optimizer, "found_inf", None)
         if isinstance(rate, Tensor) or isinstance(skip, Tensor):
             counts = moved(counts, device)
         counts = counts.clamp_min(1.0)  # 0 where the first step was left out on the device
-        sizes = (moved(rate, device) if isinstance(rate, Tensor) else rate) / (beta1**counts - 1)
+        root = (1 - beta2**counts).sqrt()
+        size = (moved(rate, device) if isinstance(rate, Tensor) else rate) * root / (1 - beta1**counts)
         if isinstance(skip, Tensor):
-            sizes = torch.where(moved(skip, device) > 0, 0.0, sizes)
-        below = torch._foreach_sqrt(squares)
-        torch._foreach_div_(below, _scalars((1 - beta2**counts).sqrt()))
-        torch._foreach_add_(below, group["eps"])
-        steps = torch._foreach_div([local_part(s["exp_avg"]) for s in states], below)
-        torch._foreach_mul_(steps, _scalars(sizes))
-        return list(steps)
+            size = torch.where(moved(skip, device) > 0, 0.0, size)
+        return size, root
 
-    def _observed(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """What the optimizer has added to the weights but for decoupled decay, which comes first in every one that is known."""
-        assert self._copies is not None
-        decay = group.get("weight_decay") or 0.0
-        kept = 1 - group["lr"] * decay if decay and decouples(self._optimizer, group) else 1.0
-        before = [self._copies.pop(id(p)) for p in parameters]
-        if kept != 1.0:
-            torch._foreach_mul_(before, kept)
-        torch._foreach_neg_(before)
-        torch._foreach_add_(before, [local_part(p) for p in parameters])
-        return before
+    def _take_back_copied(self, stepped: _Stepped, group: dict[str, Any]) -> Tensor:
+        """From the weights of before. Decoupled decay comes first in every optimizer that is known to have it, and stays."""
+        parameters, gradients, copies = zip(*stepped, strict=True)
+        decay, steps, weights = group.get("weight_decay") or 0.0, list(copies), _parts(parameters)
+        if decay and decouples(self._optimizer, group):
+            torch._foreach_mul_(steps, 1 - group["lr"] * decay)
+        torch._foreach_neg_(steps)
+        torch._foreach_add_(steps, weights)
+        mask, agreeing, sizes = _agreeing(parameters, gradients, steps, along=bool(group.get("maximize")))
+        if self._change:
+            torch._foreach_mul_(mask, _factors(1 / _shares(agreeing, sizes), mask[0].dtype))
+            torch._foreach_sub_(mask, 1)
+            torch._foreach_addcmul_(weights, steps, mask)
+        return torch.stack([agreeing.sum(), moved(sizes.sum(), agreeing.device)])
 
 
-def _scalars(values: Tensor) -> Any:
-    """One factor for each tensor of a list: numbers, where they are in host memory already."""
+def _agreeing(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], directions: Sequence[Tensor], *, along: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Where directions go along gradients, or against them.
+
+    Returns:
+        Per tensor 1 or 0; how many are 1 and how many there are, over all ranks, float32, shape `[len(parameters)]`.
+    """
+    # The sign first: a product of two small numbers may vanish.
+    mask = list(torch._foreach_sign(_parts(gradients)))
+    torch._foreach_mul_(mask, directions)
+    torch._foreach_sign_(mask)
+    if not along:
+        torch._foreach_neg_(mask)
+    torch._foreach_clamp_min_(mask, 0)
+    # Half precision cannot count. On a CPU torch's norms take six times as long as sums.
+    on_cpu, wide = mask[0].device.type == "cpu", torch.promote_types(mask[0].dtype, torch.float32)
+    sums = [m.sum(dtype=wide) for m in mask] if on_cpu else torch._foreach_norm(mask, 1, wide)
+    counts = _over_ranks(parameters, torch.stack(sums).to(torch.float32))
+    numbers = 2 if parameters[0].is_complex() else 1
+    return mask, counts, torch.tensor([numbers * p.numel() for p in parameters], dtype=torch.float32)
+
+
+def _shares(agreeing: Tensor, sizes: Tensor) -> Tensor:
+    return (agreeing / moved(sizes, agreeing.device)).clamp_min(SMALLEST_SHARE)
+
+
+def _factors(values: Tensor, dtype: torch.dtype) -> Any:
+    """One factor for each tensor of a list, as what a pass over tensors of this dtype takes best."""
+    if dtype in (torch.float32, torch.float64):
+        return list(values.to(dtype).unbind())  # of numbers torch makes tensors like these anew in every pass
     return values.tolist() if values.device.type == "cpu" else list(values.to(torch.float32).unbind())
 
 
-def _alike(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Parameters by device and dtype, of themselves and of their gradients, and not more at once than there is room for."""
-    kinds: dict[Any, list[list[Tensor]]] = {}
+def _parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this rank holds of tensors of one dtype, as real numbers."""
+    if _are_plain(tensors) and not tensors[0].is_complex():
+        return list(tensors)
+    return [summed_part(t) for t in tensors]
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    return set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
+
+
+def _alike(stepped: Iterable[tuple[Tensor, Tensor, Any]]) -> list[_Stepped]:
+    """By device and dtype, of parameters and of their gradients, and not more at once than there is room for."""
+    kinds: dict[Any, list[_Stepped]] = {}
     room: dict[Any, int] = {}
-    for p in parameters:
-        if not p.numel() or p.grad is None:
+    for each in stepped:
+        p, gradient, _ = each
+        if not (size := p.numel()):
             continue
-        key = (p.device, p.dtype, p.grad.dtype)
-        if room.get(key, 0) < p.numel():
+        key = (p.device, p.dtype, gradient.dtype)
+        if room.get(key, 0) < size:
             kinds.setdefault(key, []).append([])
             room[key] = MOST_AT_ONCE
-        kinds[key][-1].append(p)
-        room[key] -= p.numel()
+        kinds[key][-1].append(each)
+        room[key] -= size
     return [members for parts in kinds.values() for members in parts]
 
 
-def _over_ranks(parameters: list[Tensor], counts: Tensor) -> Tensor:
+def _over_ranks(parameters: Sequence[Tensor], counts: Tensor) -> Tensor:
     """Counts of the parts on this rank, shape `[len(parameters)]`, added up over the ranks that hold the other parts."""
+    if _are_plain(parameters):
+        return counts
     layouts: dict[Layout, list[int]] = {}
     for position, parameter in enumerate(parameters):
         if (layout := layout_of(parameter)) is not None:

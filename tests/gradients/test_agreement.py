@@ -202,8 +202,8 @@ def test_weights_of_other_precisions(dtype, kind):
         for p, w in zip(net.parameters(), before, strict=True):
             start = w.double() * (1 - 1e-2 * 0.1)
             against = (p.detach().double() - start) * p.grad.double() > 0
-            ulps = (p.detach().double() - start).abs() / (start.abs() * torch.finfo(dtype).eps + 1e-12)
-            assert bool((ulps[against] <= 4).all())
+            left = (p.detach().double() - start).abs() / (start.abs() + 4e-2)  # of weights, and of the largest steps
+            assert bool((left[against] <= 2 * torch.finfo(dtype).eps).all())
         optimizer.zero_grad()
 
 
