@@ -99,15 +99,17 @@ SHAPES = {
 }
 
 
-def in_turns(calls: dict[str, Callable[[], object]], *, rounds: int, before: Callable[[], object]) -> dict[str, float]:
+def in_turns(
+    calls: dict[str, Callable[[], object]], *, rounds: int, before: Callable[[], object], warm: int = 2
+) -> dict[str, float]:
     """Median milliseconds of each call; `before` is called, untimed, before each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 2):
+    for number in range(rounds + warm):
         for name, call in calls.items():
             before()
             start = time.process_time()
             call()
-            if number > 1:
+            if number >= warm:
                 times[name].append((time.process_time() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -173,11 +175,12 @@ def measure_shapes(name: str, rounds: int, tokens: int) -> dict[str, Any]:
             return [True] * len(parameters)
 
     calls: dict[str, Callable[[], object]] = {"256 tokens through the first matrix": lambda: rows @ weights[0].detach().T}
-    for width in WIDTHS:
+    widths = WIDTHS if rounds > 1 else WIDTHS[:1]  # the large matrix is timed once
+    for width in widths:
         one = SpectralRange(width, All(list))
         calls[f"spectral, width {width:g}"] = lambda one=one: one.act_(collect(weights))  # type: ignore[misc]
-    found = in_turns(calls, rounds=rounds, before=lambda: None)
-    products = {f"{w:g}": len(quintics(smallest_value(w, min(SHAPES[name][0])))) for w in WIDTHS}
+    found = in_turns(calls, rounds=rounds, before=lambda: None, warm=2 if rounds > 1 else 0)
+    products = {f"{w:g}": len(quintics(smallest_value(w, min(SHAPES[name][0])))) for w in widths}
     size = sum(w.numel() for w in weights)
     work = found["256 tokens through the first matrix"] * (tokens / 256) * 3 * size / weights[0].numel()
     return {
