@@ -143,7 +143,9 @@ class AdaptiveClipper:
         self._per_parameter = PerParameter(
             config, self._run, self._guards, lambda: models or ([] if port is None else port.models), self._run.alerts
         )
-        self._shaping = Shaping(config, self._run, self._guards, lambda: models or ([] if port is None else port.models))
+        self._shaping = Shaping(
+            config, self._run, self._guards, lambda: models or ([] if port is None else port.models)
+        )
         self._closed = False
         self._installed = False  # then no rank ever knows a loss
         self._handles: list[Any] = []

@@ -242,8 +242,8 @@ def _late_shape(config: Any) -> str | None:
         return None
     name, off = ("agreement", False) if config.spectral_width is None else ("spectral_width", None)
     return (
-        f"`{name}` must be {off} under DeepSpeed, but is {getattr(config, name)} instead: its engine steps before anything outside sees the "
-        "gradients."
+        f"`{name}` must be {off} under DeepSpeed, but is {getattr(config, name)} instead: its engine steps before anything outside "
+        "sees the gradients."
     )
 
 

@@ -4,8 +4,9 @@ python -m scripts.bench_spectral
 python -m scripts.bench_spectral --only llama-study vit-study --json out.json
 
 Everything of one setup is timed in one process and in turns, so that what else the machine does falls on all of it alike. Times are those
-of the process on its one thread, which is wall-clock time where nothing else runs; the figure is the median over rounds. `whole step` is forward, backward, clipping and a fused AdamW. The last setups have no model: their rows are a
-matrix of a Llama 7B and the factors of a LoRA on it, beside the multiply-adds of forward and backward that the tokens would cost.
+of the process on its one thread, which is wall-clock time where nothing else runs; the figure is the median over rounds. `whole step` is
+forward, backward, clipping and a fused AdamW. The last setups have no model: they are a matrix of a Llama 7B and the factors of a LoRA on
+it, beside the time that the multiply-adds of forward and backward would take.
 """
 
 import argparse
@@ -174,7 +175,9 @@ def measure_shapes(name: str, rounds: int, tokens: int) -> dict[str, Any]:
         def among(self, parameters: Any) -> list[bool]:
             return [True] * len(parameters)
 
-    calls: dict[str, Callable[[], object]] = {"256 tokens through the first matrix": lambda: rows @ weights[0].detach().T}
+    calls: dict[str, Callable[[], object]] = {
+        "256 tokens through the first matrix": lambda: rows @ weights[0].detach().T
+    }
     widths = WIDTHS if rounds > 1 else WIDTHS[:1]  # the large matrix is timed once
     for width in widths:
         one = SpectralRange(width, All(list))

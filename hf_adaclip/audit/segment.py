@@ -244,12 +244,16 @@ class Segment:
         width, every = self._config.spectral_width, self._config.spectral_every
         spectral = [key for key in SHAPE_FIELDS[:3] if key in shape]
         if spectral and (width is None or not isinstance(step, int) or step % every):
-            problems.append(f"`{spectral[0]}` is recorded, but by the settings the spectral range does not act in this step.")
+            problems.append(
+                f"`{spectral[0]}` is recorded, but by the settings the spectral range does not act in this step."
+            )
         elif spectral:
             if len(spectral) < 3:
                 problems.append(f"`{spectral[0]}` is recorded without {', '.join(SHAPE_FIELDS[:3])} as a whole.")
             elif np.float32(shape["spectral_width"]) != np.float32(width):
-                problems.append(f"`spectral_width` is recorded as {shape['spectral_width']:g}, but the settings say {width:g}.")
+                problems.append(
+                    f"`spectral_width` is recorded as {shape['spectral_width']:g}, but the settings say {width:g}."
+                )
             else:
                 left = self._intended(recorded)
                 if not 0 <= shape["matrix_norm"] <= left * (1 + APPLIED_TOLERANCE):

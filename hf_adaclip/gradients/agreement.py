@@ -62,7 +62,7 @@ def check_agreement(optimizer: torch.optim.Optimizer) -> None:
             why = "how its weight decay acts is not known, and that is not to be taken back"
     if why is not None:
         raise UnsupportedSetupError(
-            f"`agreement` must be False with {kind.__name__}, but is True instead: {why}. Leave it out, or choose an optimizer such as AdamW."
+            f"`agreement` must be False with {kind.__name__}, but is True instead: {why}. Leave it out, or take AdamW."
         )
 
 
@@ -142,7 +142,9 @@ class Agreement:
             torch._foreach_addcdiv_(_parts(parameters), mask, below)
         return torch.stack([agreeing.sum(), moved(sizes.sum(), agreeing.device)])
 
-    def _sizes(self, states: Sequence[dict[str, Any]], group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _sizes(
+        self, states: Sequence[dict[str, Any]], group: dict[str, Any], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Per tensor, what m / (sqrt(v) + root eps) was multiplied by, and root; 0 and anything where the device left the step out."""
         beta1, beta2 = group["betas"]
         counts = torch.stack([s["step"] for s in states]).to(torch.float64)

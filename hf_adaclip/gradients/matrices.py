@@ -3,7 +3,7 @@
 A matrix is a 2-D weight, a LoRA factor among them, or a convolution kernel as a matrix of outputs by everything else. Left alone are
 
 - embeddings: by the class of their module, by `get_input_embeddings`, or by "embed" in their name (patches, positions);
-- the head: `get_output_embeddings`, and what stands outside of the `base_model` of a model of transformers; in other models the last weight;
+- the head: `get_output_embeddings`, and what stands outside of the `base_model` of a model of transformers; elsewhere the last weight;
 - tensors that are one of these somewhere and a matrix elsewhere (tied weights);
 - depthwise kernels, whose rows meet different inputs, and what has one row, one column, or nothing.
 """

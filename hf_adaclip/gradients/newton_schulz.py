@@ -95,7 +95,9 @@ def inverse_root(grams: Tensor, width: float) -> Tensor:
     rest = grams.div_(bound + shift)
     rest.diagonal(dim1=1, dim2=2).add_((shift / (bound + shift))[..., 0])
     root = torch.eye(side, dtype=torch.float32, device=grams.device).expand_as(grams)
-    factor, spare, other = (torch.empty_like(grams) for _ in range(3))  # kept for all products: memory costs as much as they do
+    factor, spare, other = (
+        torch.empty_like(grams) for _ in range(3)
+    )  # kept for all products: memory costs as much as they do
     steps = quintics(smallest)
     for position, (a, b, c) in enumerate(steps, start=1):
         torch.baddbmm(rest, rest, rest, beta=b, alpha=c, out=factor)

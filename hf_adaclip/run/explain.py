@@ -99,7 +99,9 @@ def _shaping(config: AdaptiveClipConfig) -> list[str]:
     if config.spectral_width is not None:
         width, every = config.spectral_width, config.spectral_every
         often = "" if every == 1 else f", in one step of {every}"
-        what = {0.0: "made equal", math.inf: "left as they are"}.get(width, f"clipped softly at {width:g} x their root mean square")
+        what = {0.0: "made equal", math.inf: "left as they are"}.get(
+            width, f"clipped softly at {width:g} x their root mean square"
+        )
         lines.append(f"spectral    singular values of each hidden matrix {what}, its norm kept{often}{shadow}")
     if config.agreement:
         lines.append(f"agreement   of each step, what goes against the sign of the gradient is taken back{shadow}")

@@ -160,7 +160,9 @@ class HostRing:
         self._rows[-1][_APPLIED] = float(moved(norm, HOST).numpy())
 
     def fill(self, column: str, value: Any) -> None:
-        self._rows[-1][COLUMNS.index(column)] = float(moved(value, HOST).numpy() if isinstance(value, Tensor) else value)
+        self._rows[-1][COLUMNS.index(column)] = float(
+            moved(value, HOST).numpy() if isinstance(value, Tensor) else value
+        )
 
     def look(self) -> Rows:
         return self.drain()

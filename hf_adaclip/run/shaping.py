@@ -54,7 +54,7 @@ class Shaping:
             self._agreeing = None
             if not self._guards:
                 raise ConfigError(
-                    "`optimizer` must be given with `agreement` where the accelerator has not prepared exactly one, but is None instead."
+                    "`optimizer` must be given with `agreement` where the accelerator has not prepared just one, but is None instead."
                 )
             self._guards.agree(self._count, change=not self._config.shadow)
         if self._range is None or self._run.step % self._config.spectral_every:

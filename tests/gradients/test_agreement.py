@@ -52,7 +52,12 @@ def test_adam_and_adamw_by_their_definition_and_without_a_copy(kind, lane, monke
     net = model()
     optimizer = cls(net.parameters(), lr=1e-2, **settings)
     decay = optimizer.defaults["weight_decay"]
-    own = {"lr": 1e-2, "decay": decay, "decoupled": cls is torch.optim.AdamW, "amsgrad": settings.get("amsgrad", False)}
+    own = {
+        "lr": 1e-2,
+        "decay": decay,
+        "decoupled": cls is torch.optim.AdamW,
+        "amsgrad": settings.get("amsgrad", False),
+    }
     own |= {"betas": optimizer.defaults["betas"], "eps": optimizer.defaults["eps"]}
     exact = [reference.Adam(w, **own) for w in weights(net)]
     clipper = AdaptiveClipper(CONFIG, optimizer=optimizer, model=net)

@@ -238,15 +238,18 @@ def test_hidden_matrices_of_models_of_transformers():
     assert len(llama) == 7
     assert all(".layers.0." in n for n in llama)
     bert = names(BertForSequenceClassification(BertConfig(vocab_size=20, **small)))
-    assert bert and not [n for n in bert if "embed" in n or n.startswith("classifier")]
+    assert bert
+    assert not [n for n in bert if "embed" in n or n.startswith("classifier")]
     vit = names(ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **small)))
-    assert vit and not [n for n in vit if "embed" in n or n.startswith("classifier")]
+    assert vit
+    assert not [n for n in vit if "embed" in n or n.startswith("classifier")]
     gpt2 = names(GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)))
     assert gpt2 == {f"transformer.h.0.{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
     t5 = names(
         T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
     )
-    assert t5 and not [n for n in t5 if "shared" in n or "lm_head" in n or "embed" in n]
+    assert t5
+    assert not [n for n in t5 if "shared" in n or "lm_head" in n or "embed" in n]
 
 
 def test_lora_factors_are_hidden_matrices_and_its_embedding_is_not():

@@ -16,7 +16,9 @@ from tests.integrations.sharded_worker import shard, whole
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0, spectral_width=0.3, agreement=True)
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3, fused=True, weight_decay=0.1),
-    "plain": lambda p: torch.optim.AdamW(p, lr=3e-3, foreach=False, weight_decay=0.1),  # for a mix of sharded and plain weights
+    "plain": lambda p: torch.optim.AdamW(
+        p, lr=3e-3, foreach=False, weight_decay=0.1
+    ),  # for a mix of sharded and plain weights
     "sgd": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
 }
 

@@ -22,7 +22,9 @@ def run(config, *, steps=30, start=0, factors=None, ledger=None, clipper=None, m
     if model is None:
         model, optimizer = make(**adamw)
     clipper = clipper or AdaptiveClipper(config, optimizer=optimizer, model=model, ledger=ledger)
-    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), steps, start=start, factors=factors)
+    train(
+        model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), steps, start=start, factors=factors
+    )
     return model, optimizer, clipper
 
 
@@ -69,7 +71,9 @@ def test_shadow_decides_and_records_and_changes_nothing(tmp_path, lane):
     shadow, _, clipper = run(BOTH.replace(shadow=True), ledger=tmp_path / "ledger.jsonl")
     clipper.close()
     assert torch.equal(weights(plain), weights(shadow))
-    assert all(0 < r["altered_energy"] < 1 and 0 < r["agreeing_share"] <= 1 for r in records(tmp_path / "ledger.jsonl"))
+    assert all(
+        0 < r["altered_energy"] < 1 and 0 < r["agreeing_share"] <= 1 for r in records(tmp_path / "ledger.jsonl")
+    )
     assert verify_ledger(tmp_path / "ledger.jsonl").ok
     assert clipper.explain().count("recorded only: shadow") == 2
 
@@ -257,7 +261,9 @@ def test_refusals():
     model(torch.ones(2, 8)).sum().backward()
     with pytest.raises(ConfigError, match="`model` must be given"):
         clipper.clip_(model.parameters())
-    assert AdaptiveClipConfig.from_dict(AdaptiveClipConfig(spectral_width=math.inf).to_dict()).spectral_width == math.inf
+    assert (
+        AdaptiveClipConfig.from_dict(AdaptiveClipConfig(spectral_width=math.inf).to_dict()).spectral_width == math.inf
+    )
 
 
 def test_a_model_without_hidden_matrices_is_told_of(caplog):
