@@ -1,13 +1,13 @@
 """Sign agreement: of a step that an optimizer has made, what goes against the present gradient is taken back.
 
     mask = [d g < 0]            d the step without decoupled weight decay, g the gradient as the optimizer read it
-    w <- w + d (mask / m - 1)   m the share of the mask, per tensor, and at least 1/4
+    w <- w + d (mask / m - 1)   m the share of the mask, per tensor, and at least 1/10
 
 The weights are corrected and not set, so what is taken back is back to within a rounding of the weight.
 
 What agrees is made larger by 1/m, so that the step keeps its mean length. Components without a gradient stay where they are, such as the
-rows of an embedding whose tokens are not in the batch: what Adam would still move them by afterwards is what the others gain. That is most
-of the gain of an embedding, and with a large vocabulary it has no bound, hence the 1/4.
+rows of an embedding whose tokens are not in the batch. Adam would move these on for a while, by up to 1 / (1 - beta1) = 10 times their first
+step, and what they lose so the rows in the batch gain. With a large vocabulary that gain would have no bound: hence the 1/10.
 
 Adam and AdamW keep all that their step follows from, so there it is computed again from their state: nothing is copied. Other optimizers
 need one copy of the weights from just before the step until just after it.
@@ -26,8 +26,8 @@ from hf_adaclip.gradients.pacing import decouples
 from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
 from hf_adaclip.gradients.transfer import moved
 
-SMALLEST_SHARE: Final = 0.25
-"""Where less agrees, the step is not made larger any more: no component moves more than four times as far as the optimizer would."""
+SMALLEST_SHARE: Final = 0.1
+"""Where less agrees, the step is not made larger any more: no component moves more than ten times as far as the optimizer would."""
 MOST_AT_ONCE: Final = 1 << 22
 """Numbers whose steps are looked at together; three times as many are kept for that. A larger tensor is taken alone."""
 _KEEPS_ITS_STEP: Final = (torch.optim.Adam, torch.optim.AdamW)

@@ -25,6 +25,9 @@ class Shaping:
         run: Whose records it fills in.
         guards: The optimizers.
         models: Gives the models that tell hidden matrices from embeddings and heads.
+
+    Raises:
+        UnsupportedSetupError: The step of an optimizer cannot be taken back in part.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class Shaping:
         width = config.spectral_width
         self._range = None if width is None else SpectralRange(width, self._matrices)
         self._taken: Value | None = None
+        if config.agreement:
+            guards.agree(self._count, change=not config.shadow)
         self._agreeing: Tensor | None = None  # of the present step, over the optimizers that have made theirs
 
     def act_(self, gradients: Gradients, *, taken: Value, factor: Value | None = None) -> None:
@@ -61,7 +66,7 @@ class Shaping:
             return
         if not self._matrices.named:
             raise ConfigError(
-                "`model` must be given with `spectral_width`, but is None instead: hidden matrices are told from embeddings and the head by "
+                "`model` must be given with `spectral_width`, but is None instead: embeddings and the head are known by "
                 "the modules that own them. Pass `AdaptiveClipper(..., model=model)`."
             )
         ops = self._run.ops

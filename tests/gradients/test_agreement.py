@@ -125,7 +125,7 @@ def test_muon_with_its_decay():
         optimizer.zero_grad()
 
 
-def test_components_without_a_gradient_stay_and_no_step_is_made_more_than_four_times_as_long():
+def test_components_without_a_gradient_stay_and_no_step_is_made_more_than_ten_times_as_long():
     table = torch.nn.Embedding(100, 4)
     optimizer = torch.optim.AdamW(table.parameters(), lr=1e-2, weight_decay=0.0)
     clipper = AdaptiveClipper(CONFIG, optimizer=optimizer, model=table)
@@ -136,7 +136,7 @@ def test_components_without_a_gradient_stay_and_no_step_is_made_more_than_four_t
         optimizer.step()
         moved = (table.weight.detach() - before).abs().amax(1)
         assert sorted((moved > 1e-6).nonzero().flatten().tolist()) == tokens
-        assert float(moved.max()) <= 4 * 1e-2 * 1.001
+        assert float(moved.max()) <= 10 * 1e-2 * 1.001
         optimizer.zero_grad()
 
 
@@ -207,7 +207,7 @@ def test_weights_of_other_precisions(dtype, kind):
         for p, w in zip(net.parameters(), before, strict=True):
             start = w.double() * (1 - 1e-2 * 0.1)
             against = (p.detach().double() - start) * p.grad.double() > 0
-            left = (p.detach().double() - start).abs() / (start.abs() + 4e-2)  # of weights, and of the largest steps
+            left = (p.detach().double() - start).abs() / (start.abs() + 0.1)  # of weights, and of the largest steps
             assert bool((left[against] <= 2 * torch.finfo(dtype).eps).all())
         optimizer.zero_grad()
 
@@ -290,12 +290,8 @@ def test_refusals_name_the_reason():
         (ScheduleFreeAdamW(net.parameters(), lr=0.1), "average"),
         (Unknown(net.parameters(), 0.1), "decay"),
     ):
-        clipper = AdaptiveClipper(CONFIG, optimizer=optimizer, model=net)
-        backward(net, 0)
-        before = weights(net)
         with pytest.raises(UnsupportedSetupError, match=why):
-            clipper.clip_(net.parameters())
-        assert largest_difference(net, before) == 0
+            AdaptiveClipper(CONFIG, optimizer=optimizer, model=net)
     Agreement(Unknown(net.parameters(), 0.0), lambda counts: None)
     with pytest.raises(ConfigError, match="optimizer"):
         AdaptiveClipper(CONFIG)

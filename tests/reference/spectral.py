@@ -43,4 +43,4 @@ class Adam:
 def agreeing(d, g):
     """A step without what goes against the gradient, the rest made larger by as much."""
     mask = d * g < 0
-    return d * mask / max(np.mean(mask), 0.25)
+    return d * mask / max(np.mean(mask), 0.1)
