@@ -50,7 +50,12 @@ def llama() -> Setup:
     """The Llama of the study: 16 x 48 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=768, max_position_embeddings=64, use_cache=False, **sizes))
     ids = torch.randint(0, 768, (16, 48))
     return Setup(model, lambda: model(input_ids=ids, labels=ids).loss, 16 * 48)
@@ -60,8 +65,13 @@ def vit() -> Setup:
     """The ViT of the study on Fashion-MNIST: 32 images of 17 tokens."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    images = {"image_size": 28, "patch_size": 7, "num_channels": 1, "num_labels": 10}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    images: dict[str, Any] = {"image_size": 28, "patch_size": 7, "num_channels": 1, "num_labels": 10}
     model = ViTForImageClassification(ViTConfig(**sizes, **images))
     pixels, labels = torch.randn(32, 1, 28, 28), torch.randint(0, 10, (32,))
     return Setup(model, lambda: model(pixel_values=pixels, labels=labels).loss, 32 * 17)
@@ -71,7 +81,12 @@ def minilm() -> Setup:
     """Three layers of MiniLM as the study fine-tunes them: 16 sentences of 16 tokens, 384 wide."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 12}
+    sizes: dict[str, Any] = {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 12,
+    }
     model = BertForSequenceClassification(BertConfig(vocab_size=4000, **sizes))
     ids, labels = torch.randint(0, 4000, (16, 16)), torch.randint(0, 2, (16,))
     return Setup(model, lambda: model(input_ids=ids, labels=labels).loss, 16 * 16)
@@ -83,7 +98,7 @@ def lora() -> Setup:
 
     whole = llama()
     config = peft.LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    model = peft.get_peft_model(whole.model, config)  # type: ignore[arg-type]
+    model = peft.get_peft_model(whole.model, config)
     ids = torch.randint(0, 768, (16, 48))
     return Setup(model, lambda: model(input_ids=ids, labels=ids).loss, whole.tokens)
 
@@ -126,7 +141,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
     def backward() -> None:
         optimizer.zero_grad()
-        setup.loss().backward()  # type: ignore[no-untyped-call]
+        setup.loss().backward()
 
     backward()
     optimizer.step()

@@ -125,7 +125,7 @@ class Segment:
             norms = [parse_number(n) for n in record["norms"]] if self._num_tensors else None
             problems += self._compare_time(parse_number(record["time"]))
             parse_number(record["loss_scale"])
-            shape = {key: parse_number(record[key]) for key in SHAPE_FIELDS if key in record}
+            shape: dict[str, float] = {str(k): parse_number(record[k]) for k in SHAPE_FIELDS if k in record}
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             self._broken = True
             return [*problems, f"the record cannot be understood: {error}."]

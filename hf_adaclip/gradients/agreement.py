@@ -175,7 +175,7 @@ class Agreement:
 
 
 def _agreeing(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], directions: Sequence[Tensor], *, along: bool
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], directions: list[Tensor], *, along: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Where directions go along gradients, or against them.
 

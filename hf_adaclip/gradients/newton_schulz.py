@@ -73,7 +73,7 @@ def _best_quintic(low: float, high: float) -> Quintic:
         rows = np.array([[x, x**3, x**5, sign] for x, sign in zip(points, (1, -1, 1, -1), strict=True)])
         a, b, c, error = np.linalg.solve(rows, np.ones(4)).tolist()
         root = math.sqrt(9 * b * b - 20 * a * c)
-        inner = tuple(math.sqrt((-3 * b + sign * root) / (10 * c)) for sign in (-1, 1))
+        inner = math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))
     return a, b, c
 
 

@@ -127,10 +127,10 @@ def _on_the_small_side(stacks: list[Tensor], norms: list[Tensor], width: float) 
     side = min(stacks[0].shape[1:])
     grams = torch.empty(sum(map(len, stacks)), side, side, dtype=torch.float32, device=stacks[0].device)
     counts = [len(x) for x in stacks]
-    for x, norm, gram in zip(stacks, norms, grams.split(counts), strict=True):
+    for x, norm, gram in zip(stacks, norms, torch.split(grams, counts), strict=True):
         torch.bmm(x, x.mT, out=gram) if x.shape[1] == side else torch.bmm(x.mT, x, out=gram)
         gram.div_(norm * norm)
-    roots = inverse_root(grams, width).split(counts)
+    roots = torch.split(inverse_root(grams, width), counts)
     return [
         torch.bmm(root, x) if x.shape[1] == side else torch.bmm(x, root) for x, root in zip(stacks, roots, strict=True)
     ]

@@ -1,6 +1,7 @@
 """The agreement against its definition on copies of the weights, for every kind of optimizer, and where it is refused."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def largest_difference(net, others):
     return max(float((p - q).detach().abs().max()) for p, q in zip(net.parameters(), others, strict=True))
 
 
-KINDS = {
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fused": (torch.optim.AdamW, {"fused": True, "weight_decay": 0.1}),
     "foreach": (torch.optim.AdamW, {"foreach": True, "weight_decay": 0.1}),
     "plain": (torch.optim.AdamW, {"foreach": False, "weight_decay": 0.0}),
@@ -310,4 +311,4 @@ def test_both_lanes_make_the_same_step():
                 optimizer.step()
                 optimizer.zero_grad()
             finals.append(torch.cat([w.flatten() for w in weights(net)]))
-    assert torch.allclose(*finals, atol=1e-7)
+    assert torch.allclose(finals[0], finals[1], atol=1e-7)

@@ -38,7 +38,7 @@ def clipped(*matrices, width, change=True):
     return gradients, effect
 
 
-def drawn(seed, rows, columns, decades=2.0):
+def drawn(seed: int, rows: int, columns: int, decades: float = 2.0) -> torch.Tensor:
     """A matrix whose singular values go over so many decades, in random directions."""
     rng = np.random.default_rng(seed)
     side = min(rows, columns)
@@ -54,7 +54,7 @@ def distance(found, wanted):
 @pytest.mark.parametrize("shape", [(64, 64), (192, 64), (64, 192), (33, 7), (2, 50)])
 @pytest.mark.parametrize("decades", [0.5, 2.0, 5.0])
 def test_singular_values_land_where_an_exact_decomposition_puts_them(shape, width, decades):
-    matrix = drawn(1, *shape, decades)
+    matrix = drawn(1, shape[0], shape[1], decades)
     [found], effect = clipped(matrix, width=width)
     wanted = reference.soft_clipped(matrix, width)
     assert distance(found, wanted) < TOLERANCE
@@ -85,12 +85,12 @@ def test_norm_directions_and_size_of_any_matrix(seed, rows, columns, width, deca
 
 @pytest.mark.parametrize("shape", [(64, 64), (192, 64), (8, 300)])
 def test_width_0_makes_all_values_equal_that_are_not_lost_in_rounding(shape):
-    matrix = drawn(2, *shape, 1.5)
+    matrix = drawn(2, shape[0], shape[1], 1.5)
     [found], _ = clipped(matrix, width=0.0)
     values = torch.linalg.svdvals(found.double())
     assert float(values.max() / values.min()) < (1 + TOLERANCE) / (1 - TOLERANCE)
     assert distance(found, reference.soft_clipped(matrix, 0.0)) < TOLERANCE
-    [noisy], _ = clipped(drawn(2, *shape, 6.0), width=0.0)  # what is below the floor is not blown up
+    [noisy], _ = clipped(drawn(2, shape[0], shape[1], 6.0), width=0.0)  # what is below the floor is not blown up
     assert float(torch.linalg.svdvals(noisy.double())[-1]) < 0.1 * float(torch.linalg.svdvals(noisy.double())[0])
 
 
@@ -132,7 +132,9 @@ def test_a_factor_before_is_a_factor_after():
 
 
 def test_shapes_are_stacked_and_each_matrix_is_worked_on_as_if_alone():
-    matrices = [drawn(i, *shape) for i, shape in enumerate([(64, 64)] * 3 + [(192, 64)] * 2 + [(64, 192), (8, 64)])]
+    matrices = [
+        drawn(i, shape[0], shape[1]) for i, shape in enumerate([(64, 64)] * 3 + [(192, 64)] * 2 + [(64, 192), (8, 64)])
+    ]
     together, effect = clipped(*matrices, width=0.25)
     for matrix, found in zip(matrices, together, strict=True):
         [alone], _ = clipped(matrix, width=0.25)
@@ -160,7 +162,9 @@ def test_gradients_of_other_precisions_come_back_in_their_own(dtype):
 @pytest.mark.parametrize("shape", [(64, 64), (256, 64), (512, 256)])
 def test_half_precision_against_float64(width, shape):
     """What accelerators run: bfloat16 from its own direction of the algorithm."""
-    matrix = drawn(9, *shape, 1.5 if width else 0.5)  # of smaller values 8 bits leave too little to make them equal
+    matrix = drawn(
+        9, shape[0], shape[1], 1.5 if width else 0.5
+    )  # of smaller values 8 bits leave too little to make them equal
     found = clipped_directly((matrix / matrix.norm())[None], width)[0].double()
     found = found * (matrix.double().norm() / found.norm())
     assert distance(found, reference.soft_clipped(matrix, width)) < 1.5 * TOLERANCE
