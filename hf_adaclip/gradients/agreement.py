@@ -6,8 +6,8 @@
 The weights are corrected and not set, so what is taken back is back to within a rounding of the weight.
 
 What agrees is made larger by 1/m, so that the step keeps its mean length. Components without a gradient stay where they are, such as the
-rows of an embedding whose tokens are not in the batch. Adam would move these on for a while, by up to 1 / (1 - beta1) = 10 times their first
-step, and what they lose so the rows in the batch gain. With a large vocabulary that gain would have no bound: hence the 1/10.
+rows of an embedding whose tokens are not in the batch. Adam would move these on for a while, by up to 1 / (1 - beta1) = 10 times their
+first step, and what they lose so the rows in the batch gain. With a large vocabulary that gain would have no bound: hence the 1/10.
 
 Adam and AdamW keep all that their step follows from, so there it is computed again from their state: nothing is copied. Other optimizers
 need one copy of the weights from just before the step until just after it.
