@@ -3,12 +3,14 @@
 python model_cards/spectral/probe.py --data FOLDER --out results.jsonl JOBS.jsonl
 
 FOLDER holds wikitext2/{train,validation}.parquet with a column `text`. A job is one JSON object per line: `lr`, `b1`, `b2`, `clip`, `warm`
-(share of the steps), `seed`, `hor` (share of the 400 steps, the schedule scaled to it), `width`, `every` and `agree`. One thread.
+(share of the steps), `seed`, `hor` (share of the 400 steps, the schedule scaled to it), `width`, `every`, `agree`, and `head` (the range
+acts on the head too, which the package leaves alone). One thread.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,17 @@ def order(count: int, steps: int, seed: int) -> list[Tensor]:
     return batches
 
 
+class WithHead(HiddenMatrices):
+    """The head is a matrix like the others."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__(lambda: [model])
+        self._head = model.lm_head.weight
+
+    def among(self, parameters: Sequence[Tensor]) -> list[bool]:
+        return [hidden or p is self._head for hidden, p in zip(super().among(parameters), parameters, strict=True)]
+
+
 def run(job: dict[str, Any], train: Tensor, held_out: Tensor) -> dict[str, Any]:
     """One training; the evaluation every 20 steps is not timed."""
     torch.manual_seed(job["seed"])
@@ -66,7 +79,8 @@ def run(job: dict[str, Any], train: Tensor, held_out: Tensor) -> dict[str, Any]:
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=job["lr"], betas=(job["b1"], job["b2"]), weight_decay=0.0, fused=True)
     width, counts = job.get("width"), list[Tensor]()
-    spectral = None if width is None else SpectralRange(width, HiddenMatrices(lambda: [model]))
+    matrices = WithHead(model) if job.get("head") else HiddenMatrices(lambda: [model])
+    spectral = None if width is None else SpectralRange(width, matrices)
     agreement = Agreement(optimizer, counts.append) if job.get("agree") else None
     torch.manual_seed(job["seed"])
     curve, altered, agreed, seconds = [], [], [], 0.0
