@@ -85,7 +85,7 @@ def file_of(script: Sequence[str]) -> Path | None:
 
 
 def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
-    """Defaults of this package that a run goes by: none for the stock Trainer, else all but the hyperparameters of other controllers.
+    """Defaults of this package that a run goes by: none for the stock Trainer, those of a config, or of several by controller.
 
     Args:
         arguments: All flags of the run; of several `--clip` the last one counts.
@@ -97,8 +97,7 @@ def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
     if chosen in CONTROLLERS and not any("parameter_rules" in argument.replace("-", "_") for argument in arguments):
         return AdaptiveClipConfig(controller=chosen).to_dict()
     # A file of settings, or rules, may name any controller.
-    every = [AdaptiveClipConfig(controller=other).to_dict() for other in CONTROLLERS]
-    return {key: value for defaults in every for key, value in defaults.items() if key != "controller"}
+    return {other: AdaptiveClipConfig(controller=other).to_dict() for other in CONTROLLERS}
 
 
 def _clip_of(arguments: Sequence[str]) -> str | None:

@@ -97,9 +97,13 @@ def warmup() -> Any:
     return setting(50, help=WARMUP_HELP, range="[2, inf)")
 
 
-@cache
 def settings_of(kind: type) -> dict[str, Setting]:
     """The settings of a dataclass by the names of their fields, in order."""
+    return _settings_of(kind)
+
+
+@cache
+def _settings_of(kind: type) -> dict[str, Setting]:
     types = get_type_hints(kind)
     found = {}
     for f in dataclasses.fields(kind):

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_adaclip.config import AdaptiveClipConfig, run_settings
 from hf_adaclip.controllers import CONTROLLERS
-from hf_adaclip.controllers.settings import keys_of
+from hf_adaclip.controllers.settings import Setting, keys_of
 from hf_adaclip.errors import ConfigError, LedgerError, StateError, UnsupportedSetupError
 from hf_adaclip.hints import near, near_clip, near_flag
 from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
@@ -31,28 +31,22 @@ STOCK: Final = ("stock", "none")
 PREFIX: Final = "clip_"
 """What the flags of a run's settings begin with, so that none is one of a script's own."""
 
-# A flag for each setting of the run that has one; None where it is not given.
-_Flags: Any = make_dataclass(
-    "_Flags",
-    [
-        ("clip", str, field(default="adaptive")),
-        *(
-            (
-                PREFIX + s.name,
-                (s.kind if s.kind in (bool, int, float) else str) | None,
-                field(
-                    default=None,
-                    metadata={
-                        "help": f"{s.help} Default: {s.default}.",
-                        **({"choices": list(s.choices)} if s.choices else {}),
-                    },
-                ),
-            )
-            for s in run_settings()
-            if s.flag
-        ),
-    ],
-)
+
+def _flag(s: Setting) -> tuple[str, Any, Any]:
+    """The field of a setting of the run, None where its flag is not given."""
+    metadata: dict[str, Any] = {"help": f"{s.help} Default: {s.default}."}
+    if s.choices:
+        metadata["choices"] = list(s.choices)
+    if s.kind is bool:
+        metadata.update(nargs="?", const=True)
+    kind = s.kind if s.kind in (bool, int, float) else str
+    return PREFIX + s.name, kind | None, field(default=None, metadata=metadata)
+
+
+FLAGS: Final = tuple(s for s in run_settings() if s.flag)
+"""Settings of the run that have a flag; the others are set with the controller, as NAME:FIELD=VALUE."""
+
+_Flags: Any = make_dataclass("_Flags", [("clip", str, field(default="adaptive")), *map(_flag, FLAGS)])
 
 
 @dataclass
@@ -89,7 +83,7 @@ class ClipArguments(_Flags):  # type: ignore[misc]  # made of the settings of th
                 f"`--clip` must be one of {', '.join((*STOCK, *CONTROLLERS))}, NAME:FIELD=VALUE,..., or the path of a JSON file, but is "
                 f"{self.clip!r} instead.{near_clip(self.clip, (*STOCK, *CONTROLLERS))}"
             )
-        given = {s.name: getattr(self, PREFIX + s.name) for s in run_settings() if s.flag}
+        given = {s.name: getattr(self, PREFIX + s.name) for s in FLAGS}
         config = AdaptiveClipConfig.resolve(
             self.clip if ":" in self.clip or self.clip in CONTROLLERS else Path(self.clip)
         )
@@ -198,9 +192,9 @@ def _moved(given: str) -> str:
     """A hint where somebody writes a setting of the config without what stands before it here."""
     flag = given.startswith("-")
     name = given.lstrip("-").split("=", 1)[0].replace("-", "_")
-    if name in {PREFIX + s.name for s in run_settings() if s.flag}:
+    if name in {PREFIX + s.name for s in FLAGS}:
         return ""
-    if name in {s.name for s in run_settings() if s.flag}:
+    if name in {s.name for s in FLAGS}:
         return f" Write `{'--' if flag else ''}{PREFIX}{name}`."
     owner = next((c for c, kind in CONTROLLERS.items() if name in keys_of(kind)), None)
     owner = "NAME" if name in {s.name for s in run_settings()} else owner
