@@ -182,8 +182,8 @@ def _rule_problems(config: Any, pattern: str, rule: Any) -> list[str]:
         ]
     if config.max_pace > 1 and kind is not None and not kind.paces:
         return [
-            f"`parameter_rules` must give 'adaptive' or 'exclude' to every pattern when `max_pace` > 1, but {pattern!r} gives {named!r} "
-            "instead: only 'adaptive' changes the pace, and all parameters have one."
+            f"`parameter_rules` for {pattern!r}: `max_pace` must be 1.0 with controller '{named}', but is {config.max_pace} instead: all "
+            "parameters have one pace, and only 'adaptive' changes it."
         ]
     try:
         config.for_pattern(pattern)

@@ -1,6 +1,5 @@
 """A new controller is one file and one line of the registry: config, flags, files, ledger and checkpoint follow from them."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -116,7 +115,7 @@ def test_it_trains_writes_a_ledger_is_verified_and_resumed(granularity, lane, tm
     assert (lines[0]["controller"], lines[0]["config"]["width"]) == ("toy", 1.2)
     assert any(line.get("reason") == "CLIPPED" for line in lines)
 
-    other = dataclasses.replace(config.settings, width=2.0)
+    other = ToyController(width=2.0, warmup_observations=4)
     third = Steps(config.replace(controller=other), tmp_path / "other.jsonl")
     with pytest.raises(StateError, match="width"):
         third.clipper.load_state(tmp_path)

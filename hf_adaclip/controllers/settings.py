@@ -134,7 +134,7 @@ def problems_of(instance: Any) -> dict[str, str]:
 
 def drafted(kind: type, values: Mapping[str, Any]) -> Any:
     """An object of a dataclass with these values of its settings, that nothing has looked at yet."""
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     for name, value in values.items():
         object.__setattr__(made, name, value)
     return made
