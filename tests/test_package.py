@@ -18,11 +18,10 @@ MAY_IMPORT = {
     "errors": (),
     "hints": (),
     "support": ("errors", "hints"),
-    "controllers": ("errors",),
-    "fields": (),
-    "migrate": ("errors",),
-    "validation": ("controllers", "errors", "fields", "hints"),
-    "config": ("controllers", "errors", "fields", "hints", "migrate", "validation"),
+    "controllers": ("errors", "hints"),
+    "flat": ("controllers", "errors", "hints"),
+    "validation": ("controllers", "errors", "hints"),
+    "config": ("controllers", "errors", "flat", "hints", "validation"),
     "gradients": ("config", "controllers", "errors"),
     "ledger": ("config", "controllers", "errors", "gradients"),
     "run": ("config", "controllers", "errors", "gradients", "ledger", "support"),
@@ -31,12 +30,12 @@ MAY_IMPORT = {
     "audit": ("config", "controllers", "errors", "gradients", "ledger", "run"),
     "telemetry": ("errors", "ledger"),
 }
-READERS = ("audit", "config", "controllers", "errors", "ledger", "run", "telemetry", "hints", "validation")
+READERS = ("audit", "config", "controllers", "errors", "ledger", "run", "telemetry", "hints", "flat")
 MAY_IMPORT["gauntlet"] = (*READERS,)
 MAY_IMPORT["report"] = (*READERS, "gauntlet")
 MAY_IMPORT["integrations"] = (*READERS, "clipper", "gradients", "ports", "report", "support", "metrics")
 MAY_IMPORT["metrics"] = ("errors",)
-MAY_IMPORT["compare"] = (*READERS, "fields", "integrations", "report")
+MAY_IMPORT["compare"] = (*READERS, "integrations", "report")
 MAY_IMPORT["cli"] = (*READERS, "compare", "gauntlet", "integrations", "report")
 
 
