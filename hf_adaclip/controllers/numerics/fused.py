@@ -3,8 +3,8 @@
 An update of `adaptive` is some 400 operations on single numbers. As tensor operations each costs the host a few microseconds and the device
 a kernel. Here the function is written down once (`symbols`) and made into one kernel (`kernel`). Why so, and not otherwise:
 
-- `torch.compile` needs a C compiler at run time and seconds at the start, and joins multiplications and additions unless several settings of
-  its own say no; nothing of what it makes for CUDA can be tried on a CPU. Here the text of the kernel is ours, and a test compiles it.
+- `torch.compile` needs a C compiler at run time and seconds at the start, and joins multiplications and additions unless several of its
+  settings say no; nothing of what it makes for CUDA can be tried on a CPU. Here the text of the kernel is ours, and a test compiles it.
 - A captured CUDA graph is one launch for the host, and still 400 kernels for the device; it wants buffers that stay where they are, and a
   memory pool beside the user's own graphs. This kernel keeps nothing: it is launched like any operation of torch, on the current stream.
 
@@ -23,8 +23,16 @@ from torch import Tensor
 
 from hf_adaclip.controllers.numerics.kernel import Argument, Launch, build
 from hf_adaclip.controllers.numerics.ops import Shape
-from hf_adaclip.controllers.numerics.symbols import BOOL, FLOAT, Leaf, NotTraceable, Place, Program, rebuild, trace
-from hf_adaclip.gradients.transfer import HOST, moved
+from hf_adaclip.controllers.numerics.symbols import (
+    BOOL,
+    FLOAT,
+    Leaf,
+    NotTraceableError,
+    Place,
+    Program,
+    rebuild,
+    trace,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +152,7 @@ def _kernel_of(
     leaves = [*fields, *(a.leaf for a in others)]
     try:
         program, outcome, rows = trace(function, (state, *tree), leaves)
-    except NotTraceable as why:
+    except NotTraceableError as why:
         logger.debug("Adaptive clipping: not made into one kernel: %s.", why)
         return None
     packed = [Argument(Leaf(FLOAT, sum(max(f.rows, 1) for f in fields)), shared=False)] if fields else []
@@ -152,8 +160,8 @@ def _kernel_of(
         launch = build(program, [*packed, *others], device)
         made = _Made(launch, program, outcome, tuple(rows))
         if not _gives_the_same(made, function, (state, *tree), fields, others, device):
-            raise RuntimeError("it differs from tensor operations on planted numbers")  # noqa: TRY301
-    except Exception as error:  # noqa: BLE001 # whatever the compilers of all machines may raise, a training goes on without
+            raise RuntimeError("it differs from tensor operations on planted numbers")
+    except Exception as error:  # whatever the compilers of all machines may raise, a training goes on without
         _tell(device.type, f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
         return None
     return made
@@ -162,8 +170,8 @@ def _kernel_of(
 @functools.cache
 def _tell(kind: str, why: str) -> None:
     logger.warning(
-        "Adaptive clipping: a decision on %s is made operation by operation, which takes the host about a millisecond longer a step, because "
-        "no kernel could be made of it (%s). The numbers are the same.",
+        "Adaptive clipping: a decision on %s costs up to some hundred small launches a step, because no kernel could be made of them (%s). "
+        "The numbers are the same.",
         kind,
         why,
     )
@@ -181,24 +189,34 @@ def _gives_the_same(
     rng = np.random.default_rng(0)
     arguments = [*(Argument(leaf, shared=False) for leaf in fields), *others]
     planted = [_planted(a, rng, strewn=i >= len(fields)) for i, a in enumerate(arguments)]
-    tensors = [moved(torch.from_numpy(p), device) for p in planted]
-    given: list[Any] = [float(p) if a.by_value else t for a, p, t in zip(others, planted[len(fields) :], tensors[len(fields) :], strict=True)]
+    tensors = [torch.tensor(p, dtype=torch.bool if p.dtype == bool else torch.float32, device=device) for p in planted]
+    given: list[Any] = [
+        float(p) if a.by_value else t
+        for a, p, t in zip(others, planted[len(fields) :], tensors[len(fields) :], strict=True)
+    ]
     if fields:
         given.insert(0, torch.cat([t.reshape(-1, CHECKED) for t in tensors[: len(fields)]]))
     floats, bools = made.launch(given, CHECKED)
     wanted: list[Tensor] = []
     rebuild(
         function(*rebuild(tree, lambda leaf: tensors[leaf.number] if isinstance(leaf, Place) else leaf)),
-        lambda value: wanted.extend(value.expand(*value.shape[:-1], CHECKED).reshape(-1, CHECKED) if value.dim() else value.expand(1, CHECKED))
-        if isinstance(value, Tensor)
-        else None,
+        lambda value: (
+            wanted.extend(
+                value.expand(*value.shape[:-1], CHECKED).reshape(-1, CHECKED)
+                if value.dim()
+                else value.expand(1, CHECKED)
+            )
+            if isinstance(value, Tensor)
+            else None
+        ),
     )
     found = [iter(() if t is None else t.unbind()) for t in (floats, bools)]
     same = []
     for want, kind in zip(wanted, made.program.kinds, strict=True):
         got = next(found[kind == BOOL])
         same.append((got == want) | ((got != got) & (want != want)))
-    return bool(np.from_dlpack(moved(torch.stack(same).all().to(torch.uint8), HOST)))
+    agree = torch.stack(same).all()
+    return bool(np.from_dlpack(agree) if device.type == "cpu" else agree)  # the one host read, as a run begins
 
 
 def _planted(argument: Argument, rng: np.random.Generator, *, strewn: bool) -> np.ndarray[Any, Any]:

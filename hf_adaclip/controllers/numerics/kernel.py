@@ -97,10 +97,10 @@ def cuda_source(program: Program, arguments: Sequence[Argument]) -> str:
             continue
         lane = "0" if shared else "lane"
         reads += [f"a{i}[{lane}]" if not row else f"a{i}[{row} * lanes + {lane}]" for row in range(max(leaf.rows, 1))]
-    parameters = [
-        f"double a{i}" if a.by_value else f"const {a.leaf.kind}* a{i}" for i, a in enumerate(arguments)
+    parameters = [f"double a{i}" if a.by_value else f"const {a.leaf.kind}* a{i}" for i, a in enumerate(arguments)]
+    lines = [
+        f"  const {o.kind} v{i} = {_expression(o, _CUDA, reads, _bits)};" for i, o in enumerate(program.operations)
     ]
-    lines = [f"  const {o.kind} v{i} = {_expression(o, _CUDA, reads, _bits)};" for i, o in enumerate(program.operations)]
     lines += [f"  {target} = v{line};" for line, target in zip(program.results, _targets(program), strict=True)]
     return "\n".join(
         [
@@ -147,7 +147,9 @@ def build(program: Program, arguments: Sequence[Argument], device: torch.device)
         return _python_kernel(program, arguments)
     if device.type == "cuda" and torch.version.hip is None:
         return _cuda_kernel(program, arguments, device)
-    raise NotImplementedError(f"no kernels are made for {device.type}" + (" with ROCm" if device.type == "cuda" else ""))
+    raise NotImplementedError(
+        f"no kernels are made for {device.type}" + (" with ROCm" if device.type == "cuda" else "")
+    )
 
 
 def _cuda_kernel(program: Program, arguments: Sequence[Argument], device: torch.device) -> Launch:
@@ -233,6 +235,6 @@ def _function(program: Program, table: dict[str, str]) -> Callable[..., tuple[An
     lines = [f"  v{i} = {_expression(o, table, names, constant)}" for i, o in enumerate(program.operations)]
     results = "".join(f"v{line}, " for line in program.results)
     scope: dict[str, Any] = {"np": np, **constants}
-    exec("\n".join([f"def step({', '.join([*names, '*_'])}):", *lines, f"  return ({results})"]), scope)  # noqa: S102
+    exec("\n".join([f"def step({', '.join([*names, '*_'])}):", *lines, f"  return ({results})"]), scope)
     made: Callable[..., tuple[Any, ...]] = scope["step"]
     return made

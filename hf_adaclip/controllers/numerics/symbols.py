@@ -1,7 +1,8 @@
 """A function of float32 numbers, written down as the operations that it makes: what one kernel is then made of.
 
 Controllers are elementwise and have no branch that depends on a value, so a single call with symbols in place of numbers shows all that
-they will ever do. What cannot be written down so (a long window that is sorted) raises `NotTraceable`, and stays a chain of tensor operations.
+they will ever do. What cannot be written down so (a long window that is sorted) raises `NotTraceableError`, and stays a chain of tensor
+operations.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ MOST_ROWS: Final = 16
 FLOAT, BOOL = "float", "bool"
 
 
-class NotTraceable(Exception):
+class NotTraceableError(Exception):
     """The function does something that a list of operations on single numbers cannot say."""
 
 
@@ -101,7 +102,7 @@ class Symbol:
         return self.ops.apply("not", self, takes=BOOL, kind=BOOL)
 
     def __bool__(self) -> bool:
-        raise NotTraceable("a branch depends on a value")
+        raise NotTraceableError("a branch depends on a value")
 
     __hash__ = object.__hash__
 
@@ -118,7 +119,7 @@ class SymbolOps:
     def apply(self, name: str, *arguments: Any, takes: str = FLOAT, kind: str = FLOAT) -> Symbol:
         """The symbol of one more operation."""
         if any(not isinstance(a, Symbol) or a.kind != takes for a in arguments):
-            raise NotTraceable(f"'{name}' of something else than {takes}")
+            raise NotTraceableError(f"'{name}' of something else than {takes}")
         return self._line(name, tuple(a.line for a in arguments), kind)
 
     def input(self, place: int, kind: str) -> Symbol:
@@ -157,7 +158,7 @@ class SymbolOps:
 
     def full(self, shape: Shape, value: float) -> Symbol:
         if shape:
-            raise NotTraceable("a vector is made")
+            raise NotTraceableError("a vector is made")
         return self(value)
 
     def expand(self, value: Value, shape: Shape) -> Value:
@@ -169,7 +170,7 @@ class SymbolOps:
     def where(self, condition: Value, yes: Value, no: Value) -> Symbol:
         known = all(isinstance(v, Symbol) for v in (condition, yes, no))
         if not known or condition.kind != BOOL or yes.kind != no.kind:
-            raise NotTraceable("'where' of something else than numbers")
+            raise NotTraceableError("'where' of something else than numbers")
         return self._line("where", (condition.line, yes.line, no.line), yes.kind)
 
     def minimum(self, a: Value, b: Value) -> Symbol:
@@ -208,7 +209,7 @@ class SymbolOps:
         return [self.where(row < self(float("inf")), row, self(0.0)) for row in self._rows(history)]
 
     def join(self, values: list[Value]) -> Value:
-        raise NotTraceable("vectors are joined")
+        raise NotTraceableError("vectors are joined")
 
     def take_apart(self, a: Value) -> tuple[Symbol, Symbol]:
         return self.apply("exponent", a), self.apply("mantissa", a)
@@ -218,7 +219,7 @@ class SymbolOps:
 
     def _rows(self, history: Value) -> list[Symbol]:
         if not isinstance(history, list):
-            raise NotTraceable("rows of something else than a window")
+            raise NotTraceableError("rows of something else than a window")
         return list(history)
 
 
@@ -246,14 +247,14 @@ def trace(function: Callable[..., Any], tree: Any, leaves: Sequence[Leaf]) -> tu
         The program; the result as nested tuples with `Place`s in place of values; the rows of each of those.
 
     Raises:
-        NotTraceable: It does what no program can.
+        NotTraceableError: It does what no program can.
     """
     ops = SymbolOps()
     made: list[Any] = []
     place = 0
     for kind, rows in leaves:
         if rows > MOST_ROWS:
-            raise NotTraceable(f"a window of {rows} norms")
+            raise NotTraceableError(f"a window of {rows} norms")
         inputs = [ops.input(place + i, kind) for i in range(max(rows, 1))]
         made.append(inputs if rows else inputs[0])
         place += len(inputs)
@@ -267,12 +268,12 @@ def trace(function: Callable[..., Any], tree: Any, leaves: Sequence[Leaf]) -> tu
             return Place(len(rows_of) - 1)
         if value is None or isinstance(value, bool):
             return value
-        raise NotTraceable(f"a result of type {type(value).__name__}")
+        raise NotTraceableError(f"a result of type {type(value).__name__}")
 
     try:
         result = function(*rebuild(tree, lambda leaf: made[leaf.number] if isinstance(leaf, Place) else leaf))
     except (TypeError, AttributeError) as error:  # what only a tensor or an array can do
-        raise NotTraceable(str(error)) from error
+        raise NotTraceableError(str(error)) from error
     outcome = rebuild(result, keep)
     return ops.program(found), outcome, rows_of
 
