@@ -42,9 +42,8 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 # What torch does without a kernel.
 _FREE = frozenset(
-    ("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided")
-    + ("expand", "lift_fresh", "select", "slice", "split", "split_with_sizes", "squeeze", "unbind", "unsqueeze")
-    + ("view", "view_as_real")
+    "_reshape_alias _unsafe_view alias as_strided detach empty empty_like empty_strided expand lift_fresh select slice split "
+    "split_with_sizes squeeze unbind unsqueeze view view_as_real".split()
 )
 
 
@@ -88,7 +87,7 @@ def device_lane(*, kernels: bool = True) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(ops, "HOST_DEVICES", frozenset()))
         if not kernels:
-            stack.enter_context(mock.patch.object(fused, "_kernel_of", lambda *_: None))
+            stack.enter_context(mock.patch.object(fused, "_kernel_of", return_value=None))
         yield
 
 

@@ -70,7 +70,9 @@ def rule_of(settings, shape):
     controller = build_controller(config)
     if shape:
         return GroupRule(controller)
-    return GlobalRule(controller, shadow=config.shadow, leaves_out="skip" in settings.values(), paced=config.max_pace > 1)
+    return GlobalRule(
+        controller, shadow=config.shadow, leaves_out="skip" in settings.values(), paced=config.max_pace > 1
+    )
 
 
 def stream(rng, shape, reach):
@@ -120,7 +122,9 @@ def test_the_text_of_the_cuda_kernel_gives_these_bits_too(settings, rng, tmp_pat
     def compiled(program, arguments, device):
         text = cuda_source(program, arguments)
         texts.append(text)
-        pointers = [f"*(double*)a[{i}]" if a.by_value else f"(const {a.leaf.kind}*)a[{i}]" for i, a in enumerate(arguments)]
+        pointers = [
+            f"*(double*)a[{i}]" if a.by_value else f"(const {a.leaf.kind}*)a[{i}]" for i, a in enumerate(arguments)
+        ]
         count = len(arguments)
         loop = LOOP % ", ".join([*pointers, f"(float*)a[{count}]", f"(bool*)a[{count + 1}]"])
         source, library = tmp_path / f"{len(texts)}.cc", tmp_path / f"{len(texts)}.so"
