@@ -42,8 +42,11 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 # What torch does without a kernel.
 _FREE = frozenset(
-    "_reshape_alias _unsafe_view alias as_strided detach empty empty_like empty_strided expand lift_fresh select slice split "
-    "split_with_sizes squeeze unbind unsqueeze view view_as_real".split()
+    (
+        *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided"),
+        *("expand", "lift_fresh", "select", "slice", "split", "split_with_sizes", "squeeze", "unbind", "unsqueeze"),
+        *("view", "view_as_real"),
+    )
 )
 
 

@@ -22,6 +22,7 @@ class Bound(Protocol):
     looks_at: ClassVar[Literal["weights", "second moment"]]
 
     def bound(self, reference: Tensor) -> Tensor: ...
+    def bounds(self, references: list[Tensor]) -> list[Tensor]: ...
 
 
 class FineClip:
@@ -119,7 +120,7 @@ class FineClip:
     ) -> "_Part":
         """Bound the elements of some gradients on one device."""
         assert self._moments is not None
-        bounds = [self._rule.bound(root) for root in self._moments.roots(weights, corrections)]
+        bounds = self._rule.bounds(self._moments.roots(weights, corrections))
         numbers = [g.float() for g in gradients]
         if not act:
             numbers = [n.clone() if n is g else n for n, g in zip(numbers, gradients, strict=True)]

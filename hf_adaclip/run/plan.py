@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from hf_adaclip.controllers.base import Controller, Decision, Observation, coefficient_of, is_finite_norm
 from hf_adaclip.controllers.numerics.ops import Ops, Value, ops_of
 from hf_adaclip.gradients.fused import scale_of
+from hf_adaclip.ledger.records import Summary, shares, whole
 
 
 class StepPlan(NamedTuple):
@@ -120,7 +121,7 @@ class GlobalRule:
 
 @dataclass(frozen=True)
 class GroupRule:
-    """The part that is decided for each group by itself.
+    """The part that is decided for each group by itself, and what it adds to the step as a whole.
 
     Args:
         controller: Who decides.
@@ -128,7 +129,46 @@ class GroupRule:
 
     controller: Controller[Any]
 
-    def __call__(self, state: Any, seen: Observation) -> tuple[Any, Decision]:
-        """The state after the step, and the decision."""
+    def __call__(self, state: Any, seen: Observation, norm: Value) -> tuple[Any, Decision, Value, Any]:
+        """The state after the step, the decision, and what `shares` gives; `norm` is that of all groups together."""
         decision, after = self.controller.update(state, seen)
-        return after, decision
+        ops = ops_of(seen.norm)
+        pace = ops.expand(decision.pace, ops.shape(seen.norm))
+        return after, decision, *shares(norm, seen.norm, decision.coefficient, pace, decision.reason, ops)
+
+
+@dataclass(frozen=True)
+class WholeRule:
+    """What follows for the step as a whole.
+
+    Args:
+        shadow, leaves_out, paced: As for `plan`.
+    """
+
+    shadow: bool
+    leaves_out: bool
+    paced: bool
+
+    def __call__(
+        self, _: Any, norm: Value, squares: Value, worst: Value, altered: Value, slowest: Value, seen: Observation
+    ) -> tuple[Summary, StepPlan, Value]:
+        """Summary, plan (but for the coefficients of the groups), and what ranks compare; of `seen`, the static threshold and `left`."""
+        ops = ops_of(norm)
+        finite = is_finite_norm(norm, ops)
+        summary = whole(norm, squares, worst, altered, slowest, ops=ops)
+        planned = plan(
+            Decision(*summary),
+            summary.pace,
+            norm,
+            finite,
+            static=seen.static_threshold,
+            shadow=self.shadow,
+            bounded=seen.left is not None,
+            leaves_out=self.leaves_out,
+            paced=self.paced,
+            ops=ops,
+        )
+        if not ops.on_host:
+            planned = planned._replace(left_out=ops.where(planned.taken, ops(0.0), ops(1.0)))
+        kept = ops.where(finite & (norm > ops(0.0)), summary.coefficient, ops(-1.0))
+        return summary, planned, kept

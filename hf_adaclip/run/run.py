@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Observation, build_controller, leaves_out
-from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.numerics.fused import Fused
 from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Value, ops_for
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
@@ -22,13 +21,12 @@ from hf_adaclip.ledger.records import (
     state_from_tensors,
     state_to_json,
     state_to_tensors,
-    summarise,
 )
 from hf_adaclip.run.alerts import Alerts
 from hf_adaclip.run.checkpoint import BESIDE, read_state, write_state
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent
-from hf_adaclip.run.plan import Decided, GlobalRule, GroupRule, StepPlan, plan
+from hf_adaclip.run.plan import Decided, GlobalRule, GroupRule, StepPlan, WholeRule
 from hf_adaclip.run.ranks import RankCheck
 from hf_adaclip.run.recorder import Recorder, start_recorder
 from hf_adaclip.support import check_device
@@ -60,7 +58,7 @@ class Run:
         # Made at the first step, when device and number of tensors are known.
         self._state: tuple[Value, ...] | None = None
         self._ops: Ops | None = None
-        self._rule: Callable[..., Any] | None = None
+        self._rules: list[Callable[..., Any]] | None = None  # made at the first step
         self._device = torch.device("cpu")
         self._static: tuple[float, Value] | None = None
         self.recorder: Recorder | None = None
@@ -159,7 +157,7 @@ class Run:
             if moved:
                 self._state = carry_over(self._state, loaded, keeping, restarted, ops)
         self._ops, self._device, self._keeping, self._loaded, self._loaded_keeping = ops, device, keeping, None, None
-        self._rule = None
+        self._rules = None
         self._start_recorder(restarted if moved else None)
         return ops
 
@@ -186,7 +184,7 @@ class Run:
         if ledger is not None:
             self._parent = {"sha256": ledger.head, "step": self.step}
             ledger.close()
-        self._keeping, self._rule = keeping, None
+        self._keeping, self._rules = keeping, None
         before = self.recorder
         self._start_recorder(restarted)
         self.recorder.take_over(before)
@@ -279,24 +277,30 @@ class Run:
 
     def _decide(self, norm: Value, seen: Observation) -> tuple[Any, Decided, Summary]:
         """State, plan and summary of one step; on an accelerator in as few launches as can be."""
-        ops, config, controller = self.ops, self.config, self._keeping.controller
-        ways = {"shadow": config.shadow, "leaves_out": leaves_out(config), "paced": config.max_pace > 1}
-        if self._rule is None:
-            groups = self.num_tensors
-            rule = GroupRule(controller) if groups else GlobalRule(controller, **ways)
-            self._rule = rule if ops.on_host else Fused(rule, self._device, (groups,) if groups else ())
+        if self._rules is None:
+            self._rules = self._make_rules()
         if not self.num_tensors:
-            state, decided = self._rule(self._state, seen._replace(step_finite=None))
+            [rule] = self._rules
+            state, decided = rule(self._state, seen._replace(step_finite=None))
             return state, decided, Summary(*decided.decision)
-        state, decision = self._rule(self._state, seen)
-        summary = summarise(norm, seen.norm, *decision)
-        finite = is_finite_norm(norm, ops) if seen.step_finite is None else seen.step_finite
-        static, bounded = seen.static_threshold, seen.left is not None
-        planned = plan(decision, summary.pace, norm, finite, static=static, bounded=bounded, ops=ops, **ways)
-        kept = None
-        if self.ranks is not None:
-            kept = ops.where(finite & (norm > ops(0.0)), summary.coefficient, ops(-1.0))
+        each, together = self._rules
+        state, decision, squares, extremes = each(self._state, seen, norm)
+        # In one launch they stand in one tensor; made operation by operation, or on the host, they do not.
+        largest = extremes.amax(dim=1).unbind() if isinstance(extremes, Tensor) else [row.max() for row in extremes]
+        rest = seen._replace(norm=None, loss=None, step_finite=None, reach=None)
+        summary, planned, kept = together((), norm, squares.sum(), *largest, rest)
+        if planned.by_group:
+            planned = planned._replace(coefficient=decision.coefficient)
         return state, Decided(decision, planned, kept), summary
+
+    def _make_rules(self) -> list[Callable[..., Any]]:
+        config, controller, groups = self.config, self._keeping.controller, self.num_tensors
+        ways = {"shadow": config.shadow, "leaves_out": leaves_out(config), "paced": config.max_pace > 1}
+        rules = [GroupRule(controller), WholeRule(**ways)] if groups else [GlobalRule(controller, **ways)]
+        if self.ops.on_host:
+            return [*rules]
+        shapes = [(groups,), ()] if groups else [()]
+        return [Fused(rule, self._device, shape) for rule, shape in zip(rules, shapes, strict=True)]
 
     def flush(self) -> None:
         """Read the rows that wait on the device (the one host read), count them, write the ledger, tell of events.

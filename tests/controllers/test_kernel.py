@@ -89,6 +89,8 @@ def stream(rng, shape, reach):
 
 
 def leaves(tree):
+    if isinstance(tree, list):  # of rows
+        tree = torch.stack(tree)
     if isinstance(tree, tuple):
         return [leaf for child in tree for leaf in leaves(child)]
     return [tree] if isinstance(tree, torch.Tensor) else []
@@ -106,9 +108,10 @@ def test_one_launch_gives_the_bits_of_tensor_operations(settings, shape, rng):
     state = plain = rule.controller.init(tensor_ops(CPU), shape)
     made = Fused(rule, CPU, shape)
     for step, seen in enumerate(stream(rng, shape, "max_pace" in settings)):
-        plain, want = rule(plain, seen)
-        state, got = made(state, seen)
-        for a, b in zip(leaves((state, got)), leaves((plain, want)), strict=True):
+        more = [seen.norm.max()] if shape else []
+        plain, *want = rule(plain, seen, *more)
+        state, *got = made(state, seen, *more)
+        for a, b in zip(leaves((state, *got)), leaves((plain, *want)), strict=True):
             assert a.shape == torch.broadcast_shapes(b.shape, shape), step
             assert bits((a,)) == bits((b.expand(a.shape),)), step
     assert made.launches == 1

@@ -198,23 +198,17 @@ def _gives_the_same(
         given.insert(0, torch.cat([t.reshape(-1, CHECKED) for t in tensors[: len(fields)]]))
     floats, bools = made.launch(given, CHECKED)
     wanted: list[Tensor] = []
-    rebuild(
-        function(*rebuild(tree, lambda leaf: tensors[leaf.number] if isinstance(leaf, Place) else leaf)),
-        lambda value: (
-            wanted.extend(
-                value.expand(*value.shape[:-1], CHECKED).reshape(-1, CHECKED)
-                if value.dim()
-                else value.expand(1, CHECKED)
-            )
-            if isinstance(value, Tensor)
-            else None
-        ),
-    )
+
+    def want(value: Any) -> None:
+        for row in value if isinstance(value, list) else [value] if isinstance(value, Tensor) else ():
+            wanted.extend(row.expand(*row.shape[:-1], CHECKED).reshape(-1, CHECKED).unbind())
+
+    rebuild(function(*rebuild(tree, lambda leaf: tensors[leaf.number] if isinstance(leaf, Place) else leaf)), want)
     found = [iter(() if t is None else t.unbind()) for t in (floats, bools)]
     same = []
-    for want, kind in zip(wanted, made.program.kinds, strict=True):
+    for right, kind in zip(wanted, made.program.kinds, strict=True):
         got = next(found[kind == BOOL])
-        same.append((got == want) | ((got != got) & (want != want)))
+        same.append((got == right) | ((got != got) & (right != right)))
     agree = torch.stack(same).all()
     return bool(np.from_dlpack(agree) if device.type == "cpu" else agree)  # the one host read, as a run begins
 
