@@ -37,6 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "adaptive, all limits": LIMITS,
     "adaptive, pace and all limits": {"max_pace": 4.0, **LIMITS},
     "adaptive, per tensor": {"granularity": "tensor"},
+    "adaptive, another static threshold for one tensor": {"parameter_rules": {"1": {"static_threshold": 2.0}}},
     **{name: {"controller": name} for name in CONTROLLERS if name != "adaptive"},
     "second_moment": {"controller": "second_moment", "warmup_observations": 2},  # acts only afterwards
 }
@@ -101,7 +102,7 @@ def launches(settings: dict[str, Any], *, kernels: bool = True, tensors: int = 2
         model = torch.nn.ParameterList(torch.nn.Parameter(torch.randn(4, 8)) for _ in range(tensors))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         config = AdaptiveClipConfig(self_test=False, **settings)
-        clipper = AdaptiveClipper(config, optimizer=optimizer)
+        clipper = AdaptiveClipper(config, optimizer=optimizer, model=model)
         for step in range(steps):
             loss = torch.stack([p.square().sum() for p in model]).sum()
             loss.backward()

@@ -1,8 +1,10 @@
 """Many operations in one launch: the same bits as operation by operation, and the same training where no kernel can be made."""
 
 import ctypes
+import itertools
 import shutil
 import subprocess
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -250,3 +252,16 @@ def test_a_function_that_branches_on_a_value_is_not_taken_for_one_that_does_not(
     made = Fused(branches, CPU, ())
     assert [float(made((), torch.tensor(v))[1]) for v in (0.5, 2.0)] == [0.5, 3.0]
     assert made.launches is None
+
+
+def test_different_controllers_for_different_tensors_are_a_launch_each(rng):
+    config = AdaptiveClipConfig(**SHORT, parameter_rules={"a": {"controller": "zscore"}, "b": "exclude"})
+    controller = build_controller(config, [(None, 3), ("a", 2), ("b", 1)])
+    state = plain = controller.init(tensor_ops(CPU), (6,))
+    for seen in itertools.islice(stream(rng, (6,), reach=False), 200):
+        decision, state = controller.update(state, seen)
+        with unittest.mock.patch.object(fused, "_kernel_of", return_value=None):
+            apart = build_controller(config, [(None, 3), ("a", 2), ("b", 1)])
+            want, plain = apart.update(plain, seen)
+        assert bits((decision, state)) == bits((want, plain))
+    assert [made.launches for made in controller._launches.values()] == [1, 1]

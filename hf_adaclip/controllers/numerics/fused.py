@@ -14,6 +14,7 @@ or differs, one line says so, and the operations are made one by one as before.
 
 import functools
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -90,8 +91,7 @@ class Fused:
         if made is None:
             return self._function(state, *more)
         if state:
-            packed = self._packed if state is self._state else self._pack(state)
-            values.insert(0, packed)
+            values.insert(0, self._pack(state))
         return self._results(made, made.launch(values, self._lanes), len(state))
 
     @property
@@ -103,6 +103,9 @@ class Fused:
         return int(value.shape[0]) if value.dim() > len(self._shape) else 0
 
     def _pack(self, state: tuple[Any, ...]) -> Tensor:
+        """A state as one tensor: that of the last launch, or one more launch."""
+        if self._packed is not None and self._state is not None and all(map(operator.is_, state, self._state)):
+            return self._packed
         return torch.cat([field.reshape(-1, self._lanes) for field in state])
 
     def _make(self, state: tuple[Any, ...], tree: Any, kinds: tuple[tuple[str, int, bool, bool], ...]) -> _Made | None:
