@@ -111,7 +111,7 @@ class FineClip:
         beyond = norms > bound
         if act:
             # By 1 where nothing is to change, which leaves the bits alone.
-            factors = torch.where(beyond, bound / norms, 1.0).split([n.numel() for n in found])
+            factors = torch.split(torch.where(beyond, bound / norms, 1.0), [n.numel() for n in found])
             torch._foreach_mul_(gradients, [f.view(n.shape) for f, n in zip(factors, found, strict=True)])
         return _Part(torch.where(beyond, bound, norms).double().square().sum(), beyond.any())
 

@@ -45,8 +45,8 @@ def _scale_on_device(gradients: list[Tensor], coefficient: Tensor) -> None:
         return
     for device in {g.device for g in gradients}:
         factors = moved(coefficient, device).unbind()
-        members = [(g, f) for g, f in zip(gradients, factors, strict=True) if g.device == device]
-        torch._foreach_mul_([g for g, _ in members], [f for _, f in members])
+        here = [(g, f) for g, f in zip(gradients, factors, strict=True) if g.device == device]
+        torch._foreach_mul_([g for g, _ in here], [f for _, f in here])
 
 
 def _by_device_and_dtype(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Observation, build_controller, leaves_out
-from hf_adaclip.controllers.numerics.fused import Fused
-from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Value, ops_for
+from hf_adaclip.controllers.numerics.fused import Fused, failures
+from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, Value, ops_for
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients.groups import Grouping
@@ -259,6 +259,9 @@ class Run:
         with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
             seen = Observation(observed, loss, self.static, finite, left, reach)
             self._state, decided, summary = self._decide(norm, seen)
+        if not self._ops.on_host:
+            for sentence in failures(self._device):
+                self.alerts.warn_once(sentence)
         if self.ranks is not None:
             self.ranks.add(self.step, norm, summary.threshold, decided.kept, summary.pace)
             if self._ops.on_host:
@@ -296,10 +299,12 @@ class Run:
     def _make_rules(self) -> list[Callable[..., Any]]:
         config, controller, groups = self.config, self._keeping.controller, self.num_tensors
         ways = {"shadow": config.shadow, "leaves_out": leaves_out(config), "paced": config.max_pace > 1}
-        rules = [GroupRule(controller), WholeRule(**ways)] if groups else [GlobalRule(controller, **ways)]
+        rules: list[Callable[..., Any]] = [GlobalRule(controller, **ways)]
+        if groups:
+            rules = [GroupRule(controller), WholeRule(**ways)]
         if self.ops.on_host:
-            return [*rules]
-        shapes = [(groups,), ()] if groups else [()]
+            return rules
+        shapes: list[Shape] = [(groups,), ()] if groups else [()]
         return [Fused(rule, self._device, shape) for rule, shape in zip(rules, shapes, strict=True)]
 
     def flush(self) -> None:

@@ -13,7 +13,6 @@ or differs, one line says so, and the operations are made one by one as before.
 """
 
 import functools
-import logging
 import operator
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
@@ -34,8 +33,6 @@ from hf_adaclip.controllers.numerics.symbols import (
     rebuild,
     trace,
 )
-
-logger = logging.getLogger(__name__)
 
 CHECKED: Final = 512
 """Planted lanes on which a kernel has to give the bits of the tensor operations, before it is used."""
@@ -110,7 +107,8 @@ class Fused:
 
     def _make(self, state: tuple[Any, ...], tree: Any, kinds: tuple[tuple[str, int, bool, bool], ...]) -> _Made | None:
         fields = tuple(Leaf(FLOAT, self._rows_of(field)) for field in state)
-        whole = type(state)(*map(Place, range(len(fields)))) if state else ()
+        places = map(Place, range(len(fields)))
+        whole = rebuild(state, lambda _: next(places))
         shifted = rebuild(tree, lambda leaf: Place(leaf.number + len(fields)) if isinstance(leaf, Place) else leaf)
         others = tuple(Argument(Leaf(kind, rows), shared, by_value) for kind, rows, shared, by_value in kinds)
         return _kernel_of(self._function, whole, shifted, fields, others, bool(self._shape), self._device)
@@ -155,8 +153,7 @@ def _kernel_of(
     leaves = [*fields, *(a.leaf for a in others)]
     try:
         program, outcome, rows = trace(function, (state, *tree), leaves)
-    except NotTraceableError as why:
-        logger.debug("Adaptive clipping: not made into one kernel: %s.", why)
+    except NotTraceableError:
         return None
     packed = [Argument(Leaf(FLOAT, sum(max(f.rows, 1) for f in fields)), shared=False)] if fields else []
     try:
@@ -165,19 +162,23 @@ def _kernel_of(
         if not _gives_the_same(made, function, (state, *tree), fields, others, device):
             raise RuntimeError("it differs from tensor operations on planted numbers")
     except Exception as error:  # whatever the compilers of all machines may raise, a training goes on without
-        _tell(device.type, f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        if why not in (known := _failed.setdefault(device.type, [])):
+            known.append(why)
         return None
     return made
 
 
-@functools.cache
-def _tell(kind: str, why: str) -> None:
-    logger.warning(
-        "Adaptive clipping: a decision on %s costs up to some hundred small launches a step, because no kernel could be made of them (%s). "
-        "The numbers are the same.",
-        kind,
-        why,
-    )
+def failures(device: torch.device) -> list[str]:
+    """In words, why kernels could not be made or used on a kind of device, though they should; for whoever can tell people."""
+    return [
+        f"a decision on {device.type} costs up to some hundred small launches a step, because no kernel could be made of them ({why}). The "
+        "numbers are the same."
+        for why in _failed.get(device.type, ())
+    ]
+
+
+_failed: dict[str, list[str]] = {}
 
 
 def _gives_the_same(

@@ -118,7 +118,7 @@ def _expression(
 ) -> str:
     name, arguments, _ = operation
     if name == "input":
-        return reads[arguments[0]]
+        return str(reads[arguments[0]])
     if name == "constant":
         return constant(np.float32(float.fromhex(arguments[0])))
     return table[name].format(*(f"v{line}" for line in arguments))
@@ -171,10 +171,17 @@ def _cuda_kernel(program: Program, arguments: Sequence[Argument], device: torch.
 
 def _compiled(source: str, device: torch.device) -> Any:
     """By NVRTC, which comes with torch. Not by `torch.cuda._compile_kernel` (2.13), which needs the headers of an installed CUDA toolkit
-    and a build environment, and this text needs neither."""
+    and a build environment, and this text needs neither.
+
+    Private names of torch that are relied on (2.13): `torch.cuda._utils._get_nvrtc_library` and `_cuda_load_module`; without them no kernel
+    is made.
+    """
     from torch.cuda import _utils
 
-    nvrtc = _utils._get_nvrtc_library()
+    try:
+        nvrtc = _utils._get_nvrtc_library()
+    except OSError:  # not on the path of libraries; one of torch's own is linked with it, and gives its functions too
+        nvrtc = ctypes.CDLL(f"{torch.__path__[0]}/lib/libcaffe2_nvrtc.so")
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}".encode(), b"--fmad=false"]
 
