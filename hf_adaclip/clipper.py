@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
-from hf_adaclip.controllers import leaves_out
 from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.errors import ConfigError, StateError
@@ -42,7 +41,7 @@ from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent
 from hf_adaclip.run.explain import describe
 from hf_adaclip.run.per_parameter import PerParameter
-from hf_adaclip.run.plan import StepPlan, plan
+from hf_adaclip.run.plan import StepPlan
 from hf_adaclip.run.ranks import RankCheck, world_size
 from hf_adaclip.run.recorder import is_rank_zero
 from hf_adaclip.run.run import Run
@@ -133,7 +132,6 @@ class AdaptiveClipper:
         self._guards = Guards(() if in_engine else optimizers, scaler=scaled)
         writes = is_rank_zero() if is_main_process is None else is_main_process
         self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=scaled)
-        self._leaves_out = leaves_out(config)
         self._follower = EngineFollower(self._port, self._run) if in_engine and self._port is not None else None
         self._check = FirstStepCheck(enabled=config.self_test)
         self._absence = AbsenceCheck(self.alerts.warn_once)
@@ -241,28 +239,15 @@ class AdaptiveClipper:
             kept.look_again(gradients)
         scope, ops = kept.scope, run.ops
         norm = to_value(total, ops)
-        finite = is_finite_norm(norm, ops)
+        finite = None if scope.grouping is None else is_finite_norm(norm, ops)
         observed = scope.observe(gradients, norms, norm, finite, ops)
         left = scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._observe(loss, total.device)
         scale = None if self._port is None else self._port.loss_scale
         reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
-        decision, pace = run.decide(norm, observed, seen_loss, finite, loss_scale=scale, left=left, reach=reach)
+        planned = run.decide(norm, observed, seen_loss, finite, loss_scale=scale, left=left, reach=reach)
         if kept.reach is not None:
-            kept.reach.pace = 1.0 if self.config.shadow else pace
-
-        planned = plan(
-            decision,
-            pace,
-            norm,
-            finite,
-            static=run.static,
-            shadow=self.config.shadow,
-            bounded=left is not None,
-            leaves_out=self._leaves_out,
-            paced=self.config.max_pace > 1,
-            ops=ops,
-        )
+            kept.reach.pace = 1.0 if planned.pace is None else planned.pace
         measure = run.step % MEASURE_EVERY == 0 if measure is None else measure
         self._apply_(gradients, planned, total.device, measure=measure)
         kept.clipped(gradients)
@@ -277,7 +262,9 @@ class AdaptiveClipper:
             coefficient = kept.scope.coefficients(gradients, coefficient, device, ops)
         checks = self._check.pending and self._guards.in_use and bool(gradients.tensors)
         # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
-        fold = scale_of(coefficient, ops) if kept.why_not_folded is None and not checks else None
+        fold = None
+        if kept.why_not_folded is None and not checks:
+            fold = scale_of(coefficient, ops) if planned.fold is None else planned.fold
         if fold is None and gradients.tensors:
             scale_(gradients.tensors, coefficient)
         if checks:
@@ -285,6 +272,7 @@ class AdaptiveClipper:
         self._guards.arm(
             gradients,
             finite=planned.taken,
+            left_out=planned.left_out,
             pace=planned.pace,
             ops=ops,
             measure=weakly(self._measure) if measure or checks else None,

@@ -49,7 +49,7 @@ class Scope:
             self.grouping = group(config, count, names, everything)
             self._norms = GroupNorms(self.grouping)
 
-    def observe(self, gradients: Gradients, norms: Tensor, norm: Value, finite: Value, ops: Ops) -> Value:
+    def observe(self, gradients: Gradients, norms: Tensor, norm: Value, finite: Value | None, ops: Ops) -> Value:
         """What the controller judges: the global norm, or those of groups."""
         return norm if self._norms is None else self._norms.spread(gradients, norms, finite, ops)
 
