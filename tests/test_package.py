@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "ledger": ("config", "controllers", "errors", "gradients"),
     "run": ("config", "controllers", "errors", "gradients", "ledger", "support"),
     "ports": ("config", "controllers", "errors", "gradients", "run", "support"),
-    "clipper": ("config", "controllers", "errors", "gradients", "hints", "ports", "run", "support"),
+    "drivers": ("config", "controllers", "errors", "gradients", "ports", "run", "support"),
+    "clipper": ("config", "controllers", "drivers", "errors", "gradients", "hints", "ports", "run", "support"),
     "audit": ("config", "controllers", "errors", "gradients", "ledger", "run"),
     "telemetry": ("errors", "ledger"),
 }

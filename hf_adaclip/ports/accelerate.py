@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError, StateError
 from hf_adaclip.gradients.step_watch import StepWatch
+from hf_adaclip.run.ranks import RankCheck
 from hf_adaclip.support import check_accelerator, distributed_type
 
 
@@ -22,6 +23,8 @@ class AcceleratorPort:
     Raises:
         UnsupportedSetupError: Its distributed setup is not supported.
     """
+
+    ranks_known = True
 
     def __init__(self, accelerator: Any) -> None:
         self.how = check_accelerator(accelerator)
@@ -53,11 +56,11 @@ class AcceleratorPort:
             )
         return wrapped.engine
 
-    @property
-    def ranks_decide_alike(self) -> bool:
-        """Whether there are several ranks that see the same gradients (DDP), or shards of them (FSDP2)."""
+    def rank_check(self) -> RankCheck | None:
+        """Where several ranks see the same gradients (DDP), or shards of them (FSDP2)."""
         alike = distributed_type(self._accelerator) in ("MULTI_CPU", "MULTI_GPU", "FSDP")
-        return alike and torch.distributed.is_available() and torch.distributed.is_initialized()
+        known = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return RankCheck() if alike and known else None
 
     @property
     def has_scaler(self) -> bool:

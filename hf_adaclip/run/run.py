@@ -105,14 +105,9 @@ class Run:
             self._static = self.static_threshold, self.ops.full((), self.static_threshold)[()]
         return self._static[1]
 
-    def set_static_threshold(self, value: float, *, in_engine: bool) -> None:
+    def set_static_threshold(self, value: float) -> None:
         """See `AdaptiveClipper.set_static_threshold`."""
-        if not value > 0:
-            raise ConfigError(f"`static_threshold` must be above 0, but is {value}.")
-        if in_engine:
-            raise ConfigError(
-                f"`static_threshold` must stay what the DeepSpeed config says, but is to become {value:g}: the engine clips."
-            )
+        check_static_threshold(value)
         self.static_threshold = value
 
     def begin(
@@ -379,3 +374,13 @@ def _other_groups(checkpoint: str | None, before: tuple[str, ...], now: tuple[st
         f"`parameters` must be those that `{checkpoint}` was written for ({len(before)} with a norm of their own), but they are "
         f"{len(now)} now: {what}. Resume with the same model and the same frozen parameters."
     )
+
+
+def check_static_threshold(value: float) -> None:
+    """Whether a static threshold can act.
+
+    Raises:
+        ConfigError: It is not above 0.
+    """
+    if not value > 0:
+        raise ConfigError(f"`static_threshold` must be above 0, but is {value}.")
