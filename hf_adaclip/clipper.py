@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
-from hf_adaclip.controllers.numerics.ops import Value
+from hf_adaclip.controllers.numerics.ops import Lane, Value, ops_for
 from hf_adaclip.drivers.clipping import ClippingDriver
 from hf_adaclip.drivers.driver import Driver
 from hf_adaclip.drivers.following import FollowingDriver
@@ -55,6 +55,7 @@ class AdaptiveClipper:
         ledger: Overrides `config.ledger`; `"auto"` means no ledger here.
         static_threshold: Overrides `config.static_threshold`; unset in both, 1.0, as in the Trainer.
         is_main_process: Whether this process writes the ledger; by default rank 0.
+        _lane: For tests, in which the CPU plays an accelerator: chooses the kind of numbers by device and shape.
 
     Raises:
         ConfigError: A setting is wrong, or `max_pace` > 1 without an optimizer.
@@ -94,6 +95,7 @@ class AdaptiveClipper:
         ledger: str | Path | None = "auto",
         static_threshold: float | None = None,
         is_main_process: bool | None = None,
+        _lane: Lane = ops_for,
     ) -> None:
         config = AdaptiveClipConfig.resolve(clip).resolved()
         if static_threshold is not None:
@@ -113,7 +115,8 @@ class AdaptiveClipper:
             config = config.replace(one_step_late=True)
         self.config = config
         writes = is_rank_zero() if is_main_process is None else is_main_process
-        self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=port.has_scaler)
+        self._lane = _lane
+        self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=port.has_scaler, lane=_lane)
         self._losses = LossObserver(config, self._run, ranks_known=port.ranks_known)
         self._driver: Driver
         if engine is None:
@@ -226,7 +229,7 @@ class AdaptiveClipper:
         """
         if parameters is None:
             parameters = self._driver.parameters
-        check_on_a_copy(self.config, self._run.static_threshold, as_tensors(parameters))
+        check_on_a_copy(self.config, self._run.static_threshold, as_tensors(parameters), self._lane)
         self._driver.check()
 
     def flush(self) -> None:

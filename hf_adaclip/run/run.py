@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Decision, Observation, build_controller
-from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Value, ops_for
+from hf_adaclip.controllers.numerics.ops import SCALAR, Lane, Ops, Value, ops_for
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients.groups import Grouping
@@ -39,12 +39,20 @@ class Run:
         static_threshold: Threshold of the warm-up and of a ceiling that is held, unless the config sets one.
         writes_ledger: Whether this process writes the ledger, if there is one.
         scaled: Whether a loss scaler is active.
+        lane: Chooses the kind of numbers that it works with.
     """
 
     def __init__(
-        self, config: AdaptiveClipConfig, *, static_threshold: float, writes_ledger: bool, scaled: bool
+        self,
+        config: AdaptiveClipConfig,
+        *,
+        static_threshold: float,
+        writes_ledger: bool,
+        scaled: bool,
+        lane: Lane = ops_for,
     ) -> None:
         self.config = config
+        self._lane = lane
         self.static_threshold = static_threshold if config.static_threshold is None else config.static_threshold
         self.statistics = RunStatistics()
         self.alerts = Alerts(speaks=writes_ledger)
@@ -135,7 +143,7 @@ class Run:
         check_device(device)
         keeping = self._keep(grouping)
         shape = (len(keeping.groups),) if keeping.groups else ()
-        ops = ops_for(device, shape)
+        ops = self._lane(device, shape)
         moved = False
         if self._loaded is None:
             self._state = keeping.controller.init(ops, shape)

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation, build_controller
 from hf_adaclip.controllers.base import is_finite_norm
-from hf_adaclip.controllers.numerics.ops import ops_for
+from hf_adaclip.controllers.numerics.ops import Lane, ops_for
 from hf_adaclip.errors import ClippingDefeatedError
 from hf_adaclip.gradients import global_norm, scale_, tensor_norms, to_value
 from hf_adaclip.gradients.callers import stepping_scaler
@@ -35,7 +35,9 @@ _MAX_NUMBERS = 4096
 _NUMBERS = 64
 
 
-def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: Sequence[Tensor]) -> None:
+def check_on_a_copy(
+    config: AdaptiveClipConfig, static_threshold: float, like: Sequence[Tensor], lane: Lane = ops_for
+) -> None:
     """Plant a spike on small tensors, one of every device, dtype and kind that parameters have, and see it cut.
 
     The controller is a new one under the same config, fed with a calm series first. Neither the parameters nor any state of the
@@ -45,6 +47,7 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
         config: The settings.
         static_threshold: Threshold of the warm-up.
         like: The trainable parameters.
+        lane: Chooses the kind of numbers that the run works with.
 
     Raises:
         ClippingDefeatedError: The spike came through.
@@ -59,7 +62,7 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
         return
     controller = build_controller(config)
     device = copies[0].device
-    ops = ops_for(device, ())
+    ops = lane(device, ())
     state = controller.init(ops, ())
     calm, static = level / 2, ops(static_threshold)
     # What one unit of the copies' norm stands for.

@@ -11,6 +11,7 @@ bit; tests/controllers/test_ops.py holds them to it. A controller gets its opera
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -236,13 +237,13 @@ def tensor_ops(device: torch.device) -> TensorOps:
     return TensorOps(device)
 
 
-HOST_DEVICES: frozenset[str] = frozenset({"cpu"})
-"""Types of devices whose norms are judged as numbers of the host. The tests leave out the CPU, which then plays an accelerator."""
+Lane: TypeAlias = Callable[[torch.device, Shape], Ops]
+"""Chooses the operations for norms of a shape whose gradients live on a device."""
 
 
 def ops_for(device: torch.device, shape: Shape) -> Ops:
-    """The operations for norms of this shape whose gradients live on this device."""
-    if device.type not in HOST_DEVICES:
+    """The lane of every run: gradients in host memory are judged as numbers of the host, all others where they are."""
+    if device.type != "cpu":
         return tensor_ops(device)
     return ARRAY if shape else SCALAR
 
