@@ -19,7 +19,7 @@ from hf_adaclip.audit import Ledger, verify_ledger
 from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.audit.replay import replay
 from hf_adaclip.controllers import Observation, build_controller
-from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR, host_number
 from hf_adaclip.ledger.records import Summary, state_to_json
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.recorder import Recorder, ledger_header
@@ -60,7 +60,7 @@ def write_ledger(path: Path, steps: int) -> None:
     )
     with np.errstate(all="ignore"):
         for norm, loss in zip(norms, losses, strict=True):
-            decision, state = controller.update(state, Observation(norm, loss, np.float32(1.0)))
+            decision, state = controller.update(state, Observation(norm, loss, host_number(1.0)))
             if recorder.full:
                 recorder.flush()
             recorder.record(norm, Summary(*decision), loss, loss_scale=None, scaled=False, norms=None)

@@ -124,7 +124,7 @@ class Guards:
             known = bool(skip)
         elif idle or not self._guards or any(guard.path != "device" for guard in self._guards):
             # The one host read of this path, for both numbers.
-            if isinstance(pace, Tensor):
+            if isinstance(skip, Tensor) and isinstance(pace, Tensor):
                 flag, pace = torch.stack([skip.float().reshape(()), pace.float().reshape(())]).tolist()
                 known = flag > 0
             else:

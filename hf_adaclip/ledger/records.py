@@ -66,15 +66,16 @@ def summarise(norm: Value, norms: Value, threshold: Value, coefficient: Value, p
     ops = ops_of(norms)
     there = is_finite_norm(norms, ops)
     finite = is_finite_norm(norm, ops)
-    kept = ops.where(there, norms * coefficient, ops(0.0))
-    intended = ops.sqrt((kept * kept).sum())
-    untouched = (coefficient == ops(1.0)).all()
+    # Arrays or tensors, whose reductions have one name.
+    kept: Any = ops.where(there, norms * coefficient, ops(0.0))
+    same: Any = coefficient == ops(1.0)
+    intended, untouched = ops.sqrt((kept * kept).sum()), same.all()
     whole = ops.where(untouched | ~finite, ops(1.0), intended / norm)
-    worst = ops.where(there, reason, ops(0.0)).max()
-    alarm = ops.where(reason > ops(float(Reason.NONFINITE)), reason, ops(float(Reason.NONFINITE))).max()
-    worst = ops.where(finite, worst, alarm)
+    worst: Any = ops.where(there, reason, ops(0.0))
+    alarm: Any = ops.where(reason > ops(float(Reason.NONFINITE)), reason, ops(float(Reason.NONFINITE)))
     # A tensor without a gradient says nothing about the pace; when none has one, the step is left out and all count.
-    slowest = ops.where(there | ~finite, pace, ops(float("inf"))).min()
+    paces: Any = ops.where(there | ~finite, pace, ops(float("inf")))
+    worst, slowest = ops.where(finite, worst.max(), alarm.max()), paces.min()
     return Summary(ops.where(untouched | ~finite, norm, intended), whole, slowest, worst)
 
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.controllers.base import coefficient_of
-from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Value
+from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Value, host_number
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.gradients import to_value
 from hf_adaclip.ledger.records import Summary, revisions, state_to_json, step_record
@@ -91,7 +90,7 @@ class Recorder:
         *,
         loss_scale: Tensor | None,
         scaled: bool,
-        norms: Value,
+        norms: Value | None,
         reach: Value | None = None,
         static_threshold: float | None = None,
     ) -> None:
@@ -172,7 +171,7 @@ class Recorder:
         if self.altered is not None or not (math.isfinite(norm) and math.isfinite(applied)):
             return
         if self._shadow and static is not None:
-            coefficient = float(coefficient_of(np.float32(norm), np.float32(static), SCALAR))
+            coefficient = float(coefficient_of(host_number(norm), host_number(static), SCALAR))
         intended = norm * coefficient
         if not abs(applied - intended) <= TOLERANCE * max(applied, intended):
             self.altered = (

@@ -90,9 +90,8 @@ def _donor(values: dict[str, Value], own: _Piece | None, pieces: dict[str | None
     for piece in (own, *pieces.values()):
         if piece is not None and piece.controller is not None and piece.prefix + field in values:
             rows = values[piece.prefix + field]
-            paces = values.get(piece.prefix + "pace")
-            slowest = 0 if paces is None else paces.argmin()
-            return rows[..., slowest]
+            paces: Any = values.get(piece.prefix + "pace")
+            return rows[..., 0 if paces is None else paces.argmin()]
     return None
 
 
@@ -105,14 +104,15 @@ def _rows(
     stays = [(i, known[name]) for i, name in enumerate(piece.groups) if name in known]
     if donor is None:
         stays = [(i, j) for i, j in stays if piece.groups[i] not in begin_anew]
-    rows = fresh.clone() if isinstance(fresh, Tensor) else np.array(fresh)
+    rows: Any = fresh.clone() if isinstance(fresh, Tensor) else np.array(fresh)
     if donor is not None:
         rows[...] = donor[..., None]
     if kept is not None and stays:
+        to: Any
+        source: Any
         to, source = ([pair[side] for pair in stays] for side in (0, 1))
         if isinstance(rows, Tensor):
-            there, here = (torch.tensor(i, dtype=torch.int64, device=rows.device) for i in (to, source))
-            rows[..., there] = kept[..., here]
-        else:
-            rows[..., to] = kept[..., source]
-    return rows
+            to, source = (torch.tensor(i, dtype=torch.int64, device=rows.device) for i in (to, source))
+        rows[..., to] = kept[..., source]
+    written: Value = rows
+    return written
