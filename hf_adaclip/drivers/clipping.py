@@ -14,6 +14,7 @@ from hf_adaclip.gradients import Gradients, Guards, collect, global_norm, scale_
 from hf_adaclip.gradients.absence import AbsenceCheck, norms_of
 from hf_adaclip.gradients.fused import scale_of
 from hf_adaclip.gradients.norms import Parameters
+from hf_adaclip.gradients.probe import check_torch
 from hf_adaclip.ports.plain import Port
 from hf_adaclip.run.losses import LossObserver
 from hf_adaclip.run.per_parameter import PerParameter
@@ -77,7 +78,9 @@ class ClippingDriver:
         self._config, self._run, self._port, self._losses = config, run, port, losses
         self._optimizers = optimizers
         self._leaves_out = leaves_out(config)
+        check_torch()
         self.guards = Guards(optimizers, scaler=port.has_scaler)
+        self._probe()
         self._check = FirstStepCheck(enabled=config.self_test)
         self._absence = AbsenceCheck(run.alerts.warn_once)
         self._kept = PerParameter(config, run, self.guards, models, run.alerts)
@@ -104,7 +107,8 @@ class ClippingDriver:
         gradients = collect(parameters)
         if not self._port.syncs_now:
             return global_norm(norms_of(gradients))
-        self.guards.adopt(self._port.only_optimizer())
+        if self.guards.adopt(self._port.only_optimizer()):
+            self._probe()
         self._port.unscale(self._optimizers)
         seen = self._observe(gradients, loss)
         decision, pace = self._decide(seen)
@@ -127,6 +131,7 @@ class ClippingDriver:
         gradients, norms = kept.place(gradients, norms)
         if self.guards.changed():
             self._check.again()
+            self._probe()
             kept.look_again(gradients)
         ops = run.ops
         norm = to_value(total, ops)
@@ -198,6 +203,10 @@ class ClippingDriver:
         self._run.recorder.set_applied(global_norm(tensor_norms(gradients)))
         if warning := self._check.stepping(gradients):
             self._run.alerts.warn_once(warning)
+
+    def _probe(self) -> None:
+        if self._config.self_test:
+            self.guards.probe(paced=self._config.max_pace > 1 and not self._config.shadow)
 
     # -- around the steps ----------------------------------------------------------------------------------------
 

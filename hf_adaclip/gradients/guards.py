@@ -13,6 +13,7 @@ from hf_adaclip.controllers.numerics.ops import Ops, Value
 from hf_adaclip.gradients.callers import steps_running
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.optimizers import Path
+from hf_adaclip.gradients.probe import probe
 from hf_adaclip.gradients.step_guard import StepGuard
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Guards:
         self._scaler = scaler
         self._guards = [StepGuard(o, scaler=scaler) for o in optimizers]
         self._adopted = False
+        self._probed: weakref.WeakSet[StepGuard] = weakref.WeakSet()
         self._seen: tuple[int, ...] | None = None
         self._skip: Value | None = None
         self._known_skip: bool | None = None
@@ -84,10 +86,23 @@ class Guards:
         """Whether they seem to be the ones that step on these gradients."""
         return bool(self._guards) and self._idle < PATIENCE
 
-    def adopt(self, optimizers: Sequence[Any]) -> None:
-        """Guard these, if none is guarded yet; should others take their place later, guard those."""
-        if not self._guards and optimizers:
-            self._guards, self._adopted = [StepGuard(o, scaler=self._scaler) for o in optimizers], True
+    def adopt(self, optimizers: Sequence[Any]) -> bool:
+        """Guard these, if none is guarded yet; should others take their place later, guard those. Returns whether it was so."""
+        if self._guards or not optimizers:
+            return False
+        self._guards, self._adopted = [StepGuard(o, scaler=self._scaler) for o in optimizers], True
+        return True
+
+    def probe(self, *, paced: bool) -> None:
+        """Try on copies whether these optimizers do what leaving out, scaling and pacing need; each of them once.
+
+        Raises:
+            UnsupportedSetupError: One does not.
+        """
+        for guard in self._guards:
+            if guard not in self._probed:
+                probe(guard.optimizer, guard.path, paced=paced)
+                self._probed.add(guard)
 
     def changed(self) -> bool:
         """Whether the optimizers are others than at the last call, or the number of hooks that run before their steps is."""

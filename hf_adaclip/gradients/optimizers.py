@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError
+from hf_adaclip.reliance import is_of, require, require_mention
 
 Path = Literal["device", "scaler", "host"]
 _DEVICE_SKIP = (torch.optim.Adam, torch.optim.AdamW)
@@ -20,6 +21,8 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         ConfigError: There is no `torch.optim.Optimizer` inside.
     """
     inner = optimizer
+    if is_of("accelerate", inner):
+        require(inner, "accelerator_state")
     while not isinstance(inner, torch.optim.Optimizer) or hasattr(inner, "accelerator_state"):
         deeper = getattr(inner, "optimizer", None)
         if deeper is None or deeper is inner:
@@ -47,6 +50,12 @@ def without_parameters(optimizer: torch.optim.Optimizer) -> torch.optim.Optimize
     stand_in: torch.optim.Optimizer = object.__new__(type(optimizer))
     stand_in.__dict__.update(vars(optimizer), param_groups=[], state=defaultdict(dict))
     return stand_in
+
+
+def unscales_by_itself(optimizer: Any) -> bool:
+    """Whether a fused optimizer divides the loss scale out within its step."""
+    require_mention([torch.optim.Adam.__init__], "_step_supports_amp_scaling")
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def choose_path(optimizer: torch.optim.Optimizer, scaler: bool) -> tuple[Path, str]:

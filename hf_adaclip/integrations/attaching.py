@@ -14,6 +14,7 @@ from transformers import Trainer
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.integrations.transformers import AdaptiveClipMixin
+from hf_adaclip.reliance import require
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def find_train_begin(trainer: Trainer) -> TrainBegin | None:
 
     The Trainer keeps neither on itself: which event it is at, and which checkpoint it resumes from, only its frames know.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = require(sys, "_getframe")(1)
     beginning = False
     while frame is not None:
         name, local = frame.f_code.co_name, frame.f_locals

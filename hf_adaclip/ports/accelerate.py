@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError, StateError
 from hf_adaclip.gradients.step_watch import StepWatch
+from hf_adaclip.reliance import is_of, require
 from hf_adaclip.run.ranks import RankCheck
 from hf_adaclip.support import check_accelerator, distributed_type
 
@@ -21,7 +22,7 @@ class AcceleratorPort:
         accelerator: An `accelerate.Accelerator`.
 
     Raises:
-        UnsupportedSetupError: Its distributed setup is not supported.
+        UnsupportedSetupError: Its distributed setup is not supported, or it lacks what is relied on.
     """
 
     ranks_known = True
@@ -29,6 +30,11 @@ class AcceleratorPort:
     def __init__(self, accelerator: Any) -> None:
         self.how = check_accelerator(accelerator)
         self._accelerator = accelerator
+        if is_of("accelerate", accelerator):  # of a stand-in nothing of the kind is asked
+            require(accelerator, "_optimizers")
+            require(accelerator, "_models")
+        if self.has_scaler and is_of("torch", accelerator.scaler):
+            require(accelerator.scaler, "_scale")
         self._replacement: Callable[..., Tensor] | None = None
         # The stock method, kept even while `replace_clipping` has swapped it.
         self.stock_clip: Callable[..., Tensor] = accelerator.clip_grad_norm_
