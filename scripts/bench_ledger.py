@@ -37,7 +37,6 @@ def write_ledger(path: Path, steps: int) -> None:
     cpu = torch.device("cpu")
     header = ledger_header(
         config,
-        exact=True,
         state=state,
         static_threshold=1.0,
         device=cpu,

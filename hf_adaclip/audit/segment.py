@@ -15,10 +15,7 @@ from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, Value, host_numbe
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
 from hf_adaclip.ledger.header import check_counts, check_header, is_text
 from hf_adaclip.ledger.records import Summary, revisions, state_bytes, state_from_json, summarise
-from hf_adaclip.ledger.schema import STEP_FIELDS, parse_number
-
-APPLIED_TOLERANCE = 0.01
-"""Relative difference between a measured and an intended norm that rounding explains (bfloat16 gradients: 1 in 256)."""
+from hf_adaclip.ledger.schema import APPLIED_TOLERANCE, STEP_FIELDS, parse_number
 
 SUM_TOLERANCE = 1e-5
 """Relative difference in the summary of a per-tensor step: the order in which a device sums squares is its own."""
@@ -180,7 +177,7 @@ class Segment:
             problems.append("the footer's counts by reason are not those of the records.")
         if record.get("lost", 0) != self.lost:
             problems.append(f"the footer says that {record.get('lost', 0)!r} steps were lost, the gaps {self.lost}.")
-        if self._broken or not self._controller.exact:
+        if self._broken:
             return problems
         try:
             final = state_from_json(self._controller, record["final_state"], self._ops, self._shape)
@@ -212,9 +209,7 @@ class Segment:
 
     def _compare(self, summary: Summary, recorded: dict[str, float], reason: str) -> list[str]:
         problems = []
-        tolerance = 0.0 if self._controller.exact else self._controller.tolerance
-        if self._num_tensors:
-            tolerance = max(tolerance, SUM_TOLERANCE)
+        tolerance = SUM_TOLERANCE if self._num_tensors else 0.0
         for key in ("threshold", "coefficient", "pace"):
             want, have = float(getattr(summary, key)), float(np.float32(recorded[key]))
             if not _close(want, have, tolerance):

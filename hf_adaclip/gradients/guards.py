@@ -12,7 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 from hf_adaclip.controllers.numerics.ops import Ops, Value
 from hf_adaclip.gradients.callers import steps_running
 from hf_adaclip.gradients.norms import Gradients
-from hf_adaclip.gradients.optimizers import Path
+from hf_adaclip.gradients.optimizers import SkipPath
 from hf_adaclip.gradients.probe import probe
 from hf_adaclip.gradients.step_guard import StepGuard
 
@@ -62,7 +62,7 @@ class Guards:
         return any(not isinstance(getattr(hook, "__self__", None), StepGuard) for hook in hooks)
 
     @property
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[SkipPath]:
         """How each leaves a step out."""
         return [guard.path for guard in self._guards]
 

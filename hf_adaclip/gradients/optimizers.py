@@ -10,7 +10,8 @@ from torch import Tensor
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError
 from hf_adaclip.reliance import is_of, require, require_mention
 
-Path = Literal["device", "scaler", "host"]
+SkipPath = Literal["device", "scaler", "host"]
+"""How an optimizer leaves out a step: see `step_guard`."""
 _DEVICE_SKIP = (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -58,7 +59,7 @@ def unscales_by_itself(optimizer: Any) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def choose_path(optimizer: torch.optim.Optimizer, scaler: bool) -> tuple[Path, str]:
+def choose_path(optimizer: torch.optim.Optimizer, scaler: bool) -> tuple[SkipPath, str]:
     name = type(optimizer).__name__
     if scaler:
         return "scaler", "a GradScaler is active and skips overflowing steps by itself"

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 from torch.optim import optimizer as torch_optimizer
 
 from hf_adaclip.errors import UnsupportedSetupError
-from hf_adaclip.gradients.optimizers import Path
+from hf_adaclip.gradients.optimizers import SkipPath
 from hf_adaclip.reliance import missing, require, require_mention
 
 _FOREACH: Final = ("norm", "mul_", "copy_", "pow", "neg_", "add_")
@@ -45,7 +45,7 @@ def check_torch() -> None:
         require_mention([lr_scheduler.LRScheduler.step], name)
 
 
-def probe(optimizer: torch.optim.Optimizer, path: Path, *, paced: bool) -> None:
+def probe(optimizer: torch.optim.Optimizer, path: SkipPath, *, paced: bool) -> None:
     """Make steps of a copy: one that is left out, one that scales, and one at another rate.
 
     Args:

@@ -22,6 +22,7 @@ from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.gradients.optimizers import unscales_by_itself
 from hf_adaclip.gradients.transfer import HOST, moved
+from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.reliance import is_of, require
 from hf_adaclip.run.checkpoint import STATE_FILE
 
@@ -110,7 +111,7 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
         config = self.config
         if config.ledger == "auto":
             folder = Path(trainer.log_dir or trainer.default_root_dir)
-            config = config.replace(ledger=str(folder / _numbered("clip_ledger.jsonl", number)))
+            config = config.replace(ledger=str(folder / _numbered(LEDGER_FILE, number)))
         clipper = AdaptiveClipper(
             config,
             accelerator=_stand_in(trainer, scaler),

@@ -29,6 +29,7 @@ from hf_adaclip.integrations.seam import (
 )
 from hf_adaclip.integrations.step_losses import StepLosses
 from hf_adaclip.integrations.watch import SeamWatch
+from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.run.counts import for_reporters
 from hf_adaclip.run.events import ClipEvent
 from hf_adaclip.support import (
@@ -49,7 +50,6 @@ logger = logging.getLogger(__name__)
 # A default Trainer shows what is logged under `transformers`, warnings and above; of other packages it shows no more than that either.
 _shown = transformers_logging.get_logger("transformers.hf_adaclip")
 
-LEDGER_FILE = "clip_ledger.jsonl"
 PACE_START_SHARE = 0.1
 
 

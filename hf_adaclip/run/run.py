@@ -191,11 +191,10 @@ class Run:
 
     def _start_recorder(self, restarted: Sequence[str] | None) -> None:
         assert self._state is not None
-        controller, groups, parts = self._keeping
+        _, groups, parts = self._keeping
         self.recorder = start_recorder(
             self.config,
             writes=self._writes,
-            exact=controller.exact,
             state=self._state,
             static_threshold=self.static_threshold,
             ops=self.ops,

@@ -5,14 +5,14 @@
 Every part decides as if it were alone; the parts share nothing but the step.
 """
 
-from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason, is_finite_norm
 from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.wrappers.states import joined
 
 
 class Part(NamedTuple):
@@ -27,11 +27,6 @@ class Part(NamedTuple):
     size: int
     controller: Controller[Any] | None
     static_threshold: float | None = None
-
-
-@cache
-def _state_type(fields: tuple[str, ...]) -> Any:
-    return namedtuple("MixedState", fields)
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class MixedController(Controller[Any]):
                 state = part.controller.init(ops, (part.size,))
                 names += [f"part{i}_{name}" for name in state._fields]
                 values += state
-        return _state_type(tuple(names))(*values)
+        return joined("MixedState", (), dict(zip(names, values, strict=True)))
 
     def update(self, state: Any, observation: Observation) -> tuple[Decision, Any]:
         ops = ops_of(observation.norm)

@@ -1,10 +1,12 @@
-"""A controller's state when the parameters it is kept for change in the middle of a run.
+"""States of controllers that stand around others, and a state when the parameters it is kept for change in the middle of a run.
 
 Groups that stay keep their rows; new ones, and those that must begin anew, get the rows of a new run. What belongs to the run and not to a
 norm (the pace, budgets, the loss) is carried on for all of them.
 """
 
-from collections.abc import Sequence
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,22 @@ from torch import Tensor
 
 from hf_adaclip.controllers import Controller
 from hf_adaclip.controllers.numerics.ops import Ops, Value
+
+
+def joined(name: str, inner: Any, more: Mapping[str, Value]) -> Any:
+    """One flat tuple for the state of a wrapper and of what is in it, so that ledger and checkpoint know of no difference.
+
+    Args:
+        name: Of the tuple's class.
+        inner: The state of what is in it, a named tuple; may be empty.
+        more: The wrapper's own fields.
+    """
+    return _type_of(name, (*getattr(inner, "_fields", ()), *more))(*inner, *more.values())
+
+
+@cache
+def _type_of(name: str, fields: tuple[str, ...]) -> Any:
+    return namedtuple(name, fields)
 
 
 class Keeping(NamedTuple):
