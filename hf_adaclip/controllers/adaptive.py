@@ -92,7 +92,7 @@ class AdaptiveState(NamedTuple):
     width: Value
     candidate: Value
     run: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
     acted: Value
     pace: Value
     best_reach: Value

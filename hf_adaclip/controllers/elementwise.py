@@ -26,7 +26,7 @@ from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
 class FineState(NamedTuple):
     """`count`: steps seen."""
 
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 class FineController(Controller[FineState]):

@@ -107,7 +107,7 @@ class ReachEstimate:
         there = dict(zip(gradients.present, gradients.tensors, strict=True))
         x = self._look(self._parameters, 0)
         g = self._look([there.get(position) for position in self._order], 1)
-        pace = self.pace if isinstance(self.pace, Tensor) else float(self.pace)
+        pace: Any = self.pace if isinstance(self.pace, Tensor) else float(self.pace)
         learn: Any = _learn
         weigh: Any = _weigh
         if not ops.on_host:

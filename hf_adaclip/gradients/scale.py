@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from hf_adaclip.controllers.numerics.ops import Value
+from hf_adaclip.gradients.norms import sorted_alike
 from hf_adaclip.gradients.sharding import local_part
 from hf_adaclip.gradients.transfer import moved
 
@@ -50,6 +50,6 @@ def _scale_on_device(gradients: list[Tensor], coefficient: Tensor) -> None:
 
 
 def _by_device_and_dtype(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    groups = _group_tensors_by_device_and_dtype([gradients])  # type: ignore[list-item]
+    groups = sorted_alike([gradients])
     for [members], _ in groups.values():
-        yield members  # type: ignore[misc]
+        yield members

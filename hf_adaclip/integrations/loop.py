@@ -23,7 +23,8 @@ from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.integrations.loop_arguments import LoopArguments
 from hf_adaclip.integrations.script_args import ClipArguments, Ingredients
-from hf_adaclip.integrations.transformers import LEDGER_FILE, pace_start
+from hf_adaclip.integrations.transformers import pace_start
+from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.ledger.tail import find_tail
 from hf_adaclip.report.run_report import clipping_section, load_run
 from hf_adaclip.telemetry.energy import open_meter

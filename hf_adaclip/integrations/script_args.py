@@ -25,6 +25,7 @@ from hf_adaclip.errors import ConfigError, LedgerError, StateError, UnsupportedS
 from hf_adaclip.hints import near, near_clip, near_flag
 from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
 from hf_adaclip.integrations.transformers import AdaptiveClipTrainer
+from hf_adaclip.reliance import require
 from hf_adaclip.telemetry.progress import is_terminal
 
 STOCK: Final = ("stock", "none")
@@ -158,7 +159,7 @@ def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = Training
     """
     parser = HfArgumentParser((*kinds, schedule, ClipArguments))  # type: ignore[arg-type]
     names = [f.name for kind in (*kinds, schedule, ClipArguments) for f in dataclasses.fields(kind) if f.init]
-    flags = [flag for action in parser._actions for flag in action.option_strings]
+    flags = [flag for action in require(parser, "_actions") for flag in action.option_strings]
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
         values = _read_settings(Path(argv[0]))
         unknown = [

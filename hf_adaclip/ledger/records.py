@@ -64,7 +64,9 @@ def summarise(norm: Value, norms: Value, threshold: Value, coefficient: Value, p
         altered), as pace the smallest, as reason the most severe of the tensors that have a gradient.
     """
     ops = ops_of(norms)
-    squares, extremes = shares(norm, norms, coefficient, pace, reason, ops)
+    # Arrays or tensors, whose reductions have one name.
+    shared: Any = shares(norm, norms, coefficient, pace, reason, ops)
+    squares, extremes = shared
     return whole(norm, squares.sum(), *(row.max() for row in extremes), ops=ops)
 
 

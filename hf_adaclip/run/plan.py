@@ -72,12 +72,12 @@ class Decided(NamedTuple):
     Attributes:
         decision: Of the controller.
         planned: What is done with the step.
-        kept: The coefficient, -1 where the step says nothing: what ranks compare. Shape `[]`; None where each group has one of its own.
+        kept: The coefficient of the whole, -1 where the step says nothing: what ranks compare. Shape `[]`.
     """
 
     decision: Decision
     planned: StepPlan
-    kept: Value | None
+    kept: Value
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Observation, build_controller, leaves_out
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.numerics.fused import Fused, failures
-from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, Value, ops_for
+from hf_adaclip.controllers.numerics.ops import SCALAR, Lane, Ops, Shape, Value, ops_for
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients.groups import Grouping
@@ -41,12 +41,20 @@ class Run:
         static_threshold: Threshold of the warm-up and of a ceiling that is held, unless the config sets one.
         writes_ledger: Whether this process writes the ledger, if there is one.
         scaled: Whether a loss scaler is active.
+        lane: Chooses the kind of numbers that it works with.
     """
 
     def __init__(
-        self, config: AdaptiveClipConfig, *, static_threshold: float, writes_ledger: bool, scaled: bool
+        self,
+        config: AdaptiveClipConfig,
+        *,
+        static_threshold: float,
+        writes_ledger: bool,
+        scaled: bool,
+        lane: Lane = ops_for,
     ) -> None:
         self.config = config
+        self._lane = lane
         self.static_threshold = static_threshold if config.static_threshold is None else config.static_threshold
         self.statistics = RunStatistics()
         self.alerts = Alerts(speaks=writes_ledger)
@@ -110,14 +118,9 @@ class Run:
             self._static = self.static_threshold, self.ops.full((), self.static_threshold)[()]
         return self._static[1]
 
-    def set_static_threshold(self, value: float, *, in_engine: bool) -> None:
+    def set_static_threshold(self, value: float) -> None:
         """See `AdaptiveClipper.set_static_threshold`."""
-        if not value > 0:
-            raise ConfigError(f"`static_threshold` must be above 0, but is {value}.")
-        if in_engine:
-            raise ConfigError(
-                f"`static_threshold` must stay what the DeepSpeed config says, but is to become {value:g}: the engine clips."
-            )
+        check_static_threshold(value)
         self.static_threshold = value
 
     def begin(
@@ -145,7 +148,7 @@ class Run:
         check_device(device)
         keeping = self._keep(grouping)
         shape = (len(keeping.groups),) if keeping.groups else ()
-        ops = ops_for(device, shape)
+        ops = self._lane(device, shape)
         moved = False
         if self._loaded is None:
             self._state = keeping.controller.init(ops, shape)
@@ -194,11 +197,10 @@ class Run:
 
     def _start_recorder(self, restarted: Sequence[str] | None) -> None:
         assert self._state is not None
-        controller, groups, parts = self._keeping
+        _, groups, parts = self._keeping
         self.recorder = start_recorder(
             self.config,
             writes=self._writes,
-            exact=controller.exact,
             state=self._state,
             static_threshold=self.static_threshold,
             ops=self.ops,
@@ -293,7 +295,8 @@ class Run:
         state, decision, squares, extremes = each(self._state, seen, norm)
         # In one launch they stand in one tensor; made operation by operation, or on the host, they do not.
         largest = extremes.amax(dim=1).unbind() if isinstance(extremes, Tensor) else [row.max() for row in extremes]
-        rest = seen._replace(norm=None, loss=None, step_finite=None, reach=None)
+        unused: Any = None
+        rest = seen._replace(norm=unused, loss=unused, step_finite=None, reach=None)
         summary, planned, kept = together((), norm, squares.sum(), *largest, rest)
         if planned.by_group:
             planned = planned._replace(coefficient=decision.coefficient)
@@ -415,3 +418,13 @@ def _other_groups(checkpoint: str | None, before: tuple[str, ...], now: tuple[st
         f"`parameters` must be those that `{checkpoint}` was written for ({len(before)} with a norm of their own), but they are "
         f"{len(now)} now: {what}. Resume with the same model and the same frozen parameters."
     )
+
+
+def check_static_threshold(value: float) -> None:
+    """Whether a static threshold can act.
+
+    Raises:
+        ConfigError: It is not above 0.
+    """
+    if not value > 0:
+        raise ConfigError(f"`static_threshold` must be above 0, but is {value}.")

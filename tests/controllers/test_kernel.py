@@ -180,7 +180,7 @@ def run(steps=60, **settings):
     model, optimizer = make()
     clipper = AdaptiveClipper(AdaptiveClipConfig(**{**SHORT, **settings}), optimizer=optimizer)
     train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), steps, factors={30: 100.0})
-    state = {name: value.clone() for name, value in clipper.state.items()}
+    state = {name: torch.as_tensor(value).clone() for name, value in clipper.state.items()}
     clipper.close()
     return weights(model), state
 

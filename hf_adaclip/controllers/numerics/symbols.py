@@ -8,7 +8,7 @@ operations.
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from hf_adaclip.controllers.numerics.ops import Shape, Value
+from hf_adaclip.controllers.numerics.ops import Shape
 
 MOST_ROWS: Final = 16
 """Rows of a field of the state that are written out one by one; a window of more is sorted and searched better by torch."""
@@ -161,31 +161,31 @@ class SymbolOps:
             raise NotTraceableError("a vector is made")
         return self(value)
 
-    def expand(self, value: Value, shape: Shape) -> Value:
+    def expand(self, value: Any, shape: Shape) -> Any:
         return value
 
-    def shape(self, value: Value) -> Shape:
+    def shape(self, value: Any) -> Shape:
         return ()
 
-    def where(self, condition: Value, yes: Value, no: Value) -> Symbol:
+    def where(self, condition: Any, yes: Any, no: Any) -> Symbol:
         known = all(isinstance(v, Symbol) for v in (condition, yes, no))
         if not known or condition.kind != BOOL or yes.kind != no.kind:
             raise NotTraceableError("'where' of something else than numbers")
         return self._line("where", (condition.line, yes.line, no.line), yes.kind)
 
-    def minimum(self, a: Value, b: Value) -> Symbol:
+    def minimum(self, a: Any, b: Any) -> Symbol:
         return self.apply("minimum", a, b)
 
-    def maximum(self, a: Value, b: Value) -> Symbol:
+    def maximum(self, a: Any, b: Any) -> Symbol:
         return self.apply("maximum", a, b)
 
-    def sqrt(self, a: Value) -> Symbol:
+    def sqrt(self, a: Any) -> Symbol:
         return self.apply("sqrt", a)
 
-    def floor(self, a: Value) -> Symbol:
+    def floor(self, a: Any) -> Symbol:
         return self.apply("floor", a)
 
-    def sort(self, history: Value) -> list[Symbol]:
+    def sort(self, history: Any) -> list[Symbol]:
         ordered = self._rows(history)
         for end in range(len(ordered) - 1, 0, -1):
             for i in range(end):
@@ -194,30 +194,30 @@ class SymbolOps:
                 ordered[i], ordered[i + 1] = self.where(swap, b, a), self.where(swap, a, b)
         return ordered
 
-    def pick(self, history: Value, position: Value) -> Symbol:
+    def pick(self, history: Any, position: Any) -> Symbol:
         rows = self._rows(history)
         found = rows[0]
         for i, row in enumerate(rows[1:], start=1):
             found = self.where(position == self(float(i)), row, found)
         return found
 
-    def put(self, history: Value, position: Value, value: Value, keep: Value) -> list[Symbol]:
+    def put(self, history: Any, position: Any, value: Any, keep: Any) -> list[Symbol]:
         rows = self._rows(history)
         return [self.where((position == self(float(i))) & ~keep, value, row) for i, row in enumerate(rows)]
 
-    def filled(self, history: Value) -> list[Symbol]:
+    def filled(self, history: Any) -> list[Symbol]:
         return [self.where(row < self(float("inf")), row, self(0.0)) for row in self._rows(history)]
 
-    def join(self, values: list[Value]) -> Value:
+    def join(self, values: list[Any]) -> Any:
         raise NotTraceableError("vectors are joined")
 
-    def take_apart(self, a: Value) -> tuple[Symbol, Symbol]:
+    def take_apart(self, a: Any) -> tuple[Symbol, Symbol]:
         return self.apply("exponent", a), self.apply("mantissa", a)
 
-    def power_of_two(self, exponent: Value) -> Symbol:
+    def power_of_two(self, exponent: Any) -> Symbol:
         return self.apply("power_of_two", exponent)
 
-    def _rows(self, history: Value) -> list[Symbol]:
+    def _rows(self, history: Any) -> list[Symbol]:
         if not isinstance(history, list):
             raise NotTraceableError("rows of something else than a window")
         return list(history)

@@ -5,15 +5,15 @@
 Every part decides as if it were alone; the parts share nothing but the step.
 """
 
-from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason, is_finite_norm
 from hf_adaclip.controllers.numerics.fused import Fused
 from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, TensorOps, Value, ops_of
+from hf_adaclip.controllers.wrappers.states import joined
 
 
 class Part(NamedTuple):
@@ -37,11 +37,6 @@ class _Update:
     def __call__(self, state: Any, seen: Observation) -> tuple[Any, Decision]:
         decision, after = self.controller.update(state, seen)
         return after, decision
-
-
-@cache
-def _state_type(fields: tuple[str, ...]) -> Any:
-    return namedtuple("MixedState", fields)
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class MixedController(Controller[Any]):
                 state = part.controller.init(ops, (part.size,))
                 names += [f"part{i}_{name}" for name in state._fields]
                 values += state
-        return _state_type(tuple(names))(*values)
+        return joined("MixedState", (), dict(zip(names, values, strict=True)))
 
     def update(self, state: Any, observation: Observation) -> tuple[Decision, Any]:
         ops = ops_of(observation.norm)
