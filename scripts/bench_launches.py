@@ -11,7 +11,6 @@ are judged, more of them cost no more. *One by one* is the same step where no ke
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -19,7 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_adaclip import CONTROLLERS, AdaptiveClipConfig, AdaptiveClipper
-from hf_adaclip.controllers.numerics import fused, ops
+from hf_adaclip.controllers.numerics import fused
+from hf_adaclip.controllers.numerics.ops import Shape, TensorOps, tensor_ops
 from scripts.readme_section import ROOT, write_section
 
 CARD = ROOT / "model_cards" / "speed" / "README.md"
@@ -85,24 +85,20 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def device_lane(*, kernels: bool = True) -> Iterator[None]:
-    """Whatever begins within works as on an accelerator; without `kernels`, as on one for which none can be made."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ops, "HOST_DEVICES", frozenset()))
-        if not kernels:
-            stack.enter_context(mock.patch.object(fused, "_kernel_of", return_value=None))
-        yield
+def on_tensors(device: torch.device, shape: Shape) -> TensorOps:
+    """The lane of an accelerator, whatever the device."""
+    return tensor_ops(device)
 
 
 def launches(settings: dict[str, Any], *, kernels: bool = True, tensors: int = 2, steps: int = 8) -> list[str]:
-    """Names of what one `clip_` launches, after the warm-up."""
+    """Names of what one `clip_` launches, after the warm-up; without `kernels`, as on an accelerator for which none can be made."""
     torch.manual_seed(0)
-    with device_lane(kernels=kernels):
+    without = contextlib.nullcontext() if kernels else mock.patch.object(fused, "_kernel_of", return_value=None)
+    with without:
         model = torch.nn.ParameterList(torch.nn.Parameter(torch.randn(4, 8)) for _ in range(tensors))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         config = AdaptiveClipConfig(self_test=False, **settings)
-        clipper = AdaptiveClipper(config, optimizer=optimizer, model=model)
+        clipper = AdaptiveClipper(config, optimizer=optimizer, model=model, _lane=on_tensors)
         for step in range(steps):
             loss = torch.stack([p.square().sum() for p in model]).sum()
             loss.backward()

@@ -163,15 +163,16 @@ class ClippingDriver:
         if planned.by_group:
             coefficient = self._kept.scope.coefficients(gradients, coefficient, seen.total.device, ops)
         # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
-        fold: Tensor | None = None
+        fold: Any = None
         if self._kept.why_not_folded is None and not checks:
-            ready: Any = planned.fold
-            fold = scale_of(coefficient, ops) if ready is None else ready
+            fold = scale_of(coefficient, ops) if planned.fold is None else planned.fold
         if fold is None and gradients.tensors:
             scale_(gradients.tensors, coefficient)
         if checks:
             self._check.clipped(gradients.tensors)
-        return fold
+        # On the host nothing is folded, and on a device these numbers are tensors.
+        folded: Tensor | None = fold
+        return folded
 
     def _arm(self, seen: Seen, planned: StepPlan, fold: Tensor | None, *, measure: bool) -> None:
         self.guards.arm(
