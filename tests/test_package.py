@@ -94,6 +94,7 @@ def test_controllers_do_no_io_and_know_no_clock():
         }, path
 
 
+@pytest.mark.slow
 def test_import_is_light():
     heavy: tuple[str, ...] = ("transformers", "accelerate", "datasets", "matplotlib", "pandas", "safetensors")
     wrappers = ("by_group", "delayed", "limits", "skip")
@@ -130,6 +131,7 @@ def test_doctests():
         assert result.failed == 0
 
 
+@pytest.mark.slow
 def test_the_wheel_installs_and_imports_from_an_empty_directory(tmp_path):
     """Built without the network; dependencies come from this environment."""
     build = [

@@ -174,6 +174,7 @@ def start(path, required=False, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(tmp_path):
     """A real write that fails in the kernel."""
     done = start(tmp_path / "l.jsonl", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)))

@@ -88,6 +88,7 @@ def test_datasets_reads_it(tmp_path):
     assert steps[20]["reason"] == "SPIKE"
 
 
+@pytest.mark.slow
 def test_every_single_flipped_byte_is_found(ledger_bytes, tmp_path):
     """Every position of the header's first bytes, of a record, of a seal and of the footer; the rest at random."""
     rng = np.random.default_rng(0)

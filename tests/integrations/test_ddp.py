@@ -11,6 +11,8 @@ from packaging.version import Version
 from hf_adaclip.audit import verify_ledger
 from tests.integrations import launching
 
+pytestmark = pytest.mark.slow
+
 
 def launch(kind, folder, processes=2):
     return launching.launch("tests.integrations.ddp_worker", [kind], folder, processes)

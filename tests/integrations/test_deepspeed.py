@@ -8,9 +8,10 @@ from hf_adaclip.audit import verify_ledger
 from tests.integrations.launching import launch
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.skipif(
-    shutil.which("c++") is None, reason="DeepSpeed compiles its CPU communication as it starts"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles its CPU communication as it starts"),
+]
 MODULE = "tests.integrations.deepspeed_worker"
 LAUNCH = {"warm": False, "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"}
 RATE = 0.05  # of SGD: what a step moves the weights by is the rate times the norm that was applied

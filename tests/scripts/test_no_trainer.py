@@ -16,6 +16,8 @@ from hf_adaclip.audit import verify_ledger
 from hf_adaclip.telemetry.point import read_points
 from tests.scripts.test_run_images_and_text import LLAMA, text  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -16,6 +16,8 @@ from hf_adaclip.integrations.script_args import run_script
 from hf_adaclip.telemetry.point import read_points
 from scripts import run_glue
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 WORDS = ["good", "bad", "film", "plot", "a", "the", "very", "not", "actor", "end"]
 

@@ -18,6 +18,8 @@ from sklearn.datasets import load_digits
 from hf_adaclip.audit import verify_ledger
 from scripts import run_clm, run_image_classification
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 TRAINING = {
     "max_steps": 30,
