@@ -170,7 +170,7 @@ print("steps", clipper.step, float(weights(model).sum()))
 
 def start(path, required=False, **kwargs):
     return subprocess.run(
-        [sys.executable, "-c", RUN % required, str(path)], capture_output=True, text=True, timeout=120, **kwargs
+        [sys.executable, "-c", RUN % required, str(path)], capture_output=True, text=True, timeout=300, **kwargs
     )
 
 

@@ -355,6 +355,7 @@ def test_a_full_disk_does_not_stop_training_and_leaves_a_visible_gap(tmp_path, m
 
 
 @given(st.floats(width=32))
+@settings(deadline=None)
 def test_numbers_survive_bit_for_bit(value):
     text = json.loads(json.dumps(number(value), allow_nan=False))
     back = np.float32(parse_number(text))

@@ -176,7 +176,7 @@ def test_wrong_arguments_are_refused_with_what_is_right(tmp_path, tokenizer, fil
 
 def test_it_runs_as_a_file_from_anywhere_and_explains_itself(tmp_path):
     command = [sys.executable, str(ROOT / "scripts/run_glue.py"), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     assert done.returncode == 0, done.stderr
     for flag in ("--clip", "--max_pace", "--task_name", "--train_file", "--config_overrides", "--max_grad_norm"):

@@ -176,7 +176,7 @@ def test_wrong_arguments_are_refused_with_what_is_right(tmp_path, parquet, text)
 @pytest.mark.parametrize("name", ["run_clm", "run_image_classification"])
 def test_they_run_as_files_from_anywhere_and_explain_themselves(tmp_path, name):
     command = [sys.executable, str(ROOT / f"scripts/{name}.py"), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     assert done.returncode == 0, done.stderr
     assert "--clip" in done.stdout
