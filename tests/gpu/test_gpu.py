@@ -27,6 +27,7 @@ DEVICE = "cpu" if DRY else "cuda"
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.slow,
     pytest.mark.skipif(not DRY and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
