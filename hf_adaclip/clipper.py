@@ -273,6 +273,7 @@ class AdaptiveClipper:
             gradients,
             finite=planned.taken,
             left_out=planned.left_out,
+            told=planned.told,
             pace=planned.pace,
             ops=ops,
             measure=weakly(self._measure) if measure or checks else None,

@@ -95,12 +95,14 @@ def device_lane(*, kernels: bool = True) -> Iterator[None]:
         yield
 
 
-def launches(settings: dict[str, Any], *, kernels: bool = True, tensors: int = 2, steps: int = 8) -> list[str]:
-    """Names of what one `clip_` launches, after the warm-up."""
+def launches(
+    settings: dict[str, Any], *, kernels: bool = True, tensors: int = 2, steps: int = 8, fused_step: bool = True
+) -> list[str]:
+    """Names of what one `clip_` launches, after the warm-up; another optimizer than a fused one makes the host read a flag."""
     torch.manual_seed(0)
     with device_lane(kernels=kernels):
         model = torch.nn.ParameterList(torch.nn.Parameter(torch.randn(4, 8)) for _ in range(tensors))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused_step)
         config = AdaptiveClipConfig(self_test=False, **settings)
         clipper = AdaptiveClipper(config, optimizer=optimizer, model=model)
         for step in range(steps):

@@ -19,6 +19,7 @@ class StepPlan(NamedTuple):
         pace: Multiplier on the learning rate of the step, shape `[]`; None leaves the rate alone.
         left_out: 1 where the step is not taken, else 0; float32, shape `[]`. Only of a step that was decided on in one launch.
         fold: What a step that scales has to divide by, shape `[]`; only of such a step too.
+        told: `left_out` and `pace` beside each other, for a host that has to read them; shape `[2]`, or two of shape `[]`.
     """
 
     coefficient: Value
@@ -27,6 +28,7 @@ class StepPlan(NamedTuple):
     pace: Value | None
     left_out: Value | None = None
     fold: Value | None = None
+    told: Value | None = None
 
 
 def plan(
@@ -64,6 +66,11 @@ def plan(
         return StepPlan(ops(1.0), by_group=False, taken=finite, pace=rate)
     taken = finite & (decision.coefficient > ops(0.0)) if leaves_out else finite
     return StepPlan(decision.coefficient, by_group=True, taken=taken, pace=rate)
+
+
+def _told(planned: StepPlan, ops: Ops) -> StepPlan:
+    left_out = ops.where(planned.taken, ops(0.0), ops(1.0))
+    return planned._replace(left_out=left_out, told=None if planned.pace is None else [left_out, planned.pace])
 
 
 class Decided(NamedTuple):
@@ -114,8 +121,7 @@ class GlobalRule:
         )
         kept = ops.where(finite & (norm > ops(0.0)), decision.coefficient, ops(-1.0))
         if not ops.on_host:
-            left_out = ops.where(planned.taken, ops(0.0), ops(1.0))
-            planned = planned._replace(left_out=left_out, fold=scale_of(planned.coefficient, ops))
+            planned = _told(planned, ops)._replace(fold=scale_of(planned.coefficient, ops))
         return after, Decided(decision, planned, kept)
 
 
@@ -169,6 +175,6 @@ class WholeRule:
             ops=ops,
         )
         if not ops.on_host:
-            planned = planned._replace(left_out=ops.where(planned.taken, ops(0.0), ops(1.0)))
+            planned = _told(planned, ops)
         kept = ops.where(finite & (norm > ops(0.0)), summary.coefficient, ops(-1.0))
         return summary, planned, kept

@@ -111,9 +111,9 @@ def test_a_step_is_one_kernel_with_the_bits_of_the_host(settings):
         ]
         reach = np.float32(rng.random() * 9)
         with np.errstate(all="ignore"):
-            host, _ = rule(host, Observation(*numbers, reach=reach))
+            host, _ = rule(host, Observation(numbers[0], numbers[1], numbers[2], reach=reach))
         there = [torch.tensor(v, device=device) for v in (*numbers, reach)]
-        state, _ = made(state, Observation(*there[:3], reach=there[3]))
+        state, _ = made(state, Observation(there[0], there[1], there[2], reach=there[3]))
         assert [float(v) for v in state] == pytest.approx([float(v) for v in host], rel=0, abs=0, nan_ok=True), step
     assert failures(device) == []
     assert made.launches == 1
