@@ -1,10 +1,16 @@
 """From a decision to what is done with a step: a pure function, whose truth table is a test."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import leaves_out
 from hf_adaclip.controllers.base import Controller, Decision, Observation, coefficient_of, is_finite_norm
-from hf_adaclip.controllers.numerics.ops import Ops, Value, ops_of
+from hf_adaclip.controllers.numerics.fused import Fused
+from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
 from hf_adaclip.gradients.fused import scale_of
 from hf_adaclip.ledger.records import Summary, shares, whole
 
@@ -178,3 +184,21 @@ class WholeRule:
             planned = _told(planned, ops)
         kept = ops.where(finite & (norm > ops(0.0)), summary.coefficient, ops(-1.0))
         return summary, planned, kept
+
+
+def rules_of(
+    config: AdaptiveClipConfig, controller: Controller[Any], groups: int, device: torch.device | None
+) -> list[Callable[..., Any]]:
+    """The rules of a run: one for its global norm; or one for each group, and one for what follows for the step.
+
+    Args:
+        config: The settings.
+        controller: Who decides.
+        groups: How many norms are judged apart; 0 for the global one.
+        device: Of the numbers, on an accelerator: then each rule is a launch. None on the host.
+    """
+    ways = {"shadow": config.shadow, "leaves_out": leaves_out(config), "paced": config.max_pace > 1}
+    rules: list[tuple[Callable[..., Any], Shape]] = [(GlobalRule(controller, **ways), ())]
+    if groups:
+        rules = [(GroupRule(controller), (groups,)), (WholeRule(**ways), ())]
+    return [rule if device is None else Fused(rule, device, shape) for rule, shape in rules]
