@@ -90,13 +90,23 @@ def on_tensors(device: torch.device, shape: Shape) -> TensorOps:
     return tensor_ops(device)
 
 
-def launches(settings: dict[str, Any], *, kernels: bool = True, tensors: int = 2, steps: int = 8) -> list[str]:
-    """Names of what one `clip_` launches, after the warm-up; without `kernels`, as on an accelerator for which none can be made."""
+def launches(
+    settings: dict[str, Any], *, kernels: bool = True, tensors: int = 2, steps: int = 8, fused_step: bool = True
+) -> list[str]:
+    """Names of what one `clip_` launches, after the warm-up.
+
+    Args:
+        settings: Of the config.
+        kernels: Whether kernels can be made.
+        tensors: Parameters of the model.
+        steps: The last of them is counted.
+        fused_step: Whether the optimizer is fused; another one makes the host read a flag.
+    """
     torch.manual_seed(0)
     without = contextlib.nullcontext() if kernels else mock.patch.object(fused, "_kernel_of", return_value=None)
     with without:
         model = torch.nn.ParameterList(torch.nn.Parameter(torch.randn(4, 8)) for _ in range(tensors))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused_step)
         config = AdaptiveClipConfig(self_test=False, **settings)
         clipper = AdaptiveClipper(config, optimizer=optimizer, model=model, _lane=on_tensors)
         for step in range(steps):

@@ -179,6 +179,7 @@ class ClippingDriver:
             seen.gradients,
             finite=planned.taken,
             left_out=planned.left_out,
+            told=planned.told,
             pace=planned.pace,
             ops=self._run.ops,
             measure=weakly(self._measure) if measure else None,

@@ -122,6 +122,7 @@ class Guards:
         measure: Callable[[list[Tensor]], None] | None,
         fold: Tensor | None = None,
         left_out: Value | None = None,
+        told: Value | None = None,
     ) -> None:
         """Prepare the coming step.
 
@@ -133,6 +134,7 @@ class Guards:
             measure: Called with the gradients as the first optimizer is about to read them, or has scaled them.
             fold: What the one optimizer is to divide the gradients by; None where they are scaled already.
             left_out: The opposite of `finite` as 1 or 0, float32, where that is known already.
+            told: That and the pace in one tensor, shape `[2]`, where there is one.
         """
         idle, within = self._count_idle(), any(guard.running for guard in self._guards)
         skip = self._skip = ~finite if left_out is None else left_out
@@ -142,7 +144,9 @@ class Guards:
         elif idle or not self._guards or any(guard.path != "device" for guard in self._guards):
             # The one host read of this path, for both numbers.
             if isinstance(skip, Tensor) and isinstance(pace, Tensor):
-                flag, pace = torch.stack([skip.float().reshape(()), pace.float().reshape(())]).tolist()
+                if not isinstance(told, Tensor):
+                    told = torch.stack([skip.float().reshape(()), pace.float().reshape(())])
+                flag, pace = told.tolist()
                 known = flag > 0
             else:
                 known = bool(skip)

@@ -1,10 +1,16 @@
 """From a decision to what is done with a step: a pure function, whose truth table is a test."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import leaves_out
 from hf_adaclip.controllers.base import Controller, Decision, Observation, coefficient_of, is_finite_norm
-from hf_adaclip.controllers.numerics.ops import Ops, Value, ops_of
+from hf_adaclip.controllers.numerics.fused import Fused
+from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
 from hf_adaclip.gradients.fused import scale_of
 from hf_adaclip.ledger.records import Summary, shares, whole
 
@@ -19,6 +25,7 @@ class StepPlan(NamedTuple):
         pace: Multiplier on the learning rate of the step, shape `[]`; None leaves the rate alone.
         left_out: 1 where the step is not taken, else 0; float32, shape `[]`. Only of a step that was decided on in one launch.
         fold: What a step that scales has to divide by, shape `[]`; only of such a step too.
+        told: `left_out` and `pace` beside each other, for a host that has to read them; shape `[2]`, or two of shape `[]`.
     """
 
     coefficient: Value
@@ -27,6 +34,7 @@ class StepPlan(NamedTuple):
     pace: Value | None
     left_out: Value | None = None
     fold: Value | None = None
+    told: Value | None = None
 
 
 def plan(
@@ -64,6 +72,11 @@ def plan(
         return StepPlan(ops(1.0), by_group=False, taken=finite, pace=rate)
     taken = finite & (decision.coefficient > ops(0.0)) if leaves_out else finite
     return StepPlan(decision.coefficient, by_group=True, taken=taken, pace=rate)
+
+
+def _told(planned: StepPlan, ops: Ops) -> StepPlan:
+    left_out = ops.where(planned.taken, ops(0.0), ops(1.0))
+    return planned._replace(left_out=left_out, told=None if planned.pace is None else [left_out, planned.pace])
 
 
 class Decided(NamedTuple):
@@ -114,8 +127,7 @@ class GlobalRule:
         )
         kept = ops.where(finite & (norm > ops(0.0)), decision.coefficient, ops(-1.0))
         if not ops.on_host:
-            left_out = ops.where(planned.taken, ops(0.0), ops(1.0))
-            planned = planned._replace(left_out=left_out, fold=scale_of(planned.coefficient, ops))
+            planned = _told(planned, ops)._replace(fold=scale_of(planned.coefficient, ops))
         return after, Decided(decision, planned, kept)
 
 
@@ -169,6 +181,24 @@ class WholeRule:
             ops=ops,
         )
         if not ops.on_host:
-            planned = planned._replace(left_out=ops.where(planned.taken, ops(0.0), ops(1.0)))
+            planned = _told(planned, ops)
         kept = ops.where(finite & (norm > ops(0.0)), summary.coefficient, ops(-1.0))
         return summary, planned, kept
+
+
+def rules_of(
+    config: AdaptiveClipConfig, controller: Controller[Any], groups: int, device: torch.device | None
+) -> list[Callable[..., Any]]:
+    """The rules of a run: one for its global norm; or one for each group, and one for what follows for the step.
+
+    Args:
+        config: The settings.
+        controller: Who decides.
+        groups: How many norms are judged apart; 0 for the global one.
+        device: Of the numbers, on an accelerator: then each rule is a launch. None on the host.
+    """
+    ways = {"shadow": config.shadow, "leaves_out": leaves_out(config), "paced": config.max_pace > 1}
+    rules: list[tuple[Callable[..., Any], Shape]] = [(GlobalRule(controller, **ways), ())]
+    if groups:
+        rules = [(GroupRule(controller), (groups,)), (WholeRule(**ways), ())]
+    return [rule if device is None else Fused(rule, device, shape) for rule, shape in rules]

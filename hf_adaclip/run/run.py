@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import Observation, build_controller, leaves_out
+from hf_adaclip.controllers import Observation, build_controller
 from hf_adaclip.controllers.adaptive import AdaptiveController
-from hf_adaclip.controllers.numerics.fused import Fused, failures
-from hf_adaclip.controllers.numerics.ops import SCALAR, Lane, Ops, Shape, Value, ops_for
+from hf_adaclip.controllers.numerics.fused import failures
+from hf_adaclip.controllers.numerics.ops import SCALAR, Lane, Ops, Value, ops_for
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients.groups import Grouping
@@ -27,7 +27,7 @@ from hf_adaclip.run.alerts import Alerts
 from hf_adaclip.run.checkpoint import BESIDE, read_state, write_state
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent
-from hf_adaclip.run.plan import Decided, GlobalRule, GroupRule, StepPlan, WholeRule
+from hf_adaclip.run.plan import Decided, StepPlan, rules_of
 from hf_adaclip.run.ranks import RankCheck
 from hf_adaclip.run.recorder import Recorder, start_recorder
 from hf_adaclip.support import check_device
@@ -67,7 +67,7 @@ class Run:
         # Made at the first step, when device and number of tensors are known.
         self._state: tuple[Value, ...] | None = None
         self._ops: Ops | None = None
-        self._rules: list[Callable[..., Any]] | None = None  # made at the first step
+        self._rules: list[Callable[..., Any]] | None = None
         self._device = torch.device("cpu")
         self._static: tuple[float, Value] | None = None
         self.recorder: Recorder | None = None
@@ -286,7 +286,8 @@ class Run:
     def _decide(self, norm: Value, seen: Observation) -> tuple[Any, Decided, Summary]:
         """State, plan and summary of one step; on an accelerator in as few launches as can be."""
         if self._rules is None:
-            self._rules = self._make_rules()
+            device = None if self.ops.on_host else self._device
+            self._rules = rules_of(self.config, self._keeping.controller, self.num_tensors, device)
         if not self.num_tensors:
             [rule] = self._rules
             state, decided = rule(self._state, seen._replace(step_finite=None))
@@ -301,17 +302,6 @@ class Run:
         if planned.by_group:
             planned = planned._replace(coefficient=decision.coefficient)
         return state, Decided(decision, planned, kept), summary
-
-    def _make_rules(self) -> list[Callable[..., Any]]:
-        config, controller, groups = self.config, self._keeping.controller, self.num_tensors
-        ways = {"shadow": config.shadow, "leaves_out": leaves_out(config), "paced": config.max_pace > 1}
-        rules: list[Callable[..., Any]] = [GlobalRule(controller, **ways)]
-        if groups:
-            rules = [GroupRule(controller), WholeRule(**ways)]
-        if self.ops.on_host:
-            return rules
-        shapes: list[Shape] = [(groups,), ()] if groups else [()]
-        return [Fused(rule, self._device, shape) for rule, shape in zip(rules, shapes, strict=True)]
 
     def flush(self) -> None:
         """Read the rows that wait on the device (the one host read), count them, write the ledger, tell of events.

@@ -33,6 +33,13 @@ def test_a_step_is_at_most_twelve_launches(settings, tensors):
     assert len(names) <= MOST, names
 
 
+@pytest.mark.parametrize("settings", [{}, {**PACE, **LIMITS}], ids=["adaptive", "pace, limits"])
+def test_so_it_is_where_the_host_reads_whether_to_step(settings):
+    names = launches(settings, fused_step=False)
+    assert len([n for n in names if n != "_local_scalar_dense"]) <= MOST, names  # a read is none
+    assert names.count("_local_scalar_dense") <= 1
+
+
 @pytest.mark.parametrize("settings", [{}, PACE, LIMITS], ids=["adaptive", "pace", "limits"])
 def test_a_later_step_launches_what_an_earlier_one_did(settings):
     assert launches(settings, steps=6) == launches(
