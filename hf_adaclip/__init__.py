@@ -37,6 +37,9 @@ _LAZY = {
     "make_trainer": "hf_adaclip.integrations.script_args",
 }
 
+# Controllers by short names: `ZScore(width=3)` is `ZScoreController`.
+_SHORT = {kind.__name__.removesuffix("Controller"): kind for kind in CONTROLLERS.values()}
+
 __all__ = [
     "CONTROLLERS",
     "AdaptiveClipConfig",
@@ -58,10 +61,13 @@ __all__ = [
     "UnsupportedSetupError",
     "attach",
     "make_trainer",
+    *_SHORT,
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SHORT:
+        return _SHORT[name]
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ def microseconds(call: Callable[[], object], *, calls: int, rounds: int) -> tupl
 
 
 def update_of(config: AdaptiveClipConfig) -> Callable[[], object]:
-    controller = CONTROLLERS[config.controller].from_config(config)
+    controller = config.settings
     state = controller.init(SCALAR, ())
     rng = np.random.default_rng(0)
     norms = np.exp(0.15 * rng.standard_normal(4096)).astype(np.float32)

@@ -20,12 +20,12 @@ from hf_adaclip.integrations.script_args import parse_arguments, run_script
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say; returns all results."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, loop_args, clip_args, clip_config = parse_arguments(
+    model_args, data_args, loop_args, clip_args = parse_arguments(
         argv, ModelArguments, DataArguments, schedule=LoopArguments
     )
     accelerator = make_accelerator(loop_args)
     parts = prepare(model_args, data_args, accelerator.main_process_first())
-    return run_loop(accelerator, loop_args, clip_args, clip_config, parts)
+    return run_loop(accelerator, loop_args, clip_args, parts)
 
 
 if __name__ == "__main__":

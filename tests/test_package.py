@@ -19,11 +19,10 @@ MAY_IMPORT = {
     "hints": (),
     "support": ("errors", "hints"),
     "reliance": ("errors",),
-    "controllers": ("errors",),
-    "fields": (),
-    "migrate": ("errors",),
-    "validation": ("controllers", "errors", "fields", "hints"),
-    "config": ("controllers", "errors", "fields", "hints", "migrate", "validation"),
+    "controllers": ("errors", "hints"),
+    "flat": ("controllers", "errors", "hints"),
+    "validation": ("controllers", "errors", "hints"),
+    "config": ("controllers", "errors", "flat", "hints", "validation"),
     "gradients": ("config", "controllers", "errors", "reliance"),
     "ledger": ("config", "controllers", "errors", "gradients"),
     "run": ("config", "controllers", "errors", "gradients", "ledger", "support"),
@@ -33,12 +32,12 @@ MAY_IMPORT = {
     "audit": ("config", "controllers", "errors", "gradients", "ledger", "run"),
     "telemetry": ("errors", "ledger", "reliance"),
 }
-READERS = ("audit", "config", "controllers", "errors", "ledger", "run", "telemetry", "hints", "validation")
+READERS = ("audit", "config", "controllers", "errors", "ledger", "run", "telemetry", "hints", "flat")
 MAY_IMPORT["gauntlet"] = (*READERS,)
 MAY_IMPORT["report"] = (*READERS, "gauntlet")
 MAY_IMPORT["integrations"] = (*READERS, "clipper", "gradients", "ports", "reliance", "report", "support", "metrics")
 MAY_IMPORT["metrics"] = ("errors",)
-MAY_IMPORT["compare"] = (*READERS, "fields", "integrations", "report")
+MAY_IMPORT["compare"] = (*READERS, "integrations", "report")
 MAY_IMPORT["cli"] = (*READERS, "compare", "gauntlet", "integrations", "reliance", "report")
 
 

@@ -55,7 +55,8 @@ Source: this package. Related: log-space tracking with bounded learning in lingv
 by a bounded influence function, Huber 1964; two counters for what comes back most often, Misra and Gries 1982.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import (
@@ -70,6 +71,7 @@ from hf_adaclip.controllers.base import (
 from hf_adaclip.controllers.numerics.ops import SMALLEST_NORMAL, Ops, Shape, Value, ops_of
 from hf_adaclip.controllers.numerics.trend import LossTrend, far_from_best, follow_loss, known_trend, spread_of
 from hf_adaclip.controllers.pace import Pace, PaceState, update_pace
+from hf_adaclip.controllers.settings import setting, warmup
 
 MAX_DEVIATION = 1.9
 """Largest deviation used for an edge: u(1.9, L) = 39 L. At 2 the inverse would be infinite."""
@@ -233,25 +235,89 @@ class AdaptiveController(Controller[AdaptiveState]):
         {"given", "quiet", *_Memory._fields, "above", "loss_mean", "loss_spread", "loss_best", "loss_seen"}
     )
 
-    decay: float = 0.97
-    warmup_observations: int = 50
-    far_width: float = 5.0
-    near_width: float = 1.5
-    min_far_width: float = 4.5
-    max_far_width: float = 8.0
-    widen_step: float = 0.01
-    narrow_factor: float = 0.8
-    accept_after: int = 6
-    min_spread: float = 0.05
-    max_edge: float = 1.3
-    max_near: float = 0.2
-    ceiling_share: float = 0.5
-    max_pace: float = 1.0
-    pace_start: int | None = None
-    pace_trust: float = 3.0
-    pace_hold: float = 1 / 3
-    pace_growth: float = 1.1
-    pace_shrink: float = 0.95
+    decay: float = setting(
+        0.97, help="Decay per step of the running level and spread: memory of 1/(1-decay) steps.", range="(0, 1)"
+    )
+    warmup_observations: int = warmup()
+    far_width: float = setting(
+        5.0, help="First half-width of the range, in spreads. A norm beyond it is an excursion.", range="(0, inf)"
+    )
+    near_width: float = setting(
+        1.5, help="What an excursion is cut back to: this many spreads above the level.", range="(0, inf)"
+    )
+    min_far_width: float = setting(4.5, help="The range never gets narrower, in spreads.", range="(0, inf)")
+    max_far_width: float = setting(8.0, help="The range never gets wider, in spreads.", range="(0, inf)")
+    widen_step: float = setting(
+        0.01, help="Spreads by which the range widens per step without an excursion.", range="[0, inf)"
+    )
+    narrow_factor: float = setting(0.8, help="Factor on the range's width after an upward excursion.", range="(0, 1]")
+    accept_after: int = setting(
+        6, help="Excursions in a row at one level that make it the new level.", range="[2, inf)"
+    )
+    min_spread: float = setting(
+        0.05, help="Floor of the spread, so that a very calm run is not held too tight.", range="(0, 2)"
+    )
+    max_edge: float = setting(
+        1.3,
+        help="The edge of the range is never farther than this deviation (1.3: 4.7 x the level), and beyond 0.6 (1.86 x) never above "
+        "the static threshold.",
+        range="(0, 1.9]",
+    )
+    max_near: float = setting(
+        0.2,
+        help="An excursion is never left farther out than this deviation (0.2: 1.22 x the level).",
+        range="[0, 1.9]",
+    )
+    ceiling_share: float = setting(
+        0.5,
+        help="Where the static threshold cut more than this part of the warm-up, it stays the ceiling of the range, until it cuts less "
+        "than a fifth of that. 0: for good if it cut any step; 1: never. Only for the global norm.",
+        range="[0, 1]",
+    )
+    max_pace: float = setting(
+        1.0,
+        help="Largest multiplier on the learning rate of a step. 1.0 switches the pace off; 64 leaves it room to find a rate that is far "
+        "above the given one.",
+        range="[1, inf)",
+    )
+    pace_start: int | None = setting(
+        None,
+        help="Steps in which the pace rises to 1 at the start. Unset: in a Trainer a tenth of its steps less those of the schedule's own "
+        "warm-up, 50 in a hand-written loop.",
+        range="[1, inf)",
+    )
+    pace_trust: float = setting(
+        3.0,
+        help="The pace leaves 1 where the useful rate is estimated at this many times the given one.",
+        range="[1, inf)",
+    )
+    pace_hold: float = setting(
+        1 / 3, help="Part of the largest estimate that the pace keeps when the estimate falls.", range="[0, 1]"
+    )
+    pace_growth: float = setting(1.1, help="Largest factor by which the pace grows per step.", range="(1, 2]")
+    pace_shrink: float = setting(
+        0.95,
+        help="Factor by which it goes back per step, also after an upward excursion or a skipped step.",
+        range="(0, 1)",
+    )
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        low, high = self.min_far_width, self.max_far_width
+        if not low <= self.far_width <= high:
+            yield (
+                ("min_far_width", "far_width", "max_far_width"),
+                f"`far_width` must be within [`min_far_width`, `max_far_width`] = [{low}, {high}], but is {self.far_width} instead.",
+            )
+        if not self.near_width < low:
+            yield (
+                ("near_width", "min_far_width"),
+                f"`near_width` must be below `min_far_width` ({low}), but is {self.near_width} instead: a step that is cut back must land "
+                "inside the range.",
+            )
+
+    def judging_apart(self) -> "AdaptiveController":
+        # The static threshold is one for the global norm, so only there it can be a ceiling.
+        return replace(self, ceiling_share=1.0)
 
     @property
     def of_the_run(self) -> frozenset[str]:

@@ -24,6 +24,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from hf_adaclip.controllers.elementwise import FineController
+from hf_adaclip.controllers.settings import setting, warmup
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,17 @@ class SecondMomentController(FineController):
     granularities: ClassVar[tuple[str, ...]] = ("element",)
     looks_at: ClassVar[Literal["weights", "second moment"]] = "second moment"
 
-    moment_width: float = 3.0
-    warmup_observations: int = 50
+    width: float = setting(
+        3.0,
+        help="Multiples of the root of Adam's second moment; 70.7 is SPAM's theta.",
+        range="(0, inf)",
+        key="moment_width",
+    )
+    warmup_observations: int = warmup()
 
     @property
     def first_step(self) -> int:
         return self.warmup_observations
 
     def bound(self, reference: Tensor) -> Tensor:
-        return reference * self.moment_width
+        return reference * self.width

@@ -18,11 +18,11 @@ import numpy as np
 from hf_adaclip.audit.ingest import Series
 from hf_adaclip.audit.replay import REPLAYABLE
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS, Controller, Observation, build_controller
+from hf_adaclip.controllers import Controller, Observation, build_controller
 from hf_adaclip.controllers.numerics.ops import SCALAR, host_number
 from hf_adaclip.errors import ConfigError
+from hf_adaclip.flat import fields_of_text
 from hf_adaclip.gauntlet.trials import run_stream, run_trials, trial_table
-from hf_adaclip.validation import fields_of_text
 
 __all__ = ["judge", "judge_config", "run_stream", "trial_table"]
 
@@ -134,7 +134,7 @@ def parse_controller(text: str) -> AdaptiveClipConfig:
     Raises:
         ConfigError: It names no controller of norms, or a setting breaks its rule.
     """
-    fields = fields_of_text(text, "controller", CONTROLLERS) or {"controller": text}
+    fields = fields_of_text(text, "controller") or {"controller": text}
     config, name = AdaptiveClipConfig.from_dict(fields), fields["controller"]
     if name not in REPLAYABLE:
         raise ConfigError(

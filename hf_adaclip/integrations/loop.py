@@ -40,7 +40,6 @@ def run_loop(
     accelerator: Accelerator,
     arguments: LoopArguments,
     clip: ClipArguments,
-    config: AdaptiveClipConfig,
     parts: Ingredients,
 ) -> dict[str, float]:
     """Train, evaluate, write checkpoints, `convergence.jsonl`, `all_results.json`, the model and its card.
@@ -48,8 +47,7 @@ def run_loop(
     Args:
         accelerator: From `make_accelerator`.
         arguments: Schedule and batches.
-        clip: Which arm: "stock" is `accelerator.clip_grad_norm_`.
-        config: What the flags of the controllers have filled in.
+        clip: Which arm, and its settings: "stock" is `accelerator.clip_grad_norm_`.
         parts: What is trained.
 
     Returns:
@@ -60,7 +58,7 @@ def run_loop(
         flags = ", ".join(f"--{name}" for name in arguments.ignored)
         logger.warning("This loop does not follow %s; the script with a Trainer does.", flags)
     output.mkdir(parents=True, exist_ok=True)
-    loop = _Loop(accelerator, arguments, clip.resolve(config) or clip.clip, parts, output)
+    loop = _Loop(accelerator, arguments, clip.resolve() or clip.clip, parts, output)
     results: dict[str, float] = {}
     if arguments.do_train:
         results.update(loop.train())
@@ -144,9 +142,8 @@ class _Loop:
             config = config.replace(ledger=str(self._output / LEDGER_FILE))
         if config.static_threshold is None:
             config = config.replace(static_threshold=self._arguments.max_grad_norm)
-        if config.pace_start is None:
-            warmup = self._arguments.get_warmup_steps(self._steps)
-            config = config.replace(pace_start=pace_start(self._steps, warmup))
+        warmup = self._arguments.get_warmup_steps(self._steps)
+        config = config.with_pace_start(pace_start(self._steps, warmup))
         return AdaptiveClipper(
             config, accelerator=self._accelerator, optimizer=self._optimizer, model=self.model, ledger=config.ledger
         )

@@ -179,8 +179,8 @@ class AdaptiveClipMixin(_Base):
         ]
         # Such a callback may look at the gradients, and is to see them clipped.
         config, planned = self.clip_config, self._planned_steps or self.state.max_steps
-        if config.pace_start is None and planned:
-            config = config.replace(pace_start=pace_start(planned, self.args.get_warmup_steps(planned)))
+        if planned:
+            config = config.with_pace_start(pace_start(planned, self.args.get_warmup_steps(planned)))
         return config.replace(fold="never") if lookers else config
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.controllers.elementwise import FineController
 from hf_adaclip.controllers.numerics.ops import Ops, Value
 from hf_adaclip.gradients import Gradients, to_value
@@ -41,9 +40,8 @@ class Scope:
         self.grouping: Grouping | None = None
         self._norms: GroupNorms | None = None
         self._fine: FineClip | None = None
-        kind = CONTROLLERS[config.controller]
-        if kind.fine:
-            rule = kind.from_config(config)
+        rule = config.settings
+        if rule.fine:
             assert isinstance(rule, FineController)
             self._fine, self._first_step = FineClip(rule, optimizers), rule.first_step
             self._excluded = excluded(config, names, everything)

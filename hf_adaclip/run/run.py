@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Decision, Observation, build_controller
+from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.numerics.ops import SCALAR, Lane, Ops, Value, ops_for
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
 from hf_adaclip.errors import ConfigError, StateError
@@ -90,8 +91,10 @@ class Run:
     @property
     def ceiling_held(self) -> bool | None:
         """Whether the static threshold is the ceiling of `adaptive`; None in its warm-up, and for all others. Reads the device."""
-        state = self.state
-        if "acted" not in state or state["acted"].shape or not state["count"] > self.config.warmup_observations:
+        state, settings = self.state, self.config.settings
+        if not isinstance(settings, AdaptiveController) or "acted" not in state or state["acted"].shape:
+            return None
+        if not state["count"] > settings.warmup_observations:
             return None
         return bool(state["acted"] > 0)
 

@@ -67,7 +67,7 @@ def check_on_a_copy(
     # What one unit of the copies' norm stands for.
     unit = RISE * calm / (PLANTED * math.sqrt(sum(c.numel() for c in copies)))
     with torch.no_grad(), np.errstate(all="ignore"):
-        for _ in range(min(config.warmup_observations, _MAX_CALM_STEPS) + 1):
+        for _ in range(min(getattr(config.settings, "warmup_observations", 0), _MAX_CALM_STEPS) + 1):
             seen = Observation(ops(calm), ops(math.nan), static)
             _, state = controller.update(state, seen)
         planted = to_value(global_norm(tensor_norms(copies)), ops) * ops(unit)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS, Observation
+from hf_adaclip.controllers import Observation
 from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, Value, tensor_ops
 from hf_adaclip.ledger.records import state_bytes
 from tests.cases import CASES
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def controller_of(case):
-    return CONTROLLERS[case.name].from_config(AdaptiveClipConfig(controller=case.name, **case.settings))
+    return AdaptiveClipConfig(controller=case.name, **case.settings).settings
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
