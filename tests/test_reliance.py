@@ -194,8 +194,12 @@ TAKEN = {
 }
 
 
+# Rows that are done without where they are missing, by the test that shows how.
+DONE_WITHOUT: dict[str, str] = {}
+
+
 def test_every_row_is_tried():
-    assert set(TAKEN) == set(ROWS)
+    assert set(TAKEN) | set(DONE_WITHOUT) == set(ROWS)
     assert len(ROWS) == len(RELIANCES)
 
 
