@@ -52,6 +52,10 @@ class FineController(Controller[FineState]):
         """
         raise NotImplementedError
 
+    def bounds(self, references: list[Tensor]) -> list[Tensor]:
+        """The bounds of many tensors on one device."""
+        return [self.bound(reference) for reference in references]
+
     def init(self, ops: Ops, shape: Shape) -> FineState:
         return FineState(ops.full(shape, 0.0))
 

@@ -6,8 +6,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import leaves_out
-from hf_adaclip.controllers.base import Decision, is_finite_norm
+from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.drivers.lifetime import weakly
 from hf_adaclip.gradients import Gradients, Guards, collect, global_norm, scale_, tensor_norms, to_value
@@ -18,7 +17,7 @@ from hf_adaclip.gradients.probe import check_torch
 from hf_adaclip.ports.plain import Port
 from hf_adaclip.run.losses import LossObserver
 from hf_adaclip.run.per_parameter import PerParameter
-from hf_adaclip.run.plan import StepPlan, plan
+from hf_adaclip.run.plan import StepPlan
 from hf_adaclip.run.run import Run
 from hf_adaclip.run.selftest import FirstStepCheck
 from hf_adaclip.support import check_capture
@@ -34,7 +33,7 @@ class Seen(NamedTuple):
         gradients: Each in the place of its parameter.
         total: Global norm on the gradients' device, shape `[]`.
         norm: The same as a number of the run's kind.
-        finite: Bool, shape `[]`.
+        finite: Bool, shape `[]`; None where there is one norm only, which tells.
         observed: What the controller looks at: the norm, or those of groups, shape `[num_groups]`.
         loss: Training loss, shape `[]`; NaN when it is not known.
         left: The norm that a rule on units or elements has left, which acts as it looks; None where there is none.
@@ -44,7 +43,7 @@ class Seen(NamedTuple):
     gradients: Gradients
     total: Tensor
     norm: Value
-    finite: Value
+    finite: Value | None
     observed: Value
     loss: Value
     left: Value | None
@@ -52,7 +51,7 @@ class Seen(NamedTuple):
 
 
 class ClippingDriver:
-    """Collects, observes, decides, plans, applies, and arms the optimizer's step.
+    """Collects, observes, decides on a plan, applies it, and arms the optimizer's step.
 
     Args:
         config: The settings.
@@ -77,7 +76,6 @@ class ClippingDriver:
     ) -> None:
         self._config, self._run, self._port, self._losses = config, run, port, losses
         self._optimizers = optimizers
-        self._leaves_out = leaves_out(config)
         check_torch()
         self.guards = Guards(optimizers, scaler=port.has_scaler)
         self._probe()
@@ -111,8 +109,7 @@ class ClippingDriver:
             self._probe()
         self._port.unscale(self._optimizers)
         seen = self._observe(gradients, loss)
-        decision, pace = self._decide(seen)
-        planned = self._plan(seen, decision, pace)
+        planned = self._decide(seen)
         measure = self._run.step % MEASURE_EVERY == 0 if measure is None else measure
         checks = self._check.pending and self.guards.in_use and bool(seen.gradients.tensors)
         fold = self._apply_(seen, planned, checks=checks)
@@ -135,15 +132,15 @@ class ClippingDriver:
             kept.look_again(gradients)
         ops = run.ops
         norm = to_value(total, ops)
-        finite = is_finite_norm(norm, ops)
+        finite = None if kept.scope.grouping is None else is_finite_norm(norm, ops)
         observed = kept.scope.observe(gradients, norms, norm, finite, ops)
         left = kept.scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._losses.observe(loss, total.device)
         reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
         return Seen(gradients, total, norm, finite, observed, seen_loss, left, reach)
 
-    def _decide(self, seen: Seen) -> tuple[Decision, Value]:
-        decision, pace = self._run.decide(
+    def _decide(self, seen: Seen) -> StepPlan:
+        planned = self._run.decide(
             seen.norm,
             seen.observed,
             seen.loss,
@@ -153,22 +150,8 @@ class ClippingDriver:
             reach=seen.reach,
         )
         if self._kept.reach is not None:
-            self._kept.reach.pace = 1.0 if self._config.shadow else pace
-        return decision, pace
-
-    def _plan(self, seen: Seen, decision: Decision, pace: Value) -> StepPlan:
-        return plan(
-            decision,
-            pace,
-            seen.norm,
-            seen.finite,
-            static=self._run.static,
-            shadow=self._config.shadow,
-            bounded=seen.left is not None,
-            leaves_out=self._leaves_out,
-            paced=self._config.max_pace > 1,
-            ops=self._run.ops,
-        )
+            self._kept.reach.pace = 1.0 if planned.pace is None else planned.pace
+        return planned
 
     def _apply_(self, seen: Seen, planned: StepPlan, *, checks: bool) -> Tensor | None:
         """Scale the gradients, unless the optimizer's step is to do it.
@@ -180,17 +163,22 @@ class ClippingDriver:
         if planned.by_group:
             coefficient = self._kept.scope.coefficients(gradients, coefficient, seen.total.device, ops)
         # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
-        fold = scale_of(coefficient, ops) if self._kept.why_not_folded is None and not checks else None
+        fold: Any = None
+        if self._kept.why_not_folded is None and not checks:
+            fold = scale_of(coefficient, ops) if planned.fold is None else planned.fold
         if fold is None and gradients.tensors:
             scale_(gradients.tensors, coefficient)
         if checks:
             self._check.clipped(gradients.tensors)
-        return fold
+        # On the host nothing is folded, and on a device these numbers are tensors.
+        folded: Tensor | None = fold
+        return folded
 
     def _arm(self, seen: Seen, planned: StepPlan, fold: Tensor | None, *, measure: bool) -> None:
         self.guards.arm(
             seen.gradients,
             finite=planned.taken,
+            left_out=planned.left_out,
             pace=planned.pace,
             ops=self._run.ops,
             measure=weakly(self._measure) if measure else None,

@@ -9,7 +9,6 @@ pass. In host memory a step inside the range scales nothing.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -48,7 +47,7 @@ def why_not_folded(config: AdaptiveClipConfig, guards: Guards, parameters: Seque
     return None
 
 
-def scale_of(coefficient: Value, ops: Ops) -> Any:
+def scale_of(coefficient: Value, ops: Ops) -> Value:
     """What the step has to divide by to multiply by `coefficient`; exactly 1 for 1, and for the 0 of a step that is left out."""
     one = ops(1.0)
     inside = (coefficient < one) & (coefficient > ops(0.0))

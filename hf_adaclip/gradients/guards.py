@@ -121,6 +121,7 @@ class Guards:
         ops: Ops,
         measure: Callable[[list[Tensor]], None] | None,
         fold: Tensor | None = None,
+        left_out: Value | None = None,
     ) -> None:
         """Prepare the coming step.
 
@@ -131,9 +132,10 @@ class Guards:
             ops: The kind of numbers that `finite` and `pace` are.
             measure: Called with the gradients as the first optimizer is about to read them, or has scaled them.
             fold: What the one optimizer is to divide the gradients by; None where they are scaled already.
+            left_out: The opposite of `finite` as 1 or 0, float32, where that is known already.
         """
         idle, within = self._count_idle(), any(guard.running for guard in self._guards)
-        skip = self._skip = ~finite
+        skip = self._skip = ~finite if left_out is None else left_out
         known: bool | None = None
         if ops.on_host:
             known = bool(skip)

@@ -43,9 +43,10 @@ def _scale_on_device(gradients: list[Tensor], coefficient: Tensor) -> None:
             # As in stock clipping; whether torch rounds the factor to a half-precision dtype first is up to the device.
             torch._foreach_mul_(members, moved(coefficient, members[0].device))
         return
-    factors = {device: moved(coefficient, device).unbind() for device in {g.device for g in gradients}}
-    for position, gradient in enumerate(gradients):
-        gradient.mul_(factors[gradient.device][position])
+    for device in {g.device for g in gradients}:
+        factors = moved(coefficient, device).unbind()
+        here = [(g, f) for g, f in zip(gradients, factors, strict=True) if g.device == device]
+        torch._foreach_mul_([g for g, _ in here], [f for _, f in here])
 
 
 def _by_device_and_dtype(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

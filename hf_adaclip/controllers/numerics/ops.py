@@ -1,6 +1,7 @@
 """The few operations that controllers are written in, for three kinds of numbers with the same bits.
 
-- `TensorOps`: float32 tensors on an accelerator. Nothing is read by the host; a step launches a few dozen tiny kernels.
+- `TensorOps`: float32 tensors on an accelerator. Nothing is read by the host. An operation is a kernel, and a step of `adaptive` some 400;
+  so a run has a step written down once (`symbols`) and made into one kernel (`kernel`, `fused`), and comes here only where that fails.
 - `ScalarOps`: `numpy.float32`, for the global norm of gradients that live in host memory, and for replaying a ledger.
   A 0-dim tensor costs 2 to 3 microseconds an operation on a CPU, a numpy scalar a twentieth of that.
 - `ArrayOps`: float32 arrays, the same for per-tensor norms.
@@ -290,4 +291,7 @@ def ops_of(value: Value) -> Ops:
     """The operations for this kind of number."""
     if isinstance(value, torch.Tensor):
         return tensor_ops(value.device)
-    return ARRAY if isinstance(value, np.ndarray) else SCALAR
+    if isinstance(value, np.ndarray):
+        return ARRAY
+    symbolic: Ops = getattr(value, "ops", SCALAR)  # of a `Symbol`, which this module does not know
+    return symbolic

@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason, is_finite_norm
-from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.numerics.fused import Fused
+from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, TensorOps, Value, ops_of
 from hf_adaclip.controllers.wrappers.states import joined
 
 
@@ -27,6 +28,15 @@ class Part(NamedTuple):
     size: int
     controller: Controller[Any] | None
     static_threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class _Update:
+    controller: Any
+
+    def __call__(self, state: Any, seen: Observation) -> tuple[Any, Decision]:
+        decision, after = self.controller.update(state, seen)
+        return after, decision
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,10 @@ class MixedController(Controller[Any]):
         fields = frozenset(f"part{i}_{name}" for i, controller in made for name in controller.new_fields)
         object.__setattr__(self, "new_fields", fields)
         object.__setattr__(self, "revision", max((controller.revision for _, controller in made), default=1))
+
+    @cached_property
+    def _launches(self) -> dict[Any, Fused]:
+        return {}
 
     @cached_property
     def _types(self) -> list[Any]:
@@ -83,10 +97,21 @@ class MixedController(Controller[Any]):
                 seen = seen._replace(static_threshold=ops(part.static_threshold))
             before = kind(*state[taken : taken + len(kind._fields)])
             taken += len(before)
-            decision, after = part.controller.update(before, seen)
+            if ops.on_host:
+                decision, after = part.controller.update(before, seen)
+            else:
+                after, decision = self._launch(part, ops)(before, seen)
             decisions.append(decision)
             values += after
         return Decision(*(ops.join(v) for v in _columns(decisions))), type(state)(*values)
+
+    def _launch(self, part: Part, ops: Ops) -> Fused:
+        """The update of a part in one launch."""
+        assert isinstance(ops, TensorOps)
+        key = (id(part), ops.device)
+        if key not in self._launches:
+            self._launches[key] = Fused(_Update(part.controller), ops.device, (part.size,))
+        return self._launches[key]
 
     def _leave_alone(self, norm: Value, ops: Ops) -> Decision:
         shape = ops.shape(norm)
