@@ -59,7 +59,9 @@ class AdaptiveClipper:
 
     Raises:
         ConfigError: A setting is wrong, or `max_pace` > 1 without an optimizer.
-        UnsupportedSetupError: The accelerator's distributed setup is not supported.
+        UnsupportedSetupError: The accelerator's distributed setup is not supported; torch or Accelerate lack what is relied on
+            (`hf_adaclip.reliance`); or an optimizer of torch does not leave out, scale or pace a step on a copy of two numbers
+            (`self_test=False` does not try).
 
     Example:
         >>> import torch

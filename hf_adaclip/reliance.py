@@ -56,6 +56,12 @@ def _deepspeed(name: str, purpose: str) -> Reliance:
     return Reliance("deepspeed", "ZeRO optimizer", name, "0.19", purpose, other)
 
 
+_FOREACH: Final = (
+    *("abs", "add_", "copy_", "div", "max", "maximum_", "minimum_", "mul", "mul_"),
+    *("neg_", "norm", "pow", "sqrt_", "sub"),
+)
+_KERNELS: Final = ("_utils", "_get_nvrtc_library", "_cuda_load_module")
+_OPERATIONS: Final = "Without it steps are made operation by operation, and a line of the log says so"
 _UNFUSED: Final = "Make the optimizer with `fused=False`"
 RELIANCES: Final[tuple[Reliance, ...]] = (
     _torch("Optimizer", "_optimizer_step_pre_hooks", "our hook is kept the last one before a step"),
@@ -70,14 +76,10 @@ RELIANCES: Final[tuple[Reliance, ...]] = (
     _torch("LRScheduler", "_opt_called", "a step that was left out is not taken for a step that was forgotten"),
     _torch("GradScaler", "_scale", "the loss scale is recorded without a host read"),
     _torch("Tensor", "_version", "it is noticed that somebody has changed a gradient or a rate"),
-    _torch("torch", "_foreach_norm", "norms of all gradients are taken in one call"),
-    _torch("torch", "_foreach_mul_", "all gradients are scaled in one call"),
-    _torch("torch", "_foreach_copy_", "tensors are copied in one call"),
-    _torch("torch", "_foreach_pow", "bounds of all elements are reckoned in one call"),
-    _torch("torch", "_foreach_neg_", "bounds of all elements are reckoned in one call"),
-    _torch("torch", "_foreach_add_", "bounds of all elements are reckoned in one call"),
+    *(_torch("torch", f"_foreach_{name}", "many tensors are worked on in one call") for name in _FOREACH),
     _torch("utils", "_foreach_utils", "gradients are sorted for calls on many of them"),
     _torch("_foreach_utils", "_group_tensors_by_device_and_dtype", "gradients are sorted for calls on many of them"),
+    *(_torch("cuda", name, "a step is one launch on CUDA", _OPERATIONS) for name in _KERNELS),
     _accelerate("Accelerator", "_optimizers", "the optimizer that was prepared is found"),
     _accelerate("Accelerator", "_models", "names of parameters are found"),
     _accelerate("AcceleratedOptimizer", "accelerator_state", "its wrapper is told from a torch optimizer"),

@@ -194,9 +194,17 @@ TAKEN = {
 }
 
 
+# Rows that are done without where they are missing, by the test that shows how.
+KERNEL = "tests/controllers/test_kernel.py::test_without_a_kernel_the_training_is_the_same_and_one_line_says_so"
+DONE_WITHOUT = {"_utils": KERNEL, "_get_nvrtc_library": KERNEL, "_cuda_load_module": KERNEL}
+
+
 def test_every_row_is_tried():
-    assert set(TAKEN) == set(ROWS)
+    assert set(TAKEN) | set(DONE_WITHOUT) == set(ROWS)
     assert len(ROWS) == len(RELIANCES)
+    for place in DONE_WITHOUT.values():
+        path, test = place.split("::")
+        assert f"def {test}(" in (PACKAGE.parent / path).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", TAKEN)

@@ -15,9 +15,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients.optimizers import SkipPath
-from hf_adaclip.reliance import missing, require, require_mention
+from hf_adaclip.reliance import RELIANCES, missing, require, require_mention
 
-_FOREACH: Final = ("norm", "mul_", "copy_", "pow", "neg_", "add_")
 _RATE: Final = 2.0**-4  # of the copy: a step of it shows in every dtype
 _PACE: Final = 2.0
 _SCALE: Final = 4.0
@@ -33,8 +32,9 @@ def check_torch() -> None:
     Raises:
         UnsupportedSetupError: Something is missing.
     """
-    for name in _FOREACH:
-        require(torch, f"_foreach_{name}")
+    for row in RELIANCES:
+        if row.owner == "torch":
+            require(torch, row.name)
     require(require(torch.utils, "_foreach_utils"), "_group_tensors_by_device_and_dtype")
     require(torch.Tensor, "_version")
     require(sys, "_getframe")

@@ -94,8 +94,8 @@ def test_the_clipper_asks_for_the_kind_in_its_constructor_only():
 
 
 def test_a_step_reads_in_its_order():
-    """Collect, observe, decide, plan, apply, arm."""
-    order = ["collect", "_observe", "_decide", "_plan", "_apply_", "_arm"]
+    """Collect, observe, decide and plan (one launch on an accelerator), apply, arm."""
+    order = ["collect", "_observe", "_decide", "_apply_", "_arm"]
     text = inspect.getsource(ClippingDriver.clip_)
     places = [text.index(f"{name}(") for name in order]
     assert places == sorted(places)
