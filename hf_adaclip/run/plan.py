@@ -34,7 +34,7 @@ class StepPlan(NamedTuple):
     pace: Value | None
     left_out: Value | None = None
     fold: Value | None = None
-    told: Value | None = None
+    told: Value | list[Value] | None = None
 
 
 def plan(
