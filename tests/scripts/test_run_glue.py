@@ -178,7 +178,14 @@ def test_it_runs_as_a_file_from_anywhere_and_explains_itself(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
 
     assert done.returncode == 0, done.stderr
-    for flag in ("--clip", "--max_pace", "--task_name", "--train_file", "--config_overrides", "--max_grad_norm"):
+    for flag in (
+        "--clip",
+        "--clip_max_threshold",
+        "--task_name",
+        "--train_file",
+        "--config_overrides",
+        "--max_grad_norm",
+    ):
         assert flag in done.stdout
 
 
