@@ -20,9 +20,10 @@ from hf_adaclip.errors import (
 from hf_adaclip.run.events import ClipEvent
 
 if TYPE_CHECKING:
+    from hf_adaclip.integrations.attaching import attach
     from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
     from hf_adaclip.integrations.script_args import ClipArguments, make_trainer
-    from hf_adaclip.integrations.transformers import AdaptiveClipMixin, AdaptiveClipTrainer, attach
+    from hf_adaclip.integrations.transformers import AdaptiveClipMixin, AdaptiveClipTrainer
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ _LAZY = {
     "AdaptiveClipTrainer": "hf_adaclip.integrations.transformers",
     "ConvergenceCallback": "hf_adaclip.integrations.convergence_callback",
     "ClipArguments": "hf_adaclip.integrations.script_args",
-    "attach": "hf_adaclip.integrations.transformers",
+    "attach": "hf_adaclip.integrations.attaching",
     "make_trainer": "hf_adaclip.integrations.script_args",
 }
 

@@ -17,7 +17,7 @@ from hf_adaclip.integrations.script_args import parse_arguments
 
 class ToyState(NamedTuple):
     last: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 @dataclass(frozen=True)

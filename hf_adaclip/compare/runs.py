@@ -24,13 +24,13 @@ from hf_adaclip.compare import fork_server
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import LedgerError
+from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.telemetry.point import CONVERGENCE_FILE, read_points
 from hf_adaclip.telemetry.progress import Progress
 
 MODULE: Final = "-m"
 RESULT_FILE: Final = "result.json"
 LOG_FILE: Final = "log.txt"
-LEDGER_FILE: Final = "clip_ledger.jsonl"
 
 
 @dataclass(frozen=True)

@@ -176,9 +176,6 @@ class Controller(Generic[State]):
         idea: What it does, in a line.
         source: Where it comes from.
         choose: When to choose it.
-        exact: Replaying the recorded norms gives the recorded decisions bit for bit, on any device. False only where
-            `update` needs log, exp or a reduction whose order is not fixed; then `tolerance` applies.
-        tolerance: Largest relative difference of a replayed threshold when `exact` is False.
         paces: The controller can set the pace.
         fine: It bounds single units or elements (see `FineController`).
         granularities: On what it can work, the usual one first.
@@ -191,8 +188,6 @@ class Controller(Generic[State]):
     idea: ClassVar[str]
     source: ClassVar[str]
     choose: ClassVar[str]
-    exact: ClassVar[bool] = True
-    tolerance: ClassVar[float] = 0.0
     paces: ClassVar[bool] = False
     fine: ClassVar[bool] = False
     skips: ClassVar[bool] = False

@@ -32,7 +32,7 @@ class EmaRatioState(NamedTuple):
     """`average`: EMA of what was let through, +inf before the first norm; `count` of norms learned."""
 
     average: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class LogZScoreState(NamedTuple):
     total: Value
     squares: Value
     weight: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class QuantileState(NamedTuple):
     """`bound`: the tracked quantile, 0 before the first norm; `count` of norms learned."""
 
     bound: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 @dataclass(frozen=True)

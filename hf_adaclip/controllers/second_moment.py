@@ -15,12 +15,14 @@ Differs from them in:
 4. a gradient that is not finite leaves the step out;
 5. AdamWClip's floor of 0.01 under every bound is left out: it is an absolute size, far above the elements of most gradients.
 
-It needs an optimizer that keeps `exp_avg_sq` (Adam, AdamW), and memory for one more tensor as large as the largest.
+It needs an optimizer that keeps `exp_avg_sq` (Adam, AdamW), and memory for a few more tensors as large as
+the largest, or of 4 million numbers.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from hf_adaclip.controllers.elementwise import FineController
@@ -57,3 +59,6 @@ class SecondMomentController(FineController):
 
     def bound(self, reference: Tensor) -> Tensor:
         return reference * self.width
+
+    def bounds(self, references: list[Tensor]) -> list[Tensor]:
+        return list(torch._foreach_mul(references, self.width))

@@ -52,7 +52,7 @@ class ZScoreState(NamedTuple):
 
     mean: Value
     variance: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
     unit: Value
 
 

@@ -19,7 +19,7 @@ from hf_adaclip.audit.ingest import Series
 from hf_adaclip.audit.replay import REPLAYABLE
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Controller, Observation, build_controller
-from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR, host_number
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.flat import fields_of_text
 from hf_adaclip.gauntlet.trials import run_stream, run_trials, trial_table
@@ -119,7 +119,7 @@ def judge(controller: Controller[Any], noise: str, seeds: int) -> Verdict:
 
 def _time_update(controller: Controller[Any], norms: np.ndarray) -> float:
     state, times = controller.init(SCALAR, ()), []
-    nan, static = np.float32("nan"), np.float32(1.0)
+    nan, static = host_number(float("nan")), host_number(1.0)
     with np.errstate(all="ignore"):
         for norm in norms.astype(np.float32):
             begin = time.perf_counter()

@@ -5,11 +5,13 @@ import dataclasses
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import torch
 from accelerate import PartialState
 from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -23,6 +25,7 @@ from hf_adaclip.errors import ConfigError, LedgerError, StateError, UnsupportedS
 from hf_adaclip.hints import near, near_clip, near_flag
 from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
 from hf_adaclip.integrations.transformers import AdaptiveClipTrainer
+from hf_adaclip.reliance import require
 from hf_adaclip.telemetry.progress import is_terminal
 
 STOCK: Final = ("stock", "none")
@@ -156,7 +159,7 @@ def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = Training
     """
     parser = HfArgumentParser((*kinds, schedule, ClipArguments))  # type: ignore[arg-type]
     names = [f.name for kind in (*kinds, schedule, ClipArguments) for f in dataclasses.fields(kind) if f.init]
-    flags = [flag for action in parser._actions for flag in action.option_strings]
+    flags = [flag for action in require(parser, "_actions") for flag in action.option_strings]
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
         values = _read_settings(Path(argv[0]))
         unknown = [
@@ -243,7 +246,19 @@ def run_script(main: Callable[[], Any]) -> None:
     except (ConfigError, LedgerError, StateError, UnsupportedSetupError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    PartialState().destroy_process_group()
+    _end_process_group()
+
+
+def _end_process_group() -> None:
+    """Let gloo's threads drop the last collective's tensors before the interpreter goes: later they abort the process.
+
+    A thread that asks for the interpreter's lock at its end is unwound, and C++ calls that `terminate called without an active exception`.
+    DDP keeps the group, and so its threads, after `destroy_process_group` (torch 2.13; pytorch/pytorch#179291, #190489): a moment in which
+    this thread holds no lock is what they need. To be removed when torch ends these threads in `destroy_process_group`.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(0.2)
+        PartialState().destroy_process_group()
 
 
 def train_and_evaluate(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_adaclip.errors import ConfigError, LedgerError
-from hf_adaclip.ledger.schema import plain
+from hf_adaclip.ledger.schema import LEDGER_FILE, plain
 from hf_adaclip.ledger.tail import HASH
 
 Commands = Any  # argparse keeps the type of its sub-parsers' collection private
@@ -171,7 +171,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     codes = {"verified": 0, "incomplete": 3, "violated": 1}
     for path in arguments.ledgers:
         try:
-            report = verify_ledger(path / "clip_ledger.jsonl" if path.is_dir() else path, seal=seal)
+            report = verify_ledger(path / LEDGER_FILE if path.is_dir() else path, seal=seal)
         except LedgerError as error:
             print(f"hf-adaclip: {error}", file=sys.stderr)
             reports.append({"path": str(path), "ok": None, "error": str(error)})

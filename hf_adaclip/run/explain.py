@@ -5,7 +5,9 @@ from typing import Final
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import leaves_out
-from hf_adaclip.controllers.adaptive import INNER_EDGE, PACE_START, RELEASE, AdaptiveController
+from hf_adaclip.controllers.adaptive import PACE_START, AdaptiveController
+from hf_adaclip.controllers.numerics.bound import RELEASE
+from hf_adaclip.controllers.numerics.deviation import INNER_EDGE
 
 _WHAT: Final = {
     "global": "the global norm",

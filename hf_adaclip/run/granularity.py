@@ -49,9 +49,12 @@ class Scope:
             self.grouping = group(config, count, names, everything)
             self._norms = GroupNorms(self.grouping)
 
-    def observe(self, gradients: Gradients, norms: Tensor, norm: Value, finite: Value, ops: Ops) -> Value:
+    def observe(self, gradients: Gradients, norms: Tensor, norm: Value, finite: Value | None, ops: Ops) -> Value:
         """What the controller judges: the global norm, or those of groups."""
-        return norm if self._norms is None else self._norms.spread(gradients, norms, finite, ops)
+        if self._norms is None:
+            return norm
+        assert finite is not None
+        return self._norms.spread(gradients, norms, finite, ops)
 
     def limit_(self, gradients: Gradients, total: Tensor, step: int, ops: Ops) -> Value | None:
         """Bound units or elements in place, where the controller does that.

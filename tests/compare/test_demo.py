@@ -19,6 +19,8 @@ from hf_adaclip.compare.present import table_rows
 from hf_adaclip.compare.runs import RESULT_FILE, ScriptRun, run_scripts
 from hf_adaclip.compare.tuning import TUNING_SEEDS
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--steps", "6", "--seeds", "2", "--tasks", "digits-vit", "--arms", "stock,adaptive", "--jobs", "1"]
 
 

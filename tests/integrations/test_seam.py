@@ -46,6 +46,7 @@ class OursGivesUp(AdaptiveClipMixin, GivesUp):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "clip",
     [
@@ -100,6 +101,7 @@ class Schedule(TrainerCallback):
         args.max_grad_norm = self.value_at(state.global_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value_at", [lambda s: 0.5 if s < 10 else 0.1, lambda s: 0.1 + 0.02 * s], ids=["once", "ramp"]
 )

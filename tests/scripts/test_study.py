@@ -124,6 +124,7 @@ def short_study(images, folder, record, *more):
     return [json.loads(line) for line in (record / "fashion-mnist.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_short_study_is_recorded_gives_the_same_numbers_again_and_goes_on_from_its_record(images, tmp_path, capsys):
     def numbers(lines):
         return {(r["arm"], r["seed"]): [[p[0], *p[2:]] for p in r["points"]] for r in lines}
@@ -247,6 +248,7 @@ def test_restore_needs_a_record(capsys):
     assert "`--restore` must be given with `--record`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_forked_run_is_the_run_of_a_fresh_process(images, tmp_path):
     place = Place(images, tmp_path)
     command = TASKS["fashion-mnist"].command(place, steps=6)
@@ -260,6 +262,7 @@ def test_a_forked_run_is_the_run_of_a_fresh_process(images, tmp_path):
     assert metrics(warm) == metrics(fresh)
 
 
+@pytest.mark.slow
 def test_a_forked_run_that_fails_says_why(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("print('hello')\nraise RuntimeError('the disk is on fire')\n")

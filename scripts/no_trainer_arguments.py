@@ -1,4 +1,4 @@
-"""What the loop of the `*_no_trainer.py` scripts is told: the `TrainingArguments` of the scripts with a Trainer."""
+"""What the loop of `no_trainer.py` is told: the `TrainingArguments` of the scripts with a Trainer."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Final
@@ -6,6 +6,9 @@ from typing import Any, Final
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from transformers import TrainingArguments, set_seed
+
+LAST: Final = "last"
+"""Value of `--resume_from_checkpoint` for the newest checkpoint of `--output_dir`."""
 
 FOLLOWED: Final = frozenset(
     [
@@ -44,6 +47,13 @@ class LoopArguments(TrainingArguments):
 
     mixed_precision: str | None = field(  # type: ignore[assignment]  # None: as launched
         default=None, metadata={"help": "no, bf16 or fp16 (default: --bf16, --fp16, or as `accelerate launch` says)."}
+    )
+
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Folder checkpoint-N to go on from, or {LAST!r}: the newest one of --output_dir, if there is one."
+        },
     )
 
     def __post_init__(self) -> None:

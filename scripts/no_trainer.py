@@ -1,5 +1,18 @@
-"""An Accelerate training loop for the `*_no_trainer.py` scripts: the whole of it in one place, to be read and copied."""
+"""Any of the three tasks without a Trainer: an Accelerate loop, with the clipping that `--clip` chooses, to be read and copied.
 
+    accelerate launch scripts/no_trainer.py --task glue --model_name_or_path google-bert/bert-base-cased --task_name mrpc \
+        --output_dir out --do_train --do_eval --clip adaptive
+    accelerate launch scripts/no_trainer.py --task clm --model_name_or_path openai-community/gpt2 --train_file notes.txt \
+        --output_dir out --do_train --do_eval --clip adaptive
+    accelerate launch scripts/no_trainer.py --task image_classification --model_name_or_path google/vit-base-patch16-224-in21k \
+        --dataset_name beans --output_dir out --do_train --do_eval --clip adaptive
+
+Data, model and their flags are those of `run_glue.py`, `run_clm.py` and `run_image_classification.py`; the schedule's flags have the names
+of `TrainingArguments`. As there, the arguments after `--task` may stand in one .json or .yaml file, and files and a config will do without
+a hub. A run starts anew unless `--resume_from_checkpoint` says otherwise.
+"""
+
+import argparse
 import inspect
 import json
 import logging
@@ -10,9 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+# Python puts the folder of a script first in its path, so that it finds its neighbours from anywhere.
+import run_clm
+import run_glue
+import run_image_classification
 import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCard, ModelCardData
+from no_trainer_arguments import LAST, LoopArguments, make_accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, get_scheduler
@@ -21,9 +39,9 @@ from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.transfer import HOST, moved
-from hf_adaclip.integrations.loop_arguments import LoopArguments
-from hf_adaclip.integrations.script_args import ClipArguments, Ingredients
-from hf_adaclip.integrations.transformers import LEDGER_FILE, pace_start
+from hf_adaclip.integrations.script_args import ClipArguments, Ingredients, parse_arguments, run_script
+from hf_adaclip.integrations.transformers import pace_start
+from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.ledger.tail import find_tail
 from hf_adaclip.report.run_report import clipping_section, load_run
 from hf_adaclip.telemetry.energy import open_meter
@@ -32,7 +50,8 @@ from hf_adaclip.telemetry.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
+TASKS: Final = {"glue": run_glue, "clm": run_clm, "image_classification": run_image_classification}
+CHECKPOINT: Final = re.compile(r"checkpoint-\d+")
 
 
 def run_loop(
@@ -57,7 +76,7 @@ def run_loop(
         flags = ", ".join(f"--{name}" for name in arguments.ignored)
         logger.warning("This loop does not follow %s; the script with a Trainer does.", flags)
     output.mkdir(parents=True, exist_ok=True)
-    loop = _Loop(accelerator, arguments, clip.resolve() or clip.clip, parts, output)
+    loop = Loop(accelerator, arguments, clip.resolve() or clip.clip, parts, output)
     results: dict[str, float] = {}
     if arguments.do_train:
         results.update(loop.train())
@@ -75,7 +94,9 @@ def run_loop(
     return results
 
 
-class _Loop:
+class Loop:
+    """One run: what is trained, and where it stands."""
+
     def __init__(
         self,
         accelerator: Accelerator,
@@ -84,13 +105,8 @@ class _Loop:
         parts: Ingredients,
         output: Path,
     ) -> None:
-        self._accelerator, self._arguments, self._clip, self._parts, self._output = (
-            accelerator,
-            arguments,
-            clip,
-            parts,
-            output,
-        )
+        self._accelerator, self._arguments, self._clip = accelerator, arguments, clip
+        self._parts, self._output = parts, output
         rows = [_without_unused(rows, parts.model) for rows in (parts.train_rows, parts.eval_rows)]
         size, eval_size = arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size
         workers = arguments.dataloader_num_workers
@@ -124,10 +140,9 @@ class _Loop:
         self._clipper = self._make_clipper()
         self._watch = Stopwatch(open_meter() if accelerator.is_main_process else None)
         self._warned: set[str] = set()
-        self._window = torch.zeros(
-            (), dtype=torch.float32, device=accelerator.device
-        )  # losses since the last log line
+        self._window = torch.zeros((), dtype=torch.float32, device=accelerator.device)  # losses since a log line
         self._logged = 0
+        self._saved: list[Path] = []  # checkpoints of this run, the oldest first
         self.last_evaluation: dict[str, float] = {}
         if arguments.report_to:
             config = {k: v for k, v in arguments.to_sanitized_dict().items() if isinstance(v, int | float | str)}
@@ -306,26 +321,29 @@ class _Loop:
         if self._accelerator.is_main_process:
             spent = json.dumps({"train_seconds": self._watch.seconds})
             self.only_record("seconds.json", lambda: _write_text(folder / "seconds.json", spent))
+            self._saved.append(folder)
             limit = self._arguments.save_total_limit
-            for old in _checkpoints(self._output)[:-limit] if limit else []:
-                shutil.rmtree(old)
+            while limit and len(self._saved) > limit:
+                shutil.rmtree(self._saved.pop(0))
 
     def _resume(self) -> int:
-        """Load the checkpoint to go on from; the step that it was written at, 0 without one."""
-        found = _checkpoints(self._output)
-        named = self._arguments.resume_from_checkpoint
-        folder = Path(named) if named else (found[-1] if found else None)
+        """Load the checkpoint that `--resume_from_checkpoint` names; the step that it was written at, 0 without one."""
+        found, named = _checkpoints(self._output), self._arguments.resume_from_checkpoint
+        last = found[-1] if found else None
+        folder = last if named == LAST else (Path(named) if named else None)
         points = self._output / CONVERGENCE_FILE
-        match = None if folder is None else CHECKPOINT.fullmatch(folder.name)
-        if folder is None or match is None:
-            if folder is not None:
-                raise ConfigError(
-                    f"`--resume_from_checkpoint` must be a folder checkpoint-N, but is {folder} instead."
-                )
+        if folder is None:
             if self._accelerator.is_main_process:
+                if last is not None:
+                    logger.warning("%s stays unused. `--resume_from_checkpoint %s` goes on from it.", last, LAST)
                 self.only_record(CONVERGENCE_FILE, lambda: write_points(points, []))
             return 0
-        step = int(match.group(1))
+        if not CHECKPOINT.fullmatch(folder.name) or not folder.is_dir():
+            raise ConfigError(
+                f"`--resume_from_checkpoint` must be a folder checkpoint-N or {LAST!r}, but is {str(folder)!r} instead."
+            )
+        step = _step_of(folder)
+        self._saved = [path for path in found if _step_of(path) <= step]
         self._accelerator.load_state(str(folder))
         self.only_record("seconds.json", lambda: self._go_on_counting(folder, points, step))
         return step
@@ -353,7 +371,11 @@ def _without_unused(rows: Any, model: Any) -> Any:
 def _checkpoints(output: Path) -> list[Path]:
     """Folders of checkpoints, the oldest first."""
     found = [p for p in output.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _write_card(output: Path, results: dict[str, float]) -> None:
@@ -364,3 +386,34 @@ def _write_card(output: Path, results: dict[str, float]) -> None:
         text += f"\n\n{clipping_section(load_run(ledger), find_tail(ledger).sha256)}"
     data = ModelCardData(library_name="transformers", tags=["hf_adaclip"])
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(output / "README.md")
+
+
+def prepare(task: str, model_args: Any, data_args: Any, first: Any, seed: int) -> Ingredients:
+    """What is trained, by the task's own script. `first` is a context in which the main process goes ahead of the others."""
+    if task == "glue":
+        return run_glue.prepare(model_args, data_args, first)
+    if task == "clm":
+        return run_clm.prepare(model_args, data_args, first, seed)
+    return run_image_classification.prepare(model_args, data_args)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train and evaluate as the arguments say; returns all results."""
+    # Without abbreviations, so that `--task_name` stays the task's own.
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--task")
+    chosen, rest = before.parse_known_args(argv)
+    if chosen.task not in TASKS:
+        given = "not given" if chosen.task is None else repr(chosen.task)
+        raise ConfigError(f"`--task` must be one of {', '.join(TASKS)}, but is {given}.")
+    script = TASKS[chosen.task]
+    model_args, data_args, loop_args, clip_args = parse_arguments(
+        rest, script.ModelArguments, script.DataArguments, schedule=LoopArguments
+    )
+    accelerator = make_accelerator(loop_args)
+    parts = prepare(chosen.task, model_args, data_args, accelerator.main_process_first(), loop_args.seed)
+    return run_loop(accelerator, loop_args, clip_args, parts)
+
+
+if __name__ == "__main__":
+    run_script(main)
