@@ -13,7 +13,7 @@ OTHER_NAMES: Final[dict[str, str]] = {
     "quantileclip": "'percentile', or with its own arguments `AdaptiveClipConfig.from_autoclip(...)`",
     "percentileclipping": "'percentile', or `AdaptiveClipConfig.from_bitsandbytes_percentile(...)`",
     "bitsandbytes": "'percentile', or `AdaptiveClipConfig.from_bitsandbytes_percentile(...)`",
-    "trellis": "'percentile' with `percentile_capped=True`",
+    "trellis": "'percentile' with `capped=True`",
     "adagc": "'ema_ratio'",
     "ema": "'ema_ratio'",
     "agc": "'weight_ratio'",

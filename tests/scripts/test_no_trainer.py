@@ -88,7 +88,6 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit_where_that_is_asked_for(here
         "save_steps": 7,
         "gradient_accumulation_steps": 2,
         "clip": "adaptive",
-        "warmup_observations": 10,
     }
     here("no_trainer", flags(tmp_path / "whole", text, **settings))
     for name in ("cut", "anew"):

@@ -15,6 +15,7 @@ from hf_adaclip.audit import verify_ledger
 from hf_adaclip.integrations.script_args import run_script
 from hf_adaclip.telemetry.point import read_points
 from scripts import run_glue
+from tests.scripts.conftest import after_ten
 
 pytestmark = pytest.mark.slow
 
@@ -86,10 +87,10 @@ def flags(tokenizer, files, output, **changes):
         "eval_steps": 12,
         "save_strategy": "no",
         "report_to": "none",
-        "warmup_observations": 10,
         "clip": "adaptive",
         **changes,
     }
+    settings["clip"] = after_ten(settings["clip"])
     listed = [f"--{k}={v}" for k, v in settings.items() if v is not None]
     return ["--do_train", "--do_eval", "--use_cpu", "--disable_tqdm=True", *listed]
 
@@ -126,7 +127,11 @@ def test_the_same_command_gives_the_same_numbers_bit_for_bit(tmp_path, tokenizer
     data = files("sst2")
     ends = []
     for name in ("a", "b"):
-        run_glue.main(flags(tokenizer, data, tmp_path / name, max_pace=2.0, task_name="sst2"))
+        run_glue.main(
+            flags(
+                tokenizer, data, tmp_path / name, clip="adaptive:max_pace=2,warmup_observations=10", task_name="sst2"
+            )
+        )
         lines = [json.loads(x) for x in (tmp_path / name / "clip_ledger.jsonl").read_text().splitlines()]
         steps = [{k: v for k, v in x.items() if k != "time"} for x in lines if x["kind"] == "step"]
         ends.append((steps, (tmp_path / name / "model.safetensors").read_bytes()))
@@ -179,7 +184,14 @@ def test_it_runs_as_a_file_from_anywhere_and_explains_itself(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     assert done.returncode == 0, done.stderr
-    for flag in ("--clip", "--max_pace", "--task_name", "--train_file", "--config_overrides", "--max_grad_norm"):
+    for flag in (
+        "--clip",
+        "--clip_max_threshold",
+        "--task_name",
+        "--train_file",
+        "--config_overrides",
+        "--max_grad_norm",
+    ):
         assert flag in done.stdout
 
 

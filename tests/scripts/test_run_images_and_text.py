@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 from hf_adaclip.audit import verify_ledger
 from scripts import run_clm, run_image_classification
+from tests.scripts.conftest import after_ten
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,6 @@ TRAINING = {
     "eval_steps": 15,
     "save_strategy": "no",
     "report_to": "none",
-    "warmup_observations": 10,
     "clip": "adaptive",
 }
 VIT = "image_size=8,patch_size=2,num_channels=1,hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
@@ -36,7 +36,9 @@ LLAMA = "hidden_size=32,intermediate_size=64,num_hidden_layers=2,num_attention_h
 
 
 def flags(output, **settings):
-    listed = [f"--{k}={v}" for k, v in {**TRAINING, "output_dir": output, **settings}.items()]
+    given = {**TRAINING, "output_dir": output, **settings}
+    given["clip"] = after_ten(given["clip"])
+    listed = [f"--{k}={v}" for k, v in given.items()]
     return ["--do_train", "--do_eval", "--use_cpu", "--disable_tqdm=True", *listed]
 
 

@@ -233,7 +233,7 @@ def test_a_wrong_arm_is_named_before_anything_runs(options, message, capsys):
 def test_arms_with_the_tuned_flags_take_what_was_best_for_the_stock_arm(tmp_path):
     chosen = {"--max_grad_norm": 0.3, "--warmup_steps": 0.1, "--learning_rate": 2e-3}
     (tmp_path / TUNED_FILE).write_text(json.dumps({"tuned": {"chosen": chosen}}))
-    extra = {"open": Arm("open", ("--clip", "adaptive", "--ceiling_share", "1"))}
+    extra = {"open": Arm("open", ("--clip", "adaptive:ceiling_share=1"))}
     study = Study(tmp_path, ("train.py",), ("stock",), extra, 1, 1, ())
     found = run_study.with_flags_of_tuned(study, ["adaptive@tuned", "open@tuned"])
     best = ("--max_grad_norm", "0.3", "--warmup_steps", "0.1", "--learning_rate", "0.002")
