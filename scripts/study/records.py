@@ -18,7 +18,7 @@ from hf_adaclip.compare.tuning import TUNED_FILE
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import LedgerError
-from scripts.study_tasks import BASE, Place, StudyTask
+from scripts.study.tasks import BASE, Place, StudyTask
 
 NOT_ROUNDING = 1 - 1e-5
 FROM_RECORD = "restored from the raw results"
