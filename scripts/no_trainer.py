@@ -40,7 +40,8 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.integrations.script_args import ClipArguments, Ingredients, parse_arguments, run_script
-from hf_adaclip.integrations.transformers import LEDGER_FILE, pace_start
+from hf_adaclip.integrations.transformers import pace_start
+from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.ledger.tail import find_tail
 from hf_adaclip.report.run_report import clipping_section, load_run
 from hf_adaclip.telemetry.energy import open_meter
@@ -57,7 +58,6 @@ def run_loop(
     accelerator: Accelerator,
     arguments: LoopArguments,
     clip: ClipArguments,
-    config: AdaptiveClipConfig,
     parts: Ingredients,
 ) -> dict[str, float]:
     """Train, evaluate, write checkpoints, `convergence.jsonl`, `all_results.json`, the model and its card.
@@ -65,8 +65,7 @@ def run_loop(
     Args:
         accelerator: From `make_accelerator`.
         arguments: Schedule and batches.
-        clip: Which arm: "stock" is `accelerator.clip_grad_norm_`.
-        config: What the flags of the controllers have filled in.
+        clip: Which arm, and its settings: "stock" is `accelerator.clip_grad_norm_`.
         parts: What is trained.
 
     Returns:
@@ -77,7 +76,7 @@ def run_loop(
         flags = ", ".join(f"--{name}" for name in arguments.ignored)
         logger.warning("This loop does not follow %s; the script with a Trainer does.", flags)
     output.mkdir(parents=True, exist_ok=True)
-    loop = Loop(accelerator, arguments, clip.resolve(config) or clip.clip, parts, output)
+    loop = Loop(accelerator, arguments, clip.resolve() or clip.clip, parts, output)
     results: dict[str, float] = {}
     if arguments.do_train:
         results.update(loop.train())
@@ -157,9 +156,8 @@ class Loop:
             config = config.replace(ledger=str(self._output / LEDGER_FILE))
         if config.static_threshold is None:
             config = config.replace(static_threshold=self._arguments.max_grad_norm)
-        if config.pace_start is None:
-            warmup = self._arguments.get_warmup_steps(self._steps)
-            config = config.replace(pace_start=pace_start(self._steps, warmup))
+        warmup = self._arguments.get_warmup_steps(self._steps)
+        config = config.with_pace_start(pace_start(self._steps, warmup))
         return AdaptiveClipper(
             config, accelerator=self._accelerator, optimizer=self._optimizer, model=self.model, ledger=config.ledger
         )
@@ -409,12 +407,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         given = "not given" if chosen.task is None else repr(chosen.task)
         raise ConfigError(f"`--task` must be one of {', '.join(TASKS)}, but is {given}.")
     script = TASKS[chosen.task]
-    model_args, data_args, loop_args, clip_args, clip_config = parse_arguments(
+    model_args, data_args, loop_args, clip_args = parse_arguments(
         rest, script.ModelArguments, script.DataArguments, schedule=LoopArguments
     )
     accelerator = make_accelerator(loop_args)
     parts = prepare(chosen.task, model_args, data_args, accelerator.main_process_first(), loop_args.seed)
-    return run_loop(accelerator, loop_args, clip_args, clip_config, parts)
+    return run_loop(accelerator, loop_args, clip_args, parts)
 
 
 if __name__ == "__main__":

@@ -199,12 +199,11 @@ def prepare(model_args: ModelArguments, data_args: DataArguments) -> Ingredients
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say; returns all results."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
+    model_args, data_args, training_args, clip_args = parse_arguments(argv, ModelArguments, DataArguments)
     training_args.remove_unused_columns = False  # the image column is needed to make pixels from
     parts = prepare(model_args, data_args)
     trainer = make_trainer(
         clip_args,
-        clip_config,
         training_args,
         model=parts.model,
         train_dataset=parts.train_rows,

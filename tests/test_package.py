@@ -19,25 +19,26 @@ MAY_IMPORT = {
     "errors": (),
     "hints": (),
     "support": ("errors", "hints"),
-    "controllers": ("errors",),
-    "fields": (),
-    "migrate": ("errors",),
-    "validation": ("controllers", "errors", "fields", "hints"),
-    "config": ("controllers", "errors", "fields", "hints", "migrate", "validation"),
-    "gradients": ("config", "controllers", "errors"),
+    "reliance": ("errors",),
+    "controllers": ("errors", "hints"),
+    "flat": ("controllers", "errors", "hints"),
+    "validation": ("controllers", "errors", "hints"),
+    "config": ("controllers", "errors", "flat", "hints", "validation"),
+    "gradients": ("config", "controllers", "errors", "reliance"),
     "ledger": ("config", "controllers", "errors", "gradients"),
     "run": ("config", "controllers", "errors", "gradients", "ledger", "support"),
-    "ports": ("config", "controllers", "errors", "gradients", "run", "support"),
-    "clipper": ("config", "controllers", "errors", "gradients", "hints", "ports", "run", "support"),
+    "ports": ("config", "controllers", "errors", "gradients", "run", "support", "reliance"),
+    "drivers": ("config", "controllers", "errors", "gradients", "ports", "run", "support", "reliance"),
+    "clipper": ("config", "controllers", "drivers", "errors", "gradients", "hints", "ports", "run", "support"),
     "audit": ("config", "controllers", "errors", "gradients", "ledger", "run"),
-    "telemetry": ("errors", "ledger"),
+    "telemetry": ("errors", "ledger", "reliance"),
 }
-READERS = ("audit", "config", "controllers", "errors", "ledger", "run", "telemetry", "hints", "validation")
+READERS = ("audit", "config", "controllers", "errors", "ledger", "run", "telemetry", "hints", "flat")
 MAY_IMPORT["gauntlet"] = (*READERS,)
 MAY_IMPORT["report"] = (*READERS, "gauntlet")
-MAY_IMPORT["integrations"] = (*READERS, "clipper", "gradients", "ports", "report", "support")
-MAY_IMPORT["compare"] = (*READERS, "fields", "integrations", "report")
-MAY_IMPORT["cli"] = (*READERS, "compare", "gauntlet", "integrations", "report")
+MAY_IMPORT["integrations"] = (*READERS, "clipper", "gradients", "ports", "reliance", "report", "support")
+MAY_IMPORT["compare"] = (*READERS, "integrations", "report")
+MAY_IMPORT["cli"] = (*READERS, "compare", "gauntlet", "integrations", "reliance", "report")
 
 
 def imports_of(path):

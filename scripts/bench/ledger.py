@@ -19,7 +19,7 @@ from hf_adaclip.audit import Ledger, verify_ledger
 from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.audit.replay import replay
 from hf_adaclip.controllers import Observation, build_controller
-from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR, host_number
 from hf_adaclip.ledger.records import Summary, state_to_json
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.recorder import Recorder, ledger_header
@@ -37,7 +37,6 @@ def write_ledger(path: Path, steps: int) -> None:
     cpu = torch.device("cpu")
     header = ledger_header(
         config,
-        exact=True,
         state=state,
         static_threshold=1.0,
         device=cpu,
@@ -60,7 +59,7 @@ def write_ledger(path: Path, steps: int) -> None:
     )
     with np.errstate(all="ignore"):
         for norm, loss in zip(norms, losses, strict=True):
-            decision, state = controller.update(state, Observation(norm, loss, np.float32(1.0)))
+            decision, state = controller.update(state, Observation(norm, loss, host_number(1.0)))
             if recorder.full:
                 recorder.flush()
             recorder.record(norm, Summary(*decision), loss, loss_scale=None, scaled=False, norms=None)

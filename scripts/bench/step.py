@@ -19,10 +19,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
+from hf_adaclip.controllers.numerics.ops import host_number
 from hf_adaclip.gradients import scale_
 from hf_adaclip.gradients.distance import EVERY
 from hf_adaclip.run.versions import environment
@@ -108,7 +108,7 @@ def ways(model: Holder, optimizer: torch.optim.Optimizer, *, on_device: bool) ->
     if not on_device:
         # A gradient that has been clipped once is inside the range from then on, so the pass that scales is made here every time.
         clipper = AdaptiveClipper(AdaptiveClipConfig(static_threshold=1e6, self_test=False), optimizer=optimizer)
-        factor = np.float32(1 - 1e-7)
+        factor = host_number(1 - 1e-7)
 
         def clip_and_scale() -> None:
             clipper.clip_(parameters, measure=False)

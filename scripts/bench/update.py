@@ -15,7 +15,7 @@ import torch
 
 from hf_adaclip import CONTROLLERS, AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.controllers import Observation
-from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR, host_number
 
 
 def microseconds(call: Callable[[], object], *, calls: int, rounds: int) -> tuple[float, float]:
@@ -31,7 +31,7 @@ def microseconds(call: Callable[[], object], *, calls: int, rounds: int) -> tupl
 
 
 def update_of(config: AdaptiveClipConfig) -> Callable[[], object]:
-    controller = CONTROLLERS[config.controller].from_config(config)
+    controller = config.settings
     state = controller.init(SCALAR, ())
     rng = np.random.default_rng(0)
     norms = np.exp(0.15 * rng.standard_normal(4096)).astype(np.float32)
@@ -40,7 +40,7 @@ def update_of(config: AdaptiveClipConfig) -> Callable[[], object]:
     def update() -> None:
         nonlocal state, position
         position = (position + 1) % len(norms)
-        seen = Observation(norms[position], np.float32(2.0), np.float32(1.0))
+        seen = Observation(norms[position], host_number(2.0), host_number(1.0))
         with np.errstate(all="ignore"):
             _, state = controller.update(state, seen)
 

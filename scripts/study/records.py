@@ -13,11 +13,12 @@ import numpy as np
 from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.audit.replay import replay
 from hf_adaclip.compare.arms import Study
-from hf_adaclip.compare.runs import LEDGER_FILE, RESULT_FILE, ScriptRun, defaults_behind, finished_result, write_result
+from hf_adaclip.compare.runs import RESULT_FILE, ScriptRun, defaults_behind, finished_result, write_result
 from hf_adaclip.compare.tuning import TUNED_FILE
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import LedgerError
+from hf_adaclip.ledger.schema import LEDGER_FILE
 from scripts.study.tasks import BASE, Place, StudyTask
 
 NOT_ROUNDING = 1 - 1e-5

@@ -33,14 +33,14 @@ from scripts.study.results import AT, rates_of_range
 from scripts.study.tasks import BASE, TASKS, Place, StudyTask, base_command
 from scripts.study.tasks_cuda import CUDA_ARMS, CUDA_TASKS
 
-NO_RANGE = "--max_edge 1.89 --far_width 1000 --min_far_width 1000 --max_far_width 1000 --max_threshold 1"
+NO_RANGE = "max_edge=1.89,far_width=1000,min_far_width=1000,max_far_width=1000,max_threshold=1"
 ARMS = {
     "stock": None,
     "tuned": None,
     "adaptive": None,
     "adaptive-pace": None,
-    "open": "--clip adaptive --ceiling_share 1",
-    "pace-only": f"--clip adaptive --max_pace {PACE:g} {NO_RANGE}",
+    "open": "--clip adaptive:ceiling_share=1",
+    "pace-only": f"--clip adaptive:max_pace={PACE:g},{NO_RANGE}",
     "zscore": None,
     "percentile": None,
     "stable_adamw": None,

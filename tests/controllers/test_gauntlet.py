@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS, Observation, build_controller
+from hf_adaclip.controllers import Observation, build_controller
 from hf_adaclip.controllers.numerics.ops import SCALAR
 from hf_adaclip.gauntlet.trials import TRIALS, run_trials
 from hf_adaclip.gauntlet.verdict import BURN_IN, CALM_LEVEL, NOISES, judge, run_stream
@@ -15,7 +15,7 @@ BARS = {"normal": (0.1, 1.35, 10, 0.1), "student": (0.5, 1.5, 10, 0.5)}
 
 
 def controller(name, **settings):
-    return CONTROLLERS[name].from_config(AdaptiveClipConfig(controller=name, **settings))
+    return AdaptiveClipConfig(controller=name, **settings).settings
 
 
 @pytest.mark.parametrize("noise", NOISES)

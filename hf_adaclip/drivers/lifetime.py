@@ -5,8 +5,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_adaclip.gradients import Guards
-from hf_adaclip.ports.follow import EngineFollower
+from hf_adaclip.drivers.driver import Grip
 from hf_adaclip.run.run import Run
 
 logger = logging.getLogger(__name__)
@@ -24,19 +23,17 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def detach(guards: Guards, follower: EngineFollower | None, handles: Sequence[Any]) -> None:
-    guards.detach()
-    if follower is not None:
-        follower.detach()
+def detach(grip: Grip, handles: Sequence[Any]) -> None:
+    grip.detach()
     for handle in handles:
         handle.remove()
 
 
-def let_go(run: Run, guards: Guards, follower: EngineFollower | None, handles: Sequence[Any]) -> None:
+def let_go(run: Run, grip: Grip, handles: Sequence[Any]) -> None:
     """The end of a clipper that was never closed: nothing is lost, and nothing is raised where nobody could catch it."""
     try:
         run.close(clean=False)
     except Exception as error:
         logger.warning("Adaptive clipping: a clipper was dropped without `close`, and its last rows say: %s", error)
     finally:
-        detach(guards, follower, handles)
+        detach(grip, handles)
