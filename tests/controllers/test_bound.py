@@ -86,6 +86,7 @@ def test_a_rise_falls_and_rises_back():
     assert (coefficient[50:] < 1).mean() < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.2, 0.5])
 @pytest.mark.parametrize("larger", [3.0, 10.0, 30.0])
 @pytest.mark.parametrize("static", [50.0, 1e9])
