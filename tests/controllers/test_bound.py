@@ -89,6 +89,7 @@ def test_a_rise_falls_and_rises_back():
     assert (norms * coefficient)[50:][~within].min() > 0.95, "cut as by the static threshold"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.2, 0.5])
 @pytest.mark.parametrize("larger", [3.0, 10.0, 30.0])
 @pytest.mark.parametrize("static", [50.0, 1e9])

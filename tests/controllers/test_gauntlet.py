@@ -45,7 +45,7 @@ def test_the_trials_find_the_faults_that_they_are_for():
 
 
 def test_the_card_is_generated():
-    from scripts.gauntlet_card import FOLDER, card
+    from scripts.docs.gauntlet_card import FOLDER, card
 
     assert (FOLDER / "README.md").read_text(encoding="utf-8") == card()
 

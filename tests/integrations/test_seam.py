@@ -22,6 +22,8 @@ from hf_adaclip import (
 from hf_adaclip.audit import verify_ledger
 from tests.integrations.trainers import arguments, build, run, stock, weights
 
+pytestmark = pytest.mark.slow
+
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
 
 
@@ -46,7 +48,6 @@ class OursGivesUp(AdaptiveClipMixin, GivesUp):
     pass
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "clip",
     [
@@ -101,7 +102,6 @@ class Schedule(TrainerCallback):
         args.max_grad_norm = self.value_at(state.global_step)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "value_at", [lambda s: 0.5 if s < 10 else 0.1, lambda s: 0.1 + 0.02 * s], ids=["once", "ramp"]
 )

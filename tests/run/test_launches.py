@@ -1,11 +1,11 @@
-"""How many launches a step costs on the lane of an accelerator, whatever the model's size; `scripts/bench_launches.py` counts."""
+"""How many launches a step costs on the lane of an accelerator, whatever the model's size; `scripts/bench/launches.py` counts."""
 
 import pytest
 import torch
 
 from hf_adaclip.gradients import elementwise
-from scripts.bench_launches import CARD, LIMITS, ROWS, Launches, launches, table
-from scripts.readme_section import read_section
+from scripts.bench.launches import CARD, LIMITS, ROWS, Launches, launches, table
+from scripts.docs.readme_section import read_section
 
 MOST = 12
 """The bar, from the norms of the gradients to the arming."""

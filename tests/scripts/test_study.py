@@ -18,10 +18,12 @@ from hf_adaclip.compare.arms import Arm, Study
 from hf_adaclip.compare.runs import ScriptRun, run_scripts, write_result
 from hf_adaclip.compare.tuning import TUNED_FILE
 from hf_adaclip.integrations.script_args import parse_arguments
-from scripts import run_clm, run_glue, run_image_classification, run_study, study_records
-from scripts.study_records import record
-from scripts.study_tasks import TASKS, Place, base_command
-from scripts.study_tasks_cuda import CUDA_TASKS
+from scripts import run_clm, run_glue, run_image_classification
+from scripts.study import records as study_records
+from scripts.study import run as run_study
+from scripts.study.records import record
+from scripts.study.tasks import TASKS, Place, base_command
+from scripts.study.tasks_cuda import CUDA_TASKS
 
 SCRIPTS = {"run_clm.py": run_clm, "run_glue.py": run_glue, "run_image_classification.py": run_image_classification}
 

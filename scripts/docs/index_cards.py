@@ -1,6 +1,6 @@
 """Write model_cards/README.md, the index of all pages, and of the comparisons by their numbers.
 
-python -m scripts.index_cards
+python -m scripts.docs.index_cards
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Final
 
 from hf_adaclip.compare.present import table_rows
 
-CARDS = Path(__file__).parent.parent / "model_cards"
+CARDS = Path(__file__).parents[2] / "model_cards"
 ORDER: Final = ("study", "pace", "gauntlet", "speed", "demo")
 """Folders in the order in which they are read; others follow by name."""
 
@@ -20,8 +20,8 @@ def index() -> str:
     lines = [
         "# Model cards",
         "",
-        "One folder for each question: a page, the numbers that it is made of, and pictures. `python -m scripts.index_cards` writes this "
-        "index.",
+        "One folder for each question: a page, the numbers that it is made of, and pictures. `python -m scripts.docs.index_cards` writes "
+        "this index.",
         "",
         "| page | what it is about | its data |",
         "| --- | --- | --- |",

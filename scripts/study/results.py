@@ -1,6 +1,6 @@
 """What the raw results of the study say: targets, costs, paired ratios, differences at the end, ranges of learning rates.
 
-Everything is computed from model_cards/study/*.jsonl, which `run_study` writes, so whoever has these files gets the same numbers.
+Everything is computed from model_cards/study/*.jsonl, which `study.run` writes, so whoever has these files gets the same numbers.
 """
 
 import math
@@ -13,11 +13,11 @@ import numpy as np
 
 from hf_adaclip.compare.statistics import BOOTSTRAP_SAMPLES, PairedRatio, paired_ratio
 from hf_adaclip.compare.tuning import TUNING_SEEDS, early
-from scripts.study_records import current_lines
-from scripts.study_tasks import TASKS, StudyTask
-from scripts.study_tasks_cuda import CUDA_TASKS
+from scripts.study.records import current_lines
+from scripts.study.tasks import TASKS, StudyTask
+from scripts.study.tasks_cuda import CUDA_TASKS
 
-STUDY = Path(__file__).parent.parent / "model_cards" / "study"
+STUDY = Path(__file__).parents[2] / "model_cards" / "study"
 STEP, SECONDS, LOSS, QUALITY = range(4)
 """Where in a point of the raw results things are."""
 AT = "@tuned"
@@ -63,7 +63,7 @@ class TaskResults:
 
     Args:
         task: The task.
-        lines: Raw results, see `study_records.record`.
+        lines: Raw results, see `study.records.record`.
     """
 
     def __init__(self, task: StudyTask, lines: Sequence[dict[str, Any]]) -> None:

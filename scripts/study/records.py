@@ -19,7 +19,7 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.ledger.schema import LEDGER_FILE
-from scripts.study_tasks import BASE, Place, StudyTask
+from scripts.study.tasks import BASE, Place, StudyTask
 
 NOT_ROUNDING = 1 - 1e-5
 FROM_RECORD = "restored from the raw results"

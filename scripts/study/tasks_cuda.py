@@ -1,11 +1,11 @@
 """The study's core on a GPU: models of a fine-tuner's size in mixed precision, bf16 and fp16.
 
-`python -m scripts.run_study --device cuda --budget 25m` runs them.
+`python -m scripts.study.run --device cuda --budget 25m` runs them.
 """
 
 from typing import Literal, TypeAlias
 
-from scripts.study_tasks import CIFAR, FROM_SCRATCH, LLAMA_SOURCE, VIT_SOURCE, WIKITEXT, StudyTask
+from scripts.study.tasks import CIFAR, FROM_SCRATCH, LLAMA_SOURCE, VIT_SOURCE, WIKITEXT, StudyTask
 
 Precision: TypeAlias = Literal["bf16", "fp16"]
 CUDA_ARMS = ("stock", "adaptive", "adaptive-pace")

@@ -1,15 +1,15 @@
-"""Put what `bench_step` and `bench_trainer` measured into the card of speed.
+"""Put what `bench.step` and `bench.trainer` measured into the card of speed.
 
-    python -m scripts.bench_trainer --json model_cards/speed/trainer_cpu.json
-    python -m scripts.bench_step --dtypes float32 --optimizers "fused AdamW" --rounds 15 --json model_cards/speed/cpu_fused_float32.json
-    python -m scripts.speed_table
+    python -m scripts.bench.trainer --json model_cards/speed/trainer_cpu.json
+    python -m scripts.bench.step --dtypes float32 --optimizers "fused AdamW" --rounds 15 --json model_cards/speed/cpu_fused_float32.json
+    python -m scripts.docs.speed_table
 
 A test holds the card equal to the files.
 """
 
 import json
 
-from scripts.readme_section import ROOT, write_section
+from scripts.docs.readme_section import ROOT, write_section
 
 SPEED = ROOT / "model_cards" / "speed"
 RESULTS = SPEED / "cpu_fused_float32.json"

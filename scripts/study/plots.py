@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_adaclip.report.chart import ARM_COLOURS, COLOURS
-from scripts.study_results import STEP, TaskResults, losses
+from scripts.study.results import STEP, TaskResults, losses
 
 CURVES = ("stock", "tuned", "adaptive", "adaptive-pace")
 RANGES = ("stock", "adaptive-pace")

@@ -1,7 +1,7 @@
 """Launches of a step on the lane of an accelerator, by controller, counted on a CPU that plays one.
 
-    python -m scripts.bench_launches                    # the table
-    python -m scripts.bench_launches --card             # into the card of speed, which a test holds equal to what is counted
+    python -m scripts.bench.launches                    # the table
+    python -m scripts.bench.launches --card             # into the card of speed, which a test holds equal to what is counted
 
 Counted is one `clip_`, from the norms of the gradients to the arming of a fused AdamW, in a step that is not measured: every operation of
 torch that is not a view or an allocation, and every kernel of the package's own, as 1. Two tensors; where norms of all gradients together
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_adaclip import CONTROLLERS, AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.controllers.numerics import fused
 from hf_adaclip.controllers.numerics.ops import Shape, TensorOps, tensor_ops
-from scripts.readme_section import ROOT, write_section
+from scripts.docs.readme_section import ROOT, write_section
 
 CARD = ROOT / "model_cards" / "speed" / "README.md"
 LIMITS = {

@@ -2,7 +2,7 @@
 
     hf-adaclip gauntlet --json > model_cards/gauntlet/verdicts.json
     hf-adaclip gauntlet --plot model_cards/gauntlet/gauntlet.png
-    python -m scripts.gauntlet_card
+    python -m scripts.docs.gauntlet_card
 
 Tests hold the card equal to this, and the figures equal to a fresh run (but for the time of a decision).
 """
@@ -15,7 +15,7 @@ from typing import Any
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.gauntlet.trials import TRIALS
 from hf_adaclip.gauntlet.verdict import percent, spike, steps
-from scripts.readme_section import ROOT
+from scripts.docs.readme_section import ROOT
 
 FOLDER = ROOT / "model_cards" / "gauntlet"
 VERDICTS = FOLDER / "verdicts.json"

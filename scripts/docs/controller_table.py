@@ -1,12 +1,12 @@
 """Write the README's table of controllers from the registry.
 
-    python -m scripts.controller_table
+    python -m scripts.docs.controller_table
 
-A test holds the README equal to this. What each rule does to norms is on the gauntlet's card (`scripts/gauntlet_card.py`).
+A test holds the README equal to this. What each rule does to norms is on the gauntlet's card (`scripts/docs/gauntlet_card.py`).
 """
 
 from hf_adaclip.controllers import CONTROLLERS
-from scripts.readme_section import write_section
+from scripts.docs.readme_section import write_section
 
 
 def controller_table() -> str:

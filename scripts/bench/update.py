@@ -1,7 +1,7 @@
 """What deciding costs on a CPU: microseconds per controller update, and `clip_` beside `torch.nn.utils.clip_grad_norm_`.
 
-python scripts/bench_update.py
-python scripts/bench_update.py --json
+python -m scripts.bench.update
+python -m scripts.bench.update --json
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Record a comparison as the demo's card under model_cards/demo.
 
-    python -m scripts.record_demo adaclip-demo
+    python -m scripts.docs.record_demo adaclip-demo
 
 The numbers on the card are never typed: a test holds them equal to model_cards/demo/comparison.json.
 """
@@ -9,7 +9,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from scripts.readme_section import ROOT
+from scripts.docs.readme_section import ROOT
 
 CARD = ROOT / "model_cards" / "demo"
 

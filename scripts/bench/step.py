@@ -1,7 +1,7 @@
 """What clipping adds to an optimizer step: ours beside `clip_grad_norm_` and the peers, in one process, interleaved.
 
-    python -m scripts.bench_step                                   # this machine's CPU
-    python -m scripts.bench_step --device cuda --json model_cards/speed/cuda.json --plot model_cards/speed/cuda.png
+    python -m scripts.bench.step                                   # this machine's CPU
+    python -m scripts.bench.step --device cuda --json model_cards/speed/cuda.json --plot model_cards/speed/cuda.png
 
 Every round runs every way once, in an order drawn anew; shown are medians over rounds with half the distance between the quartiles. The
 *marginal cost* is (way - step alone) / (`clip_grad_norm_(foreach=True)` and step - step alone), per round, 1 for the reference.
@@ -290,7 +290,7 @@ def main() -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         about = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m scripts.bench_step", *sys.argv[1:]]),
+            "command": " ".join(["python -m scripts.bench.step", *sys.argv[1:]]),
             "device": torch.cuda.get_device_name(0) if arguments.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "rounds": arguments.rounds,

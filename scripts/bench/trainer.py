@@ -1,6 +1,6 @@
 """Is a whole `Trainer.train()` slower with adaptive clipping? Stock and ours in turns, in one process.
 
-    python -m scripts.bench_trainer --json model_cards/speed/trainer_cpu.json
+    python -m scripts.bench.trainer --json model_cards/speed/trainer_cpu.json
 
 A ViT-tiny from scratch on random images, batch 8, the defaults of both Trainers (ours with ledger and self-test). Each pair gives one
 ratio of training times; shown are their median and quartiles. 1.00 or less within the spread is the aim.
@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig,
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer
 from hf_adaclip.run.versions import environment
 from hf_adaclip.telemetry.progress import Progress
-from scripts.bench_step import require_device
+from scripts.bench.step import require_device
 
 ARMS: dict[str, AdaptiveClipConfig | None] = {
     "stock": None,
@@ -98,7 +98,7 @@ def main() -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         about = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m scripts.bench_trainer", *sys.argv[1:]]),
+            "command": " ".join(["python -m scripts.bench.trainer", *sys.argv[1:]]),
             "device": torch.cuda.get_device_name(0) if arguments.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "steps": arguments.steps,

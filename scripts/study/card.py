@@ -1,6 +1,6 @@
 """Make the card of the study, its pictures and the README's table from the raw results in model_cards/study.
 
-    python -m scripts.study_card
+    python -m scripts.study.card
 
 Tests hold the card and the README equal to what this makes of the raw results.
 """
@@ -14,8 +14,8 @@ from typing import TypeAlias
 
 from hf_adaclip.compare.statistics import PairedRatio, median
 from hf_adaclip.controllers.adaptive import AdaptiveController
-from scripts.readme_section import write_section
-from scripts.study_results import AT, LOSS, QUALITY, SECONDS, STEP, STUDY, Range, TaskResults, load_study
+from scripts.docs.readme_section import write_section
+from scripts.study.results import AT, LOSS, QUALITY, SECONDS, STEP, STUDY, Range, TaskResults, load_study
 
 WHICH = {
     "adaptive": "the defaults",
@@ -382,7 +382,7 @@ def _number(value: float, digits: int = 2) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Write card and pictures; for the study proper the README's table too."""
-    from scripts.study_plots import draw_curves, draw_ranges
+    from scripts.study.plots import draw_curves, draw_ranges
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=STUDY, help="raw results (default: model_cards/study)")
@@ -390,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     results = load_study(folder)
     if not results:
         parser.error(
-            f"`folder` must hold raw results that `run_study --record` wrote, but {folder} has none of a stock arm."
+            f"`folder` must hold raw results that `study.run --record` wrote, but {folder} has none of a stock arm."
         )
     (folder / "README.md").write_text(card(results), encoding="utf-8")
     draw_curves(results, folder / "curves.png")

@@ -1,7 +1,7 @@
 """How long it takes to verify and to replay a long ledger, in what memory, and how many bytes a step takes.
 
-python scripts/bench_ledger.py                  # one million steps
-python scripts/bench_ledger.py --steps 100000 --json
+python -m scripts.bench.ledger                  # one million steps
+python -m scripts.bench.ledger --steps 100000 --json
 """
 
 import argparse

