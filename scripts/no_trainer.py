@@ -134,7 +134,7 @@ class Loop:
                 optimizer,
                 num_warmup_steps=many * arguments.get_warmup_steps(self._steps),
                 num_training_steps=many * self._steps,
-                scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
+                scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
             )
         )
         self._clipper = self._make_clipper()
@@ -232,7 +232,7 @@ class Loop:
             return step % self._per_epoch == 0 or step == self._steps
         every = math.ceil(every * self._steps) if every and every < 1 else every
         steps = strategy == "steps" or what == "eval"  # `--eval_steps` alone says enough
-        return steps and bool(every) and step % int(every) == 0
+        return bool(steps and every and step % int(every) == 0)
 
     def _log(self, step: int, norm: Tensor | None, rate: float) -> None:
         """The line that a Trainer logs, on the screen and to the trackers of `--report_to`."""
@@ -390,11 +390,14 @@ def _write_card(output: Path, results: dict[str, float]) -> None:
 
 def prepare(task: str, model_args: Any, data_args: Any, first: Any, seed: int) -> Ingredients:
     """What is trained, by the task's own script. `first` is a context in which the main process goes ahead of the others."""
+    parts: Ingredients
     if task == "glue":
-        return run_glue.prepare(model_args, data_args, first)
-    if task == "clm":
-        return run_clm.prepare(model_args, data_args, first, seed)
-    return run_image_classification.prepare(model_args, data_args)
+        parts = run_glue.prepare(model_args, data_args, first)
+    elif task == "clm":
+        parts = run_clm.prepare(model_args, data_args, first, seed)
+    else:
+        parts = run_image_classification.prepare(model_args, data_args)
+    return parts
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

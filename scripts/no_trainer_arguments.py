@@ -67,7 +67,7 @@ class LoopArguments(TrainingArguments):
             != _given(f.default if f.default_factory is MISSING else f.default_factory())
         ]
         given = self.mixed_precision
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         # TrainingArguments keeps under this name what --bf16, --fp16 and `accelerate launch` say.
         self.mixed_precision = given or self.mixed_precision
 

@@ -122,7 +122,7 @@ class Guards:
         measure: Callable[[list[Tensor]], None] | None,
         fold: Tensor | None = None,
         left_out: Value | None = None,
-        told: Value | None = None,
+        told: Value | list[Value] | None = None,
     ) -> None:
         """Prepare the coming step.
 
