@@ -232,7 +232,8 @@ class Loop:
             return step % self._per_epoch == 0 or step == self._steps
         every = math.ceil(every * self._steps) if every and every < 1 else every
         steps = strategy == "steps" or what == "eval"  # `--eval_steps` alone says enough
-        return bool(steps and every and step % int(every) == 0)
+        due: bool = bool(steps and every) and step % int(every) == 0
+        return due
 
     def _log(self, step: int, norm: Tensor | None, rate: float) -> None:
         """The line that a Trainer logs, on the screen and to the trackers of `--report_to`."""
