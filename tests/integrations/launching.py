@@ -46,7 +46,7 @@ def launch(module, arguments, folder, processes=2, *, warm=fork_server.AVAILABLE
 
 def _fork(command, folder, processes, variables):
     # The ranks meet at a store of this process, whose port the system chooses: two tests at a time cannot get in each other's way.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     variables |= {"TORCHELASTIC_RESTART_COUNT": "0"}
     variables |= {name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
