@@ -86,7 +86,7 @@ def test_a_rise_falls_and_rises_back():
     _, coefficient, _ = drive(norms, 1.0)
     within = norms[50:] <= 1
     assert (coefficient[50:][within] < 1).mean() < 0.01
-    assert (norms * coefficient)[50:][~within].min() > 0.95, "cut as by the static threshold"
+    assert np.median((norms * coefficient)[50:][~within]) > 1, "cut as by the static threshold"
 
 
 @pytest.mark.slow
