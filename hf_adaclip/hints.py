@@ -13,7 +13,7 @@ OTHER_NAMES: Final[dict[str, str]] = {
     "quantileclip": "'percentile', or with its own arguments `AdaptiveClipConfig.from_autoclip(...)`",
     "percentileclipping": "'percentile', or `AdaptiveClipConfig.from_bitsandbytes_percentile(...)`",
     "bitsandbytes": "'percentile', or `AdaptiveClipConfig.from_bitsandbytes_percentile(...)`",
-    "trellis": "'percentile' with `percentile_capped=True`",
+    "trellis": "'percentile' with `capped=True`",
     "adagc": "'ema_ratio'",
     "ema": "'ema_ratio'",
     "agc": "'weight_ratio'",
@@ -120,11 +120,11 @@ def unknown_arguments(call: Callable[..., Any], given: Iterable[str], fields: It
     parameters = inspect.signature(call).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return []
-    taken = [name for name in parameters if name != "self"]
+    taken = [name for name in parameters if name != "self" and not name.startswith("_")]
     return [
         f"`{name}` must be one of {', '.join(taken)}, but is unknown instead.{misplaced(name, taken, fields)}"
         for name in given
-        if name not in taken
+        if name not in parameters
     ]
 
 

@@ -211,11 +211,10 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any, se
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say; returns all results."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
+    model_args, data_args, training_args, clip_args = parse_arguments(argv, ModelArguments, DataArguments)
     parts = prepare(model_args, data_args, training_args.main_process_first(desc="tokenizing"), training_args.seed)
     trainer = make_trainer(
         clip_args,
-        clip_config,
         training_args,
         model=parts.model,
         train_dataset=parts.train_rows if training_args.do_train else None,

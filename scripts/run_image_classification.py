@@ -10,6 +10,7 @@ image_size=32,patch_size=4,hidden_size=64,num_hidden_layers=3,num_attention_head
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -32,7 +33,6 @@ from hf_adaclip.integrations.script_args import (
     train_and_evaluate,
 )
 from hf_adaclip.integrations.script_checks import check_size_was_chosen, override, reader_of
-from hf_adaclip.metrics import metric_path
 
 SMALL = "image_size=32,patch_size=4,hidden_size=64,num_hidden_layers=3,num_attention_heads=4,intermediate_size=128"
 
@@ -180,7 +180,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments) -> Ingredients
     feature = train_rows.features[label]
     labels = list(getattr(feature, "names", None) or map(str, range(max(train_rows[label]) + 1)))
     model, making = make_model(model_args, labels)
-    accuracy = evaluate.load(metric_path("accuracy"))
+    accuracy = evaluate.load(str(Path(__file__).parent / "metrics/accuracy.py"))
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
         guesses = np.argmax(prediction.predictions, axis=1)
@@ -199,12 +199,11 @@ def prepare(model_args: ModelArguments, data_args: DataArguments) -> Ingredients
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say; returns all results."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args, clip_args, clip_config = parse_arguments(argv, ModelArguments, DataArguments)
+    model_args, data_args, training_args, clip_args = parse_arguments(argv, ModelArguments, DataArguments)
     training_args.remove_unused_columns = False  # the image column is needed to make pixels from
     parts = prepare(model_args, data_args)
     trainer = make_trainer(
         clip_args,
-        clip_config,
         training_args,
         model=parts.model,
         train_dataset=parts.train_rows,

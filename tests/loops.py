@@ -5,6 +5,8 @@ from unittest import mock
 
 import torch
 
+from hf_adaclip.drivers.clipping import ClippingDriver
+
 
 class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts what makes the host wait for a tensor's value: operations, and methods that read the memory of a CPU tensor with none."""
@@ -69,3 +71,9 @@ def train(model, optimizer, clip, steps, *, start=0, factors=None):
 
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def guards_of(clipper):
+    """What stands before the steps of the clipper's optimizers."""
+    assert isinstance(clipper._driver, ClippingDriver)
+    return clipper._driver.guards

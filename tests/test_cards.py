@@ -11,7 +11,7 @@ from hf_adaclip.cli import main
 from hf_adaclip.compare.card import GRAMS_CO2_PER_WH, card_metadata
 from hf_adaclip.compare.present import markdown_table
 from hf_adaclip.ledger.tail import find_tail
-from scripts.index_cards import CARDS, index
+from scripts.docs.index_cards import CARDS, index
 from tests.integrations.trainers import arguments, build, run
 
 COMPARISONS = sorted(CARDS.glob("*/comparison.json"))

@@ -63,6 +63,7 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
     assert stop.value.code == 2
 
 
+@pytest.mark.slow
 def test_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "hf_adaclip.cli", "--help"], capture_output=True, text=True, check=True
@@ -70,6 +71,7 @@ def test_runs_as_a_module():
     assert "compare" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_gauntlet_with_settings_noise_and_a_picture(tmp_path, capsys):
     picture = tmp_path / "g.png"
     options = ["--controllers", "static", "median:median_factor=3", "--seeds", "1", "--noise", "student"]

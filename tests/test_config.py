@@ -1,9 +1,12 @@
+import dataclasses
 import json
 import re
 
 import pytest
 
-from hf_adaclip import CONTROLLERS, AdaptiveClipConfig, ConfigError
+import hf_adaclip
+from hf_adaclip import CONTROLLERS, Adaptive, AdaptiveClipConfig, ConfigError, LogZScore, Median, ZScore
+from hf_adaclip.controllers.settings import settings_of
 
 
 def test_every_problem_is_reported_at_once_with_field_rule_and_value():
@@ -48,7 +51,7 @@ def test_each_field_has_a_rule(field, value):
 
 
 def test_only_adaptive_has_a_pace():
-    with pytest.raises(ConfigError, match=r"`max_pace` must be 1.0 with controller 'zscore'"):
+    with pytest.raises(ConfigError, match=r"`max_pace` must be left at 1.0 with controller 'zscore'"):
         AdaptiveClipConfig(controller="zscore", max_pace=2.0)
 
 
@@ -92,39 +95,6 @@ def test_what_clip_may_be(clip):
         AdaptiveClipConfig.resolve(clip)
 
 
-def test_fields_become_flags_of_hf_argument_parser():
-    from transformers import HfArgumentParser, TrainingArguments
-
-    parser = HfArgumentParser([TrainingArguments, AdaptiveClipConfig])  # type: ignore[list-item]
-    _, config = parser.parse_args_into_dataclasses(
-        [
-            "--output_dir",
-            "x",
-            "--controller",
-            "zscore",
-            "--shadow",
-            "--static_threshold",
-            "0.5",
-            "--warmup_observations",
-            "7",
-            "--parameter_rules",
-            '{"head.*": "exclude"}',
-        ]
-    )
-
-    assert config == AdaptiveClipConfig(
-        controller="zscore",
-        shadow=True,
-        static_threshold=0.5,
-        warmup_observations=7,
-        parameter_rules={"head.*": "exclude"},
-    )
-    help_text = parser.format_help()
-    for name, f in AdaptiveClipConfig.__dataclass_fields__.items():
-        assert f.metadata["help"], name
-        assert f"--{name}" in help_text
-
-
 def test_to_dict_is_json():
     assert json.loads(json.dumps(AdaptiveClipConfig().to_dict())) == AdaptiveClipConfig().to_dict()
 
@@ -156,12 +126,27 @@ def test_types_and_ranges_and_pairs_are_reported_together():
     assert "but is 'nevr' instead. Did you mean 'never'?" in text
 
 
-def test_every_field_of_the_wrong_type_is_named():
-    fields = AdaptiveClipConfig.__dataclass_fields__
+def test_every_setting_of_the_wrong_type_is_named():
+    names = list(AdaptiveClipConfig().to_dict())
     with pytest.raises(ConfigError) as caught:
-        AdaptiveClipConfig(**dict.fromkeys(fields, object()))
+        AdaptiveClipConfig(**{**dict.fromkeys(names, object()), "controller": "adaptive"})
+    assert [p.split("`")[1] for p in caught.value.problems] == names[1:]
+    with pytest.raises(ConfigError, match="`controller` must be a string"):
+        AdaptiveClipConfig(controller=object())
 
-    assert [p.split("`")[1] for p in caught.value.problems] == list(fields)
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_every_setting_has_help_and_a_default_that_keeps_its_own_rule(name):
+    kind = CONTROLLERS[name]
+    known = settings_of(kind)
+    assert list(known) == [f.name for f in dataclasses.fields(kind)], "each field is a setting"
+    for field in dataclasses.fields(kind):
+        setting = known[field.name]
+        assert field.metadata["help"].endswith("."), field.name
+        assert setting.problem(field.default) is None, field.name
+        assert setting.optional == (field.default is None), field.name
+        assert setting.kind is bool or setting.range, field.name
+        assert setting.problem(object()) is not None, field.name
 
 
 @pytest.mark.parametrize(
@@ -205,8 +190,8 @@ def test_settings_of_the_controllers_in_rules_are_taken():
 
     assert head is not None
     assert body is not None
-    assert (head.controller, head.median_factor, head.z_threshold) == ("median", 4.0, 2.5)
-    assert (body.controller, body.max_near, body.median_factor) == ("adaptive", 0.3, 2.0)
+    assert (head.controller, head.settings) == ("median", Median(factor=4.0))
+    assert (body.controller, body.settings) == ("adaptive", Adaptive(max_near=0.3))
     with pytest.raises(ConfigError, match="belongs to controller 'quantile'"):
         AdaptiveClipConfig(parameter_rules={"head.*": {"controller": "median", "quantile": 0.5}})
 
@@ -267,7 +252,7 @@ def test_every_name_from_elsewhere_leads_to_something_that_is_here():
 
 def test_an_unknown_keyword_is_refused_with_the_nearest_field():
     for make in (
-        lambda: AdaptiveClipConfig(max_pase=3),  # type: ignore[call-arg]
+        lambda: AdaptiveClipConfig(max_pase=3),
         lambda: AdaptiveClipConfig().replace(max_pase=3),
         lambda: AdaptiveClipConfig.from_dict({"max_pase": 3}),
         lambda: AdaptiveClipConfig.resolve({"max_pase": 3}),
@@ -276,15 +261,154 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_field():
             make()
 
 
-def test_a_parser_may_be_followed_by_a_flag_that_names_the_controller():
-    from transformers import HfArgumentParser
+@pytest.mark.parametrize(
+    ("controller", "key", "name", "value"),
+    [
+        ("zscore", "z_threshold", "width", 3.0),
+        ("percentile", "percentile_capped", "capped", True),
+        ("ema_ratio", "ema_factor", "factor", 1.5),
+        ("ema_ratio", "ema_decay", "decay", 0.5),
+        ("median", "median_window", "window", 50),
+        ("quantile", "quantile_rate", "rate", 0.1),
+        ("log_zscore", "log_decay", "decay", 0.9),
+        ("mean_sd", "sd_width", "width", 3.0),
+        ("weight_ratio", "weight_ratio", "ratio", 0.1),
+        ("second_moment", "moment_width", "width", 2.0),
+        ("adaptive", "max_pace", "max_pace", 8.0),
+    ],
+)
+def test_a_controller_can_be_given_by_name_key_text_or_as_an_object(controller, key, name, value):
+    made = CONTROLLERS[controller](**{name: value})
+    want = AdaptiveClipConfig(controller=made)
 
-    (config,) = HfArgumentParser(AdaptiveClipConfig).parse_args_into_dataclasses(["--median_factor", "3"])
-    chosen = AdaptiveClipConfig.from_dict({**config.to_dict(), "controller": "median"})
+    assert (want.controller, want.settings, getattr(want, key), getattr(want, name)) == (
+        controller,
+        made,
+        value,
+        value,
+    )
+    for clip in (
+        made,
+        f"{controller}:{name}={json.dumps(value)}",
+        f"{controller}:{key}={json.dumps(value)}",
+        {"controller": controller, name: value},
+        {"controller": controller, key: value},
+        want,
+        want.to_dict(),
+    ):
+        assert AdaptiveClipConfig.resolve(clip) == want, clip
+    assert AdaptiveClipConfig(controller=controller).replace(**{name: value}) == want
+    assert AdaptiveClipConfig(controller=controller).replace(controller=made) == want
+    assert AdaptiveClipConfig(controller=made, **{key: value}) == want
+    assert want.to_dict()[key] == value
 
-    assert chosen.median_factor == 3
-    assert config.replace(shadow=True).shadow
+
+def test_short_names_are_those_of_the_classes():
+    assert type(ZScore(width=3)) is CONTROLLERS["zscore"]
+    assert {getattr(hf_adaclip, kind.__name__.removesuffix("Controller")) for kind in CONTROLLERS.values()} == set(
+        CONTROLLERS.values()
+    )
+
+
+def test_a_controller_reports_all_its_problems_at_once():
+    with pytest.raises(ConfigError) as caught:
+        Adaptive(decay="a lot", max_pace=0.5, near_width=9.0, warmup_observations=True, pace_start="soon")
+    text = str(caught.value)
+    assert len(caught.value.problems) == 5
+    for piece in (
+        "`decay` must be a number, but is 'a lot'",
+        "`max_pace` must be in [1, inf), but is 0.5",
+        "`near_width` must be below",
+        "`warmup_observations` must be a whole number, but is True",
+        "`pace_start` must be a whole number or None, but is 'soon'",
+    ):
+        assert piece in text
+    for make, hint in (
+        (lambda: ZScore(widht=3), r"setting of ZScoreController .* Did you mean `width`\?"),
+        (lambda: ZScore(z_threshold=3), "It is `width` here"),
+        (lambda: dataclasses.replace(ZScore(), width=0.0), r"`width` must be in \(0, inf\)"),
+        (
+            lambda: AdaptiveClipConfig(controller=ZScore),
+            r"is the class ZScoreController instead. Write ZScoreController\(\)",
+        ),
+        (lambda: AdaptiveClipConfig(factor=3.0), "belongs to controller 'ema_ratio' and 'median'"),
+        (
+            lambda: AdaptiveClipConfig(controller=ZScore(), factor=3.0),
+            "belongs to controller 'ema_ratio' and 'median'",
+        ),
+        (lambda: AdaptiveClipConfig(controller=ZScore(), median_factor=3.0), "belongs to controller 'median'"),
+    ):
+        with pytest.raises(ConfigError, match=hint):
+            make()
+
+
+def test_another_controller_takes_over_what_both_have_and_nothing_is_lost_silently():
+    config = AdaptiveClipConfig(controller=ZScore(decay=0.9), shadow=True)
+    assert config.replace(controller="adaptive") == AdaptiveClipConfig(decay=0.9, shadow=True)
+    assert config.replace(controller="adaptive", decay=0.8) == AdaptiveClipConfig(decay=0.8, shadow=True)
+    with pytest.raises(ConfigError, match=r"`decay` must be left at 0\.97 with controller 'log_zscore'"):
+        config.replace(controller="log_zscore")
+    assert AdaptiveClipConfig(controller=ZScore()).replace(controller="log_zscore").settings == LogZScore()
     with pytest.raises(ConfigError, match="belongs to controller 'median'"):
-        AdaptiveClipConfig.resolve(config)
-    with pytest.raises(ConfigError, match="belongs to controller 'median'"):
-        config.replace(controller="zscore")
+        AdaptiveClipConfig(controller="median", median_factor=3.0).replace(controller="zscore")
+
+
+def test_rules_take_controllers_as_objects():
+    config = AdaptiveClipConfig(
+        max_pace=4.0, parameter_rules={"head.*": Adaptive(max_near=0.3), "*.bias": "exclude"}, warmup_observations=9
+    )
+    assert AdaptiveClipConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    head = config.for_pattern("head.*")
+    assert head is not None
+    assert head.settings == Adaptive(max_near=0.3, max_pace=4.0)
+    with pytest.raises(ConfigError, match="and only 'adaptive' changes it"):
+        config.replace(parameter_rules={"head.*": Median()})
+
+
+# What the version before this wrote into every JSON file, ledger and checkpoint.
+BEFORE = json.loads(
+    """{"warmup_observations": 50, "decay": 0.97, "far_width": 5.0, "near_width": 1.5, "min_far_width": 4.5,
+"max_far_width": 8.0, "widen_step": 0.01, "narrow_factor": 0.8, "accept_after": 6, "min_spread": 0.05,
+"max_edge": 1.3, "max_near": 0.2, "ceiling_share": 0.5, "pace_start": null, "pace_trust": 3.0, "pace_hold":
+0.3333333333333333, "pace_growth": 1.1, "pace_shrink": 0.95, "z_threshold": 2.5, "percentile": 10.0, "history":
+1000, "percentile_capped": false, "weight_ratio": 0.01, "weight_floor": 0.001, "moment_width": 3.0,
+"ema_factor": 1.05, "ema_decay": 0.98, "median_factor": 2.0, "median_window": 100, "quantile": 0.99,
+"quantile_rate": 0.05, "log_width": 4.0, "log_decay": 0.995, "sd_width": 6.0, "sd_window": 128, "controller":
+"adaptive", "granularity": "auto", "static_threshold": null, "shadow": false, "max_pace": 1.0,
+"max_consecutive_nonfinite": 50, "ledger": "auto", "ledger_required": false, "self_test": true, "fold": "auto",
+"nan_filter_on_device": false, "one_step_late": false, "ring_capacity": 256, "freeze_after": null,
+"min_threshold": null, "max_threshold": null, "max_widening_step": null, "max_widening_100": null,
+"max_skipped": null, "divergence_spreads": 0.0, "divergence_steps": 50, "on_trouble": "continue", "on_spike":
+"auto", "parameter_rules": null}"""
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"controller": "zscore", "z_threshold": 3.0, "pace_start": 12, "warmup_observations": 9},
+        {"controller": "zscore", "granularity": "tensor", "ceiling_share": 1.0},
+        {"controller": "log_zscore", "log_decay": 0.9},
+        {"controller": "ema_ratio", "ema_decay": 0.9, "granularity": "tensor", "ceiling_share": 1.0},
+        {"controller": "static", "warmup_observations": 10, "pace_start": 5, "static_threshold": "inf"},
+        {"max_pace": 64.0, "decay": 0.9},
+        {"controller": "static", "median_factor": 3.0, "parameter_rules": {"head.*": "median", "*": "exclude"}},
+    ],
+    ids=lambda c: "-".join(map(str, c)) or "defaults",
+)
+def test_files_of_the_version_before_still_load(changes, tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({**BEFORE, **changes}))
+    config = AdaptiveClipConfig.from_json(path)
+
+    assert config == AdaptiveClipConfig(**changes)
+    written = config.to_dict()
+    rules = changes.get("parameter_rules")
+    assert all(written[key] == value for key, value in changes.items() if key in written and not rules)
+    # and the version before reads what this one writes: it knows every key
+    assert set(written) <= set(BEFORE)
+    if rules:
+        head = config.for_pattern("head.*")
+        assert head is not None
+        assert head.settings == Median(factor=3.0)

@@ -19,6 +19,7 @@ def clip_with(clipper):
     return lambda model, loss: clipper.clip_(model.parameters(), loss=loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("granularity", ["global", "tensor"])
 def test_one_percent_of_bad_steps_are_left_out_and_the_rest_is_the_run_without_them(lane, controller, granularity):

@@ -126,6 +126,7 @@ def test_several_clippers_keep_the_order_in_which_they_were_made(tmp_path):
         assert reader.step == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "raise RuntimeError('boom')", "sys.exit(3)"])
 def test_rows_are_written_at_the_interpreters_end(end, tmp_path):
     script = f"""

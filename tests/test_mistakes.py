@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ClipArguments, ConfigError
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ClipArguments, ConfigError, ZScore
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.hints import near_clip
 from hf_adaclip.ledger.writer import Ledger
@@ -53,14 +53,11 @@ def test_clip_as_text_or_fields(clip, words):
 def test_the_text_of_files_and_flags_is_taken_everywhere():
     wanted = AdaptiveClipConfig(controller="zscore", z_threshold=3)
     assert AdaptiveClipConfig.resolve("zscore:z_threshold=3") == wanted
-    assert ClipArguments("zscore:z_threshold=3").resolve(AdaptiveClipConfig()) == wanted
-    assert AdaptiveClipper("zscore:z_threshold=3").config.z_threshold == 3
-    with pytest.raises(
-        ConfigError, match=r"`--max_pace` must be left out with `--clip zscore:z_threshold=3`.*as FIELD=VALUE"
-    ):
-        ClipArguments("zscore:z_threshold=3").resolve(AdaptiveClipConfig(max_pace=2.0))
+    assert ClipArguments("zscore:z_threshold=3").resolve() == wanted
+    assert ClipArguments("zscore:width=3", clip_shadow=True).resolve() == wanted.replace(shadow=True)
+    assert AdaptiveClipper("zscore:z_threshold=3").config.settings == ZScore(width=3)
     with pytest.raises(ConfigError, match="Did you mean 'zscore'"):
-        ClipArguments("zcore:z_threshold=3").resolve(AdaptiveClipConfig())
+        ClipArguments("zcore:z_threshold=3").resolve()
 
 
 def test_an_object_in_the_wrong_place_is_named_in_one_line():

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from hf_adaclip.audit.replay import REPLAYABLE
-from scripts.readme_section import read_section
+from hf_adaclip.compare import fork_server
+from scripts.docs.readme_section import read_section
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,6 +64,15 @@ def run(code, folder, *check):
     return done.stdout
 
 
+def fork(code, folder, *check):
+    """As `run`, in a process that finds the libraries imported, which takes longer than the code."""
+    script, log = folder / "block.py", folder / "block.log"
+    script.write_text("\n".join([f"import os; os.chdir({str(folder)!r})", textwrap.dedent(code), *check]))
+    process = fork_server.start([str(script)], log, {**os.environ, "OMP_NUM_THREADS": "1"})
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+
+
 def blocks(language):
     return [text for kind, text in BLOCKS if kind == language]
 
@@ -88,6 +98,7 @@ def test_every_block_is_taken_up_by_a_test_of_this_file():
     assert [text for _, text in BLOCKS if text not in taken] == []
 
 
+@pytest.mark.slow
 def test_the_first_60_seconds_print_what_they_say(tmp_path):
     out = run(block_with("python", "first-run"), tmp_path)
     counts = eval(out.strip().splitlines()[-1])
@@ -114,8 +125,9 @@ def test_the_first_60_seconds_print_what_they_say(tmp_path):
     assert (tmp_path / "replay.png").is_file()
 
 
+@pytest.mark.slow
 def test_one_line_for_a_trainer(tmp_path):
-    run(
+    fork(
         SETTING + after(block_with("diff", "= AdaptiveClipTrainer(")),
         tmp_path,
         "trainer.train()",
@@ -123,31 +135,37 @@ def test_one_line_for_a_trainer(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_one_line_for_a_subclass(tmp_path):
     use = "trainer = MyTrainer(model=model, args=args, train_dataset=train_dataset); trainer.train()"
-    run(SETTING + after(block_with("diff", "class MyTrainer")), tmp_path, use, "assert trainer.clipper.step == 3")
+    fork(SETTING + after(block_with("diff", "class MyTrainer")), tmp_path, use, "assert trainer.clipper.step == 3")
 
 
+@pytest.mark.slow
 def test_one_line_for_somebody_elses_trainer(tmp_path):
-    run(SETTING + after(block_with("diff", "attach(")), tmp_path, "assert trainer.clipper.step == 3")
+    fork(SETTING + after(block_with("diff", "attach(")), tmp_path, "assert trainer.clipper.step == 3")
 
 
+@pytest.mark.slow
 def test_one_line_for_an_accelerate_loop(tmp_path):
-    run(SETTING + LOOP + after(block_with("diff", "accelerator.accumulate")), tmp_path, "assert clipper.step == 4")
+    fork(SETTING + LOOP + after(block_with("diff", "accelerator.accumulate")), tmp_path, "assert clipper.step == 4")
     assert (tmp_path / "clip_ledger.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_one_line_for_a_script_that_cannot_be_edited(tmp_path):
-    run(
+    fork(
         SETTING + MAIN + block_with("python", ".install()").replace("Accelerator()", "Accelerator(cpu=True)"), tmp_path
     )
 
 
+@pytest.mark.slow
 def test_plain_pytorch(tmp_path):
     out = run(block_with("python", "torch.nn.Linear"), tmp_path)
     assert "fused AdamW skips a step on the device" in out
 
 
+@pytest.mark.slow
 def test_config(tmp_path):
     run(
         block_with("python", "clip.json"),
@@ -158,9 +176,10 @@ def test_config(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_script_gets_its_flag(tmp_path):
     flags = "--output_dir out --use_cpu --max_steps 3 --report_to none --save_strategy no --clip zscore"
-    run(
+    fork(
         f"import sys\nsys.argv += '{flags}'.split()\n{SETTING}{block_with('python', 'make_trainer')}",
         tmp_path,
         "assert (trainer.clipper.step, trainer.clipper.config.controller) == (3, 'zscore')",
@@ -207,7 +226,7 @@ def test_the_gate_is_the_readmes_test_command_and_fails_when_it_does(tmp_path):
 
 def test_the_table_of_controllers_is_generated():
     from hf_adaclip import CONTROLLERS
-    from scripts.controller_table import controller_table
+    from scripts.docs.controller_table import controller_table
 
     table = read_section("controllers")
     assert table == controller_table()
@@ -215,12 +234,13 @@ def test_the_table_of_controllers_is_generated():
         assert f'| `"{name}"` |' in table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", [r for r in REPLAYABLE if r not in ("mean_sd", "log_zscore", "percentile")]
 )  # seconds each
 def test_the_table_holds_what_the_gauntlet_measures(rule):
     from hf_adaclip.gauntlet.verdict import judge_config, parse_controller
-    from scripts.gauntlet_card import VERDICTS
+    from scripts.docs.gauntlet_card import VERDICTS
 
     recorded = json.loads(VERDICTS.read_text(encoding="utf-8"))
     found = judge_config(parse_controller(rule), recorded["noise"], recorded["seeds"]).to_dict()
@@ -236,7 +256,7 @@ def test_the_table_holds_what_the_gauntlet_measures(rule):
 
 
 def test_the_table_of_costs_is_that_of_the_benchmark():
-    from scripts.speed_table import CARD, speed_table
+    from scripts.docs.speed_table import CARD, speed_table
 
     assert read_section("speed", CARD) == speed_table()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_adaclip.audit.ingest import Series, load_series
+from hf_adaclip.config import as_written_now
 from hf_adaclip.errors import LedgerError
 
 _COMPARED = ("norm", "loss", "threshold", "coefficient", "pace")
@@ -40,7 +41,7 @@ def diff_ledgers(a: str | Path, b: str | Path) -> dict[str, Any]:
 
 def _settings(a: Series, b: Series) -> dict[str, list[Any]]:
     headers = [s.header or {} for s in (a, b)]
-    configs = [h.get("config", {}) for h in headers]
+    configs = [as_written_now(h.get("config", {})) for h in headers]
     differing = {
         key: [c.get(key) for c in configs]
         for key in sorted({*configs[0], *configs[1]} - {"ledger"})

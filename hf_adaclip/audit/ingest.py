@@ -11,7 +11,7 @@ from hf_adaclip.audit import foreign
 from hf_adaclip.audit.series import MAX_STEP, Series, array
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.ledger.reader import open_ledger, open_regular, read_lines, what_it_is
-from hf_adaclip.ledger.schema import parse_number
+from hf_adaclip.ledger.schema import LEDGER_FILE, parse_number
 
 __all__ = ["Series", "ledger_records", "load_series"]
 
@@ -25,8 +25,8 @@ def load_series(path: str | Path) -> Series:
     """
     path = Path(path)
     if path.is_dir():
-        if (path / "clip_ledger.jsonl").is_file():
-            return _from_ledger(path / "clip_ledger.jsonl")
+        if (path / LEDGER_FILE).is_file():
+            return _from_ledger(path / LEDGER_FILE)
         return foreign.from_folder(path)
     try:
         with open_regular(path) as file:

@@ -12,7 +12,7 @@ import numpy as np
 from hf_adaclip.audit.ingest import Series
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation, Reason, build_controller
-from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.controllers.numerics.ops import SCALAR, host_number
 from hf_adaclip.errors import ConfigError
 
 REPLAYABLE: Final = tuple(name for name, kind in CONTROLLERS.items() if not kind.fine)
@@ -58,7 +58,7 @@ def replay(series: Series, config: AdaptiveClipConfig, *, static_threshold: floa
             f"state, which no log holds. Choose from {', '.join(REPLAYABLE)}."
         )
     controller = build_controller(config)
-    static = np.float32(config.static_threshold if config.static_threshold is not None else static_threshold)
+    static = host_number(config.static_threshold if config.static_threshold is not None else static_threshold)
     state = controller.init(SCALAR, ())
     size = len(series)
     thresholds, coefficients, paces = (np.empty(size, np.float32) for _ in range(3))
@@ -67,7 +67,7 @@ def replay(series: Series, config: AdaptiveClipConfig, *, static_threshold: floa
         reaches = np.full(size, np.nan, np.float32) if series.reaches is None else series.reaches
         for i, (norm, loss, reach) in enumerate(zip(series.norms, series.losses, reaches, strict=True)):
             decision, state = controller.update(state, Observation(norm, loss, static, reach=reach))
-            thresholds[i], coefficients[i], paces[i], reasons[i] = decision
+            thresholds[i], coefficients[i], paces[i], reasons[i] = map(float, decision)
     return Replay(config, thresholds, coefficients, paces, reasons)
 
 

@@ -11,14 +11,11 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.base import coefficient_of
 from hf_adaclip.controllers.elementwise import FineController
-from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR
+from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, Value, host_number
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
 from hf_adaclip.ledger.header import check_counts, check_header, is_text
 from hf_adaclip.ledger.records import Summary, revisions, state_bytes, state_from_json, summarise
-from hf_adaclip.ledger.schema import SHAPE_FIELDS, STEP_FIELDS, parse_number
-
-APPLIED_TOLERANCE = 0.01
-"""Relative difference between a measured and an intended norm that rounding explains (bfloat16 gradients: 1 in 256)."""
+from hf_adaclip.ledger.schema import APPLIED_TOLERANCE, SHAPE_FIELDS, STEP_FIELDS, parse_number
 
 SUM_TOLERANCE = 1e-5
 """Relative difference in the summary of a per-tensor step: the order in which a device sums squares is its own."""
@@ -48,7 +45,7 @@ class Segment:
         self._shape = (self._num_tensors,) if self._num_tensors else ()
         self._ops = ARRAY if self._shape else SCALAR
         self._header_static = header["static_threshold"]
-        self._static = np.float32(self._header_static)
+        self._static = host_number(self._header_static)
         self._next_step: int = header["first_step"]
         self._counts: Counter[str] = Counter(header["counts"])
         self.parent = _mapping(header["parent"], sha256=str, step=int)
@@ -120,7 +117,7 @@ class Segment:
             recorded = {k: parse_number(record[k]) for k in ("norm", "threshold", "coefficient", "pace", "loss")}
             recorded["reach"] = parse_number(record.get("reach"))
             # A schedule of `max_grad_norm` has one beside each step; otherwise the header's holds.
-            self._static = np.float32(parse_number(record.get("static_threshold", self._header_static)))
+            self._static = host_number(parse_number(record.get("static_threshold", self._header_static)))
             applied = parse_number(record["applied_norm"])
             norms = [parse_number(n) for n in record["norms"]] if self._num_tensors else None
             problems += self._compare_time(parse_number(record["time"]))
@@ -181,7 +178,7 @@ class Segment:
             problems.append("the footer's counts by reason are not those of the records.")
         if record.get("lost", 0) != self.lost:
             problems.append(f"the footer says that {record.get('lost', 0)!r} steps were lost, the gaps {self.lost}.")
-        if self._broken or not self._controller.exact:
+        if self._broken:
             return problems
         try:
             final = state_from_json(self._controller, record["final_state"], self._ops, self._shape)
@@ -199,23 +196,21 @@ class Segment:
         return [f"`time` is {seconds:g} s, but the step before it was at {before:g} s."]
 
     def _replay(self, recorded: dict[str, float], norms: list[float] | None) -> Summary:
-        norm = np.float32(recorded["norm"])
-        observed = norm if norms is None else np.array(norms, dtype=np.float32)
-        finite = norm < np.float32("inf")
+        norm = host_number(recorded["norm"])
+        observed: Value = norm if norms is None else np.array(norms, dtype=np.float32)
+        finite = norm < host_number(math.inf)
         left = None
         if isinstance(self._controller, FineController) and self._next_step > self._controller.first_step:
-            left = np.float32(recorded["threshold"])  # what it did to single units is not in a ledger
+            left = host_number(recorded["threshold"])  # what it did to single units is not in a ledger
         seen = Observation(
-            observed, np.float32(recorded["loss"]), self._static, finite, left, np.float32(recorded["reach"])
+            observed, host_number(recorded["loss"]), self._static, finite, left, host_number(recorded["reach"])
         )
         decision, self._state = self._controller.update(self._state, seen)
         return Summary(*decision) if norms is None else summarise(norm, observed, *decision)
 
     def _compare(self, summary: Summary, recorded: dict[str, float], reason: str) -> list[str]:
         problems = []
-        tolerance = 0.0 if self._controller.exact else self._controller.tolerance
-        if self._num_tensors:
-            tolerance = max(tolerance, SUM_TOLERANCE)
+        tolerance = SUM_TOLERANCE if self._num_tensors else 0.0
         for key in ("threshold", "coefficient", "pace"):
             want, have = float(getattr(summary, key)), float(np.float32(recorded[key]))
             if not _close(want, have, tolerance):
@@ -273,7 +268,7 @@ class Segment:
         """The norm that clipping leaves."""
         coefficient = recorded["coefficient"]
         if self._config.shadow:
-            coefficient = float(coefficient_of(np.float32(recorded["norm"]), self._static, SCALAR))
+            coefficient = float(coefficient_of(host_number(recorded["norm"]), self._static, SCALAR))
         return recorded["norm"] * coefficient
 
     def _compare_applied(self, recorded: dict[str, float], applied: float) -> list[str]:

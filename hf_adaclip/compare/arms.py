@@ -32,9 +32,7 @@ ARMS: Final[dict[str, Arm]] = {
     STOCK: Arm("stock Trainer, the flags as they were given", ("--clip", "stock")),
     "none": Arm("stock Trainer without clipping", ("--clip", "none")),
     "stable_adamw": Arm("stock Trainer with optim=stable_adamw", ("--clip", "stock", "--optim", "stable_adamw")),
-    "adaptive-pace": Arm(
-        f"adaptive clipping with max_pace {PACE:g}", ("--clip", "adaptive", "--max_pace", f"{PACE:g}")
-    ),
+    "adaptive-pace": Arm(f"adaptive clipping with max_pace {PACE:g}", ("--clip", f"adaptive:max_pace={PACE:g}")),
     **{name: Arm(f"{kind.idea} ({kind.source})", ("--clip", name)) for name, kind in CONTROLLERS.items()},
 }
 

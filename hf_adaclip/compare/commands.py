@@ -84,7 +84,7 @@ def _add_compare(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME=FLAGS",
-        help="an arm of your own, such as 'wide=--clip adaptive --max_near 0.5'",
+        help="an arm of your own, such as 'wide=--clip adaptive:max_near=0.5'",
     )
     script.add_argument(
         "--launcher", default=None, help="what runs the script, such as 'accelerate launch' (default: this Python)"

@@ -3,7 +3,7 @@
     python -m hf_adaclip.compare.demo --task digits-vit --clip adaptive --output_dir out
 
 Both are trained from scratch in well under a minute on two CPU cores, far enough to tell arms apart. Flags are those of the scripts of
-the Transformers examples: `TrainingArguments`, `--clip` and the settings of `AdaptiveClipConfig`.
+the Transformers examples: `TrainingArguments`, `--clip` and `--clip_*`.
 """
 
 import argparse
@@ -183,14 +183,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = first.parse_known_args(argv)[0].task
     # The task's own flags come first, so that those that are given win.
     flags = TASKS[name].flags() if name in TASKS else ()
-    chosen, args, clip, config = parse_arguments([*flags, *argv], DemoArguments)
+    chosen, args, clip = parse_arguments([*flags, *argv], DemoArguments)
     task = TASKS[chosen.task]
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     model, train_rows, eval_rows, compute_metrics = task.build()
     trainer = make_trainer(
         clip,
-        config,
         args,
         model=model,
         train_dataset=train_rows,

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,14 +24,13 @@ from hf_adaclip.compare import fork_server
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import LedgerError
-from hf_adaclip.fields import HyperParameters
+from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.telemetry.point import CONVERGENCE_FILE, read_points
 from hf_adaclip.telemetry.progress import Progress
 
 MODULE: Final = "-m"
 RESULT_FILE: Final = "result.json"
 LOG_FILE: Final = "log.txt"
-LEDGER_FILE: Final = "clip_ledger.jsonl"
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def file_of(script: Sequence[str]) -> Path | None:
 
 
 def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
-    """Defaults of this package that a run goes by: none for the stock Trainer, else all but the hyperparameters of other controllers.
+    """Defaults of this package that a run goes by: none for the stock Trainer, those of a config, or of several by controller.
 
     Args:
         arguments: All flags of the run; of several `--clip` the last one counts.
@@ -94,12 +93,11 @@ def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
     name = _clip_of(arguments)
     if name in ("stock", "none"):
         return {}
-    defaults = AdaptiveClipConfig().to_dict()
-    kind = CONTROLLERS.get(name or "")
-    if kind is None or any(flag.replace("-", "_").startswith("__parameter_rules") for flag in arguments):
-        return defaults  # a file of settings, or rules, may name any controller
-    others = {f.name for f in fields(HyperParameters)} - {f.name for f in fields(kind)}
-    return {name: value for name, value in defaults.items() if name not in others}
+    chosen = (name or "").partition(":")[0]
+    if chosen in CONTROLLERS and not any("parameter_rules" in argument.replace("-", "_") for argument in arguments):
+        return AdaptiveClipConfig(controller=chosen).to_dict()
+    # A file of settings, or rules, may name any controller.
+    return {other: AdaptiveClipConfig(controller=other).to_dict() for other in CONTROLLERS}
 
 
 def _clip_of(arguments: Sequence[str]) -> str | None:

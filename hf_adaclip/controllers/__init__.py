@@ -1,10 +1,11 @@
 """Controllers: the maths of deciding, pure and on the device. `CONTROLLERS` is the registry.
 
-A new controller is one file here, one line below, a slow reference in tests/reference/ and a declaration in tests/cases.py.
+A new controller is one file here, its settings included, one line below, a slow reference in tests/reference/ and a declaration in
+tests/cases.py. Config, flags, ledger and checkpoints follow from these.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason
@@ -48,7 +49,36 @@ _LIMITS = (
 )
 
 
-def build_controller(config: Any, parts: Parts = ()) -> Controller[Any]:
+def name_of(controller: Controller[Any]) -> str | None:
+    """What a controller is called in the registry; None where its class is not in it."""
+    return next((name for name, kind in CONTROLLERS.items() if kind is type(controller)), None)
+
+
+class Settings(Protocol):
+    """What is looked at of an `AdaptiveClipConfig` here."""
+
+    @property
+    def settings(self) -> Controller[Any]: ...
+    @property
+    def max_pace(self) -> float: ...
+    @property
+    def static_threshold(self) -> float | None: ...
+    @property
+    def on_spike(self) -> str: ...
+    @property
+    def on_trouble(self) -> str: ...
+    @property
+    def one_step_late(self) -> bool: ...
+    @property
+    def divergence_spreads(self) -> float: ...
+    @property
+    def divergence_steps(self) -> int: ...
+    @property
+    def parameter_rules(self) -> dict[str, Any] | str | None: ...
+    def for_pattern(self, pattern: str) -> "Settings | None": ...
+
+
+def build_controller(config: Settings, parts: Parts = ()) -> Controller[Any]:
     """The controller that a config describes, under the limits that it sets; leaving steps out or one step late if it says so.
 
     Args:
@@ -73,7 +103,7 @@ def build_controller(config: Any, parts: Parts = ()) -> Controller[Any]:
     return governed
 
 
-def _part(config: Any, pattern: str | None, size: int) -> "Part":
+def _part(config: Settings, pattern: str | None, size: int) -> "Part":
     own = config if pattern is None else config.for_pattern(pattern)
     from hf_adaclip.controllers.wrappers.by_group import Part
 
@@ -82,14 +112,13 @@ def _part(config: Any, pattern: str | None, size: int) -> "Part":
     return Part(size, _governed(own), None if pattern is None else own.static_threshold)
 
 
-def leaves_out(config: Any) -> bool:
+def leaves_out(config: Settings) -> bool:
     """Whether a step that would be cut is left out instead."""
-    skips = CONTROLLERS[config.controller].skips
-    return skips if config.on_spike == "auto" else config.on_spike == "skip"
+    return config.settings.skips if config.on_spike == "auto" else config.on_spike == "skip"
 
 
-def _governed(config: Any) -> Controller[Any]:
-    inner = CONTROLLERS[config.controller].from_config(config)
+def _governed(config: Settings) -> Controller[Any]:
+    inner = config.settings
     limits = {name: getattr(config, name) for name in _LIMITS}
     free = all(v is None for v in limits.values())
     if free and config.divergence_spreads == 0:
@@ -105,4 +134,13 @@ def _governed(config: Any) -> Controller[Any]:
     )
 
 
-__all__ = ["CONTROLLERS", "Controller", "Decision", "Observation", "Reason", "build_controller", "leaves_out"]
+__all__ = [
+    "CONTROLLERS",
+    "Controller",
+    "Decision",
+    "Observation",
+    "Reason",
+    "build_controller",
+    "leaves_out",
+    "name_of",
+]

@@ -8,9 +8,13 @@ the host, draws a random number or looks at a clock, so a run can be replayed fr
 
 import dataclasses
 import enum
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
 from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value
+from hf_adaclip.controllers.settings import conflicts_left, keys_of, problems_of, settings_of
+from hf_adaclip.errors import ConfigError
+from hf_adaclip.hints import near
 
 State = TypeVar("State", bound=tuple[Value, ...])
 
@@ -166,15 +170,12 @@ class Decision(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Controller(Generic[State]):
-    """Base of all controllers. Subclasses add hyperparameters as fields and implement `init` and `update`.
+    """Base of all controllers. Subclasses add their settings as fields (see `setting`) and implement `init` and `update`.
 
     Class attributes:
         idea: What it does, in a line.
         source: Where it comes from.
         choose: When to choose it.
-        exact: Replaying the recorded norms gives the recorded decisions bit for bit, on any device. False only where
-            `update` needs log, exp or a reduction whose order is not fixed; then `tolerance` applies.
-        tolerance: Largest relative difference of a replayed threshold when `exact` is False.
         paces: The controller can set the pace.
         fine: It bounds single units or elements (see `FineController`).
         granularities: On what it can work, the usual one first.
@@ -187,8 +188,6 @@ class Controller(Generic[State]):
     idea: ClassVar[str]
     source: ClassVar[str]
     choose: ClassVar[str]
-    exact: ClassVar[bool] = True
-    tolerance: ClassVar[float] = 0.0
     paces: ClassVar[bool] = False
     fine: ClassVar[bool] = False
     skips: ClassVar[bool] = False
@@ -202,10 +201,27 @@ class Controller(Generic[State]):
         """Fields of the state that belong to the run and not to a norm: they go on when the set of parameters changes."""
         return frozenset()
 
-    @classmethod
-    def from_config(cls, config: Any) -> "Controller[State]":
-        """Pick this controller's fields, by name, from an object that has them (an `AdaptiveClipConfig`)."""
-        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
+    if not TYPE_CHECKING:  # which is to see the fields, and not `Any`
+
+        def __new__(cls, *args, **given):
+            """Refuse unknown names with a hint, before Python does it without one."""
+            known = [f.name for f in dataclasses.fields(cls)]
+            if unknown := [_unknown_setting(cls, name, known) for name in given if name not in known]:
+                raise ConfigError(unknown)
+            return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        wrong = problems_of(self)
+        if problems := [*wrong.values(), *conflicts_left(self.conflicts(), wrong)]:
+            raise ConfigError(problems)
+
+    def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
+        """Settings that do not go together, each right by itself: their names, and a sentence for people."""
+        return ()
+
+    def judging_apart(self) -> "Controller[State]":
+        """The same where every tensor or module has a norm of its own."""
+        return self
 
     def init(self, ops: Ops, shape: Shape) -> State:
         """The state before the first step, for norms of this shape."""
@@ -218,6 +234,13 @@ class Controller(Generic[State]):
     def update(self, state: State, observation: Observation) -> tuple[Decision, State]:
         """Decide on one step from what came before it, then learn a bounded version of what was seen."""
         raise NotImplementedError
+
+
+def _unknown_setting(kind: type, name: str, known: Iterable[str]) -> str:
+    keys = keys_of(kind)
+    hint = f" It is `{keys[name].name}` here." if name in keys else near(name, known)
+    have = ", ".join(settings_of(kind)) or "none"
+    return f"`{name}` must be a setting of {kind.__name__} ({have}), but is unknown instead.{hint}"
 
 
 def is_finite_norm(norm: Value, ops: Ops) -> Value:

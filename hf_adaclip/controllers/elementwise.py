@@ -26,7 +26,7 @@ from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
 class FineState(NamedTuple):
     """`count`: steps seen."""
 
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 class FineController(Controller[FineState]):
@@ -51,6 +51,10 @@ class FineController(Controller[FineState]):
             reference: Norm of the unit's weights, or square root of the element's second moment; float32, any shape.
         """
         raise NotImplementedError
+
+    def bounds(self, references: list[Tensor]) -> list[Tensor]:
+        """The bounds of many tensors on one device."""
+        return [self.bound(reference) for reference in references]
 
     def init(self, ops: Ops, shape: Shape) -> FineState:
         return FineState(ops.full(shape, 0.0))

@@ -25,13 +25,14 @@ from typing import ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.settings import setting, warmup
 
 
 class EmaRatioState(NamedTuple):
     """`average`: EMA of what was let through, +inf before the first norm; `count` of norms learned."""
 
     average: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ class EmaRatioController(Controller[EmaRatioState]):
     granularities: ClassVar[tuple[str, ...]] = ("tensor", "module", "global")
     revision: ClassVar[int] = 2
 
-    ema_factor: float = 1.05
-    ema_decay: float = 0.98
-    warmup_observations: int = 50
+    factor: float = setting(
+        1.05, help="Multiple of the average of what was let through.", range="[1, inf)", key="ema_factor"
+    )
+    decay: float = setting(0.98, help="Decay of that average per step.", range="(0, 1)", key="ema_decay")
+    warmup_observations: int = warmup()
 
     def init(self, ops: Ops, shape: Shape) -> EmaRatioState:
         return EmaRatioState(ops.full(shape, float("inf")), ops.full(shape, 0.0))
@@ -68,11 +71,11 @@ class EmaRatioController(Controller[EmaRatioState]):
         ops = ops_of(norm)
         one = ops(1.0)
         warm = state.count < ops(float(self.warmup_observations))
-        threshold = ops(self.ema_factor) * state.average
+        threshold = ops(self.factor) * state.average
         decision, usable = decide_by_threshold(norm, threshold, observation.static_threshold, warm=warm, ops=ops)
 
         passed = ops.minimum(norm, decision.threshold)
-        moved = ops(self.ema_decay) * state.average + ops(1.0 - self.ema_decay) * passed
+        moved = ops(self.decay) * state.average + ops(1.0 - self.decay) * passed
         average = ops.where(warm, ops.minimum(state.average, passed), moved)
         return decision, EmaRatioState(
             average=ops.where(usable, average, state.average),

@@ -26,6 +26,7 @@ from typing import ClassVar, NamedTuple
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.numerics.logarithm import exponential, logarithm
 from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.settings import setting, warmup
 
 MIN_SD = 1e-3
 
@@ -43,7 +44,7 @@ class LogZScoreState(NamedTuple):
     total: Value
     squares: Value
     weight: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,14 @@ class LogZScoreController(Controller[LogZScoreState]):
     skips: ClassVar[bool] = True
     revision: ClassVar[int] = 2
 
-    log_width: float = 4.0
-    log_decay: float = 0.995
-    warmup_observations: int = 50
+    width: float = setting(
+        4.0,
+        help="Standard deviations of the logarithm at which a step is left out.",
+        range="(0, inf)",
+        key="log_width",
+    )
+    decay: float = setting(0.995, help="Decay of mean and deviation per step.", range="(0, 1)", key="log_decay")
+    warmup_observations: int = warmup()
 
     def init(self, ops: Ops, shape: Shape) -> LogZScoreState:
         return LogZScoreState(*(ops.full(shape, 0.0) for _ in LogZScoreState._fields))
@@ -84,7 +90,7 @@ class LogZScoreController(Controller[LogZScoreState]):
         weight = ops.where(state.weight > zero, state.weight, one)
         mean = state.total / weight
         variance = ops.maximum(state.squares / weight - mean * mean, zero)
-        cap = mean + ops(self.log_width) * ops.maximum(ops.sqrt(variance), ops(MIN_SD))
+        cap = mean + ops(self.width) * ops.maximum(ops.sqrt(variance), ops(MIN_SD))
         threshold = exponential(state.origin + cap, ops)
         decision, usable = decide_by_threshold(norm, threshold, observation.static_threshold, warm=warm, ops=ops)
 
@@ -92,7 +98,7 @@ class LogZScoreController(Controller[LogZScoreState]):
         origin = ops.where(state.count > zero, state.origin, x)
         y = x - origin
         y = ops.where(warm, y, ops.minimum(y, cap))
-        keep, take = ops(self.log_decay), ops(1.0 - self.log_decay)
+        keep, take = ops(self.decay), ops(1.0 - self.decay)
         return decision, LogZScoreState(
             origin=ops.where(usable, origin, state.origin),
             total=ops.where(usable, keep * state.total + take * y, state.total),

@@ -1,6 +1,6 @@
 """`mean_sd`: leave out steps that are many standard deviations above the mean of a window.
 
-    threshold_t = mean(W_t) + width * sd(W_t)        W_t the last `sd_window` learned norms, sd with count - 1
+    threshold_t = mean(W_t) + width * sd(W_t)        W_t the last `window` learned norms, sd with count - 1
     learned_t   = min(n_t, threshold_t)
     a step with n_t > threshold_t is left out        (`on_spike="clip"`: cut to the threshold instead)
 
@@ -23,6 +23,7 @@ from typing import ClassVar
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.numerics.ops import Ops, Shape, ops_of
 from hf_adaclip.controllers.numerics.window import Window, empty_window, mean_and_sd, remember
+from hf_adaclip.controllers.settings import setting, warmup
 
 MIN_SD = 1e-3
 """Smallest standard deviation, as part of the mean."""
@@ -50,18 +51,25 @@ class MeanSdController(Controller[Window]):
     skips: ClassVar[bool] = True
     revision: ClassVar[int] = 2
 
-    sd_width: float = 6.0
-    sd_window: int = 128
-    warmup_observations: int = 50
+    width: float = setting(
+        6.0,
+        help="Standard deviations above the mean at which a step is left out.",
+        range="(0, inf)",
+        key="sd_width",
+    )
+    window: int = setting(
+        128, help="How many past norms mean and deviation are taken over.", range="[10, 1000000]", key="sd_window"
+    )
+    warmup_observations: int = warmup()
 
     def init(self, ops: Ops, shape: Shape) -> Window:
-        return empty_window(ops, shape, self.sd_window)
+        return empty_window(ops, shape, self.window)
 
     def update(self, state: Window, observation: Observation) -> tuple[Decision, Window]:
         norm = observation.norm
         ops = ops_of(norm)
         mean, sd = mean_and_sd(state, ops)
-        bound = mean + ops(self.sd_width) * ops.maximum(sd, ops(MIN_SD) * mean)
+        bound = mean + ops(self.width) * ops.maximum(sd, ops(MIN_SD) * mean)
         warm = state.count < ops(float(self.warmup_observations))
         decision, usable = decide_by_threshold(norm, bound, observation.static_threshold, warm=warm, ops=ops)
         return decision, remember(state, ops.where(warm, norm, ops.minimum(norm, bound)), usable, ops)

@@ -21,6 +21,7 @@ from typing import ClassVar
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.numerics.ops import Ops, Shape, ops_of
 from hf_adaclip.controllers.numerics.window import Window, empty_window, quantile_of, remember
+from hf_adaclip.controllers.settings import setting, warmup
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,21 @@ class MedianController(Controller[Window]):
     choose: ClassVar[str] = "a plain guard that a spike cannot move"
     revision: ClassVar[int] = 2
 
-    median_factor: float = 2.0
-    median_window: int = 100
-    warmup_observations: int = 50
+    factor: float = setting(
+        2.0, help="Multiple of the median that is the threshold.", range="[1, inf)", key="median_factor"
+    )
+    window: int = setting(
+        100, help="How many past norms the median is taken over.", range="[10, 1000000]", key="median_window"
+    )
+    warmup_observations: int = warmup()
 
     def init(self, ops: Ops, shape: Shape) -> Window:
-        return empty_window(ops, shape, self.median_window)
+        return empty_window(ops, shape, self.window)
 
     def update(self, state: Window, observation: Observation) -> tuple[Decision, Window]:
         norm = observation.norm
         ops = ops_of(norm)
-        threshold = ops(self.median_factor) * quantile_of(state, 0.5, ops)
+        threshold = ops(self.factor) * quantile_of(state, 0.5, ops)
         warm = state.count < ops(float(self.warmup_observations))
         decision, usable = decide_by_threshold(norm, threshold, observation.static_threshold, warm=warm, ops=ops)
         return decision, remember(state, norm, usable, ops)

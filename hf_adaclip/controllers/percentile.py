@@ -1,7 +1,7 @@
 """`percentile`: AutoClip.
 
     threshold_t = q_p(n_{t-1}, ..., n_{t-W})        linear interpolation between order statistics
-    threshold_t = min(that, max_grad_norm)           with `percentile_capped`
+    threshold_t = min(that, max_grad_norm)           with `capped`
     coefficient = min(1, threshold / n_t)
 
 Source: Seetharaman, Wichern, Pardo, Le Roux 2020, "AutoClip: Adaptive gradient clipping for source separation
@@ -19,11 +19,13 @@ Differs from the paper in:
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.numerics.ops import Ops, Shape, ops_of
 from hf_adaclip.controllers.numerics.window import Window, empty_window, quantile_of, remember
+from hf_adaclip.controllers.settings import setting, warmup
+from hf_adaclip.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,14 @@ class PercentileController(Controller[Window]):
     choose: ClassVar[str] = "to repeat AutoClip; `percentile=95` as a guard"
     revision: ClassVar[int] = 2
 
-    percentile: float = 10.0
-    percentile_capped: bool = False
-    history: int = 1000
-    warmup_observations: int = 50
+    percentile: float = setting(
+        10.0, help="The percentile of past norms that becomes the threshold.", range="(0, 100]"
+    )
+    capped: bool = setting(
+        False, help="The static threshold stays on as a cap, as in TRELLIS.", key="percentile_capped"
+    )
+    history: int = setting(1000, help="How many past norms are kept.", range="[10, 1000000]")
+    warmup_observations: int = warmup()
 
     def init(self, ops: Ops, shape: Shape) -> Window:
         return empty_window(ops, shape, self.history)
@@ -59,8 +65,43 @@ class PercentileController(Controller[Window]):
         norm = observation.norm
         ops = ops_of(norm)
         threshold = quantile_of(state, self.percentile / 100.0, ops)
-        if self.percentile_capped:
+        if self.capped:
             threshold = ops.minimum(threshold, observation.static_threshold)
         warm = state.count < ops(float(self.warmup_observations))
         decision, usable = decide_by_threshold(norm, threshold, observation.static_threshold, warm=warm, ops=ops)
         return decision, remember(state, norm, usable, ops)
+
+
+def from_autoclip(quantile: float = 0.9, history_length: int = 1000, global_threshold: bool = False) -> dict[str, Any]:
+    """What `QuantileClip(...)` of PyPI `autoclip` is here. For AutoClip's own code, set `controller="percentile"` and `percentile`.
+
+    Raises:
+        ConfigError: A value breaks its rule.
+    """
+    return {
+        "controller": "percentile",
+        "percentile": 100.0 * quantile,
+        "history": history_length,
+        "granularity": "global" if global_threshold else "tensor",
+        "warmup_observations": 2,
+    }
+
+
+def from_bitsandbytes_percentile(percentile_clipping: int) -> dict[str, Any]:
+    """What `percentile_clipping=` of bitsandbytes' optimizers was, before it was removed in 0.50.
+
+    Raises:
+        ConfigError: It was 100 (off), or no percentile.
+    """
+    if not 1 <= percentile_clipping < 100:
+        raise ConfigError(
+            f"`percentile_clipping` must be in [1, 99], but is {percentile_clipping} instead: 100 was 'off' in bitsandbytes. "
+            "Leave adaptive clipping out for that."
+        )
+    return {
+        "controller": "percentile",
+        "percentile": float(percentile_clipping),
+        "history": 100,
+        "granularity": "tensor",
+        "warmup_observations": 2,
+    }

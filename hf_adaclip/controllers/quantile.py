@@ -23,13 +23,14 @@ from typing import ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, decide_by_threshold
 from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.settings import setting, warmup
 
 
 class QuantileState(NamedTuple):
     """`bound`: the tracked quantile, 0 before the first norm; `count` of norms learned."""
 
     bound: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ class QuantileController(Controller[QuantileState]):
     choose: ClassVar[str] = "per tensor in very large models: two numbers each"
     revision: ClassVar[int] = 2
 
-    quantile: float = 0.99
-    quantile_rate: float = 0.05
-    warmup_observations: int = 50
+    quantile: float = setting(0.99, help="Share of norms that stays below the threshold.", range="(0, 1)")
+    rate: float = setting(
+        0.05, help="Relative step of the threshold when it is exceeded.", range="(0, 1)", key="quantile_rate"
+    )
+    warmup_observations: int = warmup()
 
     def init(self, ops: Ops, shape: Shape) -> QuantileState:
         return QuantileState(ops.full(shape, 0.0), ops.full(shape, 0.0))
@@ -65,11 +68,11 @@ class QuantileController(Controller[QuantileState]):
         ops = ops_of(norm)
         one, two, zero = ops(1.0), ops(2.0), ops(0.0)
         warm = state.count < ops(float(self.warmup_observations))
-        down = ops(self.quantile_rate * (1.0 - self.quantile) * 1.001)  # a little more, for the rounding of a step
+        down = ops(self.rate * (1.0 - self.quantile) * 1.001)  # a little more, for the rounding of a step
         threshold = state.bound * (two + down) / (two - down)
         decision, usable = decide_by_threshold(norm, threshold, observation.static_threshold, warm=warm, ops=ops)
 
-        rate = ops(self.quantile_rate)
+        rate = ops(self.rate)
         rate = ops.where(warm, ops.maximum(rate, one / (state.count + one)), rate)
         move = rate * (ops.where(norm > state.bound, one, zero) - ops(1.0 - self.quantile))
         bound = ops.where(state.count > zero, state.bound * (two + move) / (two - move), norm)

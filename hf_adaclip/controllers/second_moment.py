@@ -15,15 +15,18 @@ Differs from them in:
 4. a gradient that is not finite leaves the step out;
 5. AdamWClip's floor of 0.01 under every bound is left out: it is an absolute size, far above the elements of most gradients.
 
-It needs an optimizer that keeps `exp_avg_sq` (Adam, AdamW), and memory for one more tensor as large as the largest.
+It needs an optimizer that keeps `exp_avg_sq` (Adam, AdamW), and memory for a few more tensors as large as
+the largest, or of 4 million numbers.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from hf_adaclip.controllers.elementwise import FineController
+from hf_adaclip.controllers.settings import setting, warmup
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,20 @@ class SecondMomentController(FineController):
     granularities: ClassVar[tuple[str, ...]] = ("element",)
     looks_at: ClassVar[Literal["weights", "second moment"]] = "second moment"
 
-    moment_width: float = 3.0
-    warmup_observations: int = 50
+    width: float = setting(
+        3.0,
+        help="Multiples of the root of Adam's second moment; 70.7 is SPAM's theta.",
+        range="(0, inf)",
+        key="moment_width",
+    )
+    warmup_observations: int = warmup()
 
     @property
     def first_step(self) -> int:
         return self.warmup_observations
 
     def bound(self, reference: Tensor) -> Tensor:
-        return reference * self.moment_width
+        return reference * self.width
+
+    def bounds(self, references: list[Tensor]) -> list[Tensor]:
+        return list(torch._foreach_mul(references, self.width))

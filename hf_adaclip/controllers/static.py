@@ -27,7 +27,7 @@ from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, Value, ops_o
 class StaticState(NamedTuple):
     """`count`: finite norms seen, for reports only."""
 
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 @dataclass(frozen=True)

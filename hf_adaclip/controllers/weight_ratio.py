@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from hf_adaclip.controllers.elementwise import FineController
+from hf_adaclip.controllers.settings import setting
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,15 @@ class WeightRatioController(FineController):
     granularities: ClassVar[tuple[str, ...]] = ("unit",)
     looks_at: ClassVar[Literal["weights", "second moment"]] = "weights"
 
-    weight_ratio: float = 0.01
-    weight_floor: float = 1e-3
+    ratio: float = setting(
+        0.01,
+        help="Largest ratio of a unit's gradient to its weights, as norms.",
+        range="(0, inf)",
+        key="weight_ratio",
+    )
+    floor: float = setting(
+        1e-3, help="Norm that smaller weights count as, so that zeros can train.", range="(0, inf)", key="weight_floor"
+    )
 
     def bound(self, reference: Tensor) -> Tensor:
-        return reference.clamp(min=self.weight_floor) * self.weight_ratio
+        return reference.clamp(min=self.floor) * self.ratio

@@ -7,7 +7,7 @@
     var_t       = a var_{t-1} + (1 - a) (min(n_t, bound) - mu_{t-1})^2
 
 Source: Kumar, Owen, Chowdhury, Guera 2025, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training" (arXiv 2504.02507),
-the reciprocal form with a = 0.97 and z0 = 2.5 (here `decay` and `z_threshold`); the authors' code warms up on 25 norms, here
+the reciprocal form with a = 0.97 and z0 = 2.5 (here `decay` and `width`); the authors' code warms up on 25 norms, here
 `warmup_observations` do it, for all controllers alike.
 
 Differs from the authors' code in:
@@ -23,7 +23,7 @@ Differs from the authors' code in:
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import (
     Controller,
@@ -36,6 +36,8 @@ from hf_adaclip.controllers.base import (
 )
 from hf_adaclip.controllers.numerics.ops import Ops, Shape, Value, ops_of
 from hf_adaclip.controllers.numerics.window import unit_of
+from hf_adaclip.controllers.settings import setting, warmup
+from hf_adaclip.errors import ConfigError
 
 MIN_SD = 1e-3
 """Smallest standard deviation, as part of the mean."""
@@ -50,7 +52,7 @@ class ZScoreState(NamedTuple):
 
     mean: Value
     variance: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
     unit: Value
 
 
@@ -76,9 +78,13 @@ class ZScoreController(Controller[ZScoreState]):
     revision: ClassVar[int] = 2
     new_fields: ClassVar[frozenset[str]] = frozenset({"unit"})
 
-    z_threshold: float = 2.5
-    decay: float = 0.97
-    warmup_observations: int = 50
+    width: float = setting(
+        2.5, help="Standard deviations above the mean at which clipping starts.", range="(0, inf)", key="z_threshold"
+    )
+    decay: float = setting(
+        0.97, help="Decay per step of the running mean and variance: memory of 1/(1-decay) steps.", range="(0, 1)"
+    )
+    warmup_observations: int = warmup()
 
     def init(self, ops: Ops, shape: Shape) -> ZScoreState:
         return ZScoreState(*(ops.full(shape, 0.0) for _ in ZScoreState._fields))
@@ -86,7 +92,7 @@ class ZScoreController(Controller[ZScoreState]):
     def update(self, state: ZScoreState, observation: Observation) -> tuple[Decision, ZScoreState]:
         norm = observation.norm
         ops = ops_of(norm)
-        z0 = ops(self.z_threshold)
+        z0 = ops(self.width)
         finite = is_finite_norm(norm, ops)
         usable = finite & (norm > ops(0.0))
         warm = state.count < ops(float(self.warmup_observations))
@@ -123,3 +129,31 @@ class ZScoreController(Controller[ZScoreState]):
             unit=ops.where(usable, unit, state.unit),
         )
         return Decision(threshold, coefficient, ops.expand(ops(1.0), ops.shape(norm)), reason), new
+
+
+def from_zclip(
+    alpha: float = 0.97,
+    z_thresh: float = 2.5,
+    max_grad_norm: float | None = 1.0,
+    warmup_steps: int = 25,
+    mode: str = "zscore",
+    clip_option: str = "adaptive_scaling",
+) -> dict[str, Any]:
+    """What `ZClip(...)` of PyPI `zclip` is here, its static cap included; what differs stands at the top of `controllers/zscore.py`.
+
+    Raises:
+        ConfigError: A form of ZClip that is not here, or a value breaks its rule.
+    """
+    if (mode, clip_option) != ("zscore", "adaptive_scaling"):
+        raise ConfigError(
+            f"`mode` and `clip_option` must be 'zscore' and 'adaptive_scaling' (the form that the paper recommends), but are {mode!r} and "
+            f"{clip_option!r} instead: the other forms are not here."
+        )
+    return {
+        "controller": "zscore",
+        "decay": alpha,
+        "width": z_thresh,
+        "warmup_observations": warmup_steps,
+        "static_threshold": max_grad_norm,
+        "max_threshold": max_grad_norm,
+    }

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from hf_adaclip.controllers import Controller, Observation
-from hf_adaclip.controllers.numerics.ops import ARRAY
+from hf_adaclip.controllers.numerics.ops import ARRAY, host_number
 
 LEVEL: Final = 0.8
 STEPS: Final = 4000
@@ -131,8 +131,9 @@ def run_stream(
     """Drive a batch of streams, shape `[steps, streams]`; returns coefficients and thresholds of that shape."""
     values = norms.astype(np.float32)
     state = controller.init(ARRAY, (norms.shape[1],))
-    nan, static = np.float32("nan"), np.float32(static_threshold)
-    coefficients, thresholds = [], []
+    nan, static = host_number(float("nan")), host_number(static_threshold)
+    coefficients: list[Any] = []
+    thresholds: list[Any] = []
     with np.errstate(all="ignore"):
         for row in values:
             decision, state = controller.update(state, Observation(row, nan, static))

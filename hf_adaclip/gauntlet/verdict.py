@@ -18,11 +18,11 @@ import numpy as np
 from hf_adaclip.audit.ingest import Series
 from hf_adaclip.audit.replay import REPLAYABLE
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS, Controller, Observation, build_controller
-from hf_adaclip.controllers.numerics.ops import SCALAR
+from hf_adaclip.controllers import Controller, Observation, build_controller
+from hf_adaclip.controllers.numerics.ops import SCALAR, host_number
 from hf_adaclip.errors import ConfigError
+from hf_adaclip.flat import fields_of_text
 from hf_adaclip.gauntlet.trials import run_stream, run_trials, trial_table
-from hf_adaclip.validation import fields_of_text
 
 __all__ = ["judge", "judge_config", "run_stream", "trial_table"]
 
@@ -119,7 +119,7 @@ def judge(controller: Controller[Any], noise: str, seeds: int) -> Verdict:
 
 def _time_update(controller: Controller[Any], norms: np.ndarray) -> float:
     state, times = controller.init(SCALAR, ()), []
-    nan, static = np.float32("nan"), np.float32(1.0)
+    nan, static = host_number(float("nan")), host_number(1.0)
     with np.errstate(all="ignore"):
         for norm in norms.astype(np.float32):
             begin = time.perf_counter()
@@ -134,7 +134,7 @@ def parse_controller(text: str) -> AdaptiveClipConfig:
     Raises:
         ConfigError: It names no controller of norms, or a setting breaks its rule.
     """
-    fields = fields_of_text(text, "controller", CONTROLLERS) or {"controller": text}
+    fields = fields_of_text(text, "controller") or {"controller": text}
     config, name = AdaptiveClipConfig.from_dict(fields), fields["controller"]
     if name not in REPLAYABLE:
         raise ConfigError(

@@ -7,7 +7,9 @@ from typing import Final
 
 import torch
 
-_STEP: Final[CodeType] = torch.optim.Optimizer.profile_hook_step(print).__code__
+from hf_adaclip.reliance import require
+
+_STEP: Final[CodeType] = require(torch.optim.Optimizer, "profile_hook_step")(print).__code__
 """Code of the function that torch puts around every optimizer's `step`, which runs the hooks."""
 
 

@@ -23,7 +23,8 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from hf_adaclip.controllers.numerics.ops import Ops, Value
+from hf_adaclip.controllers.numerics.fused import Fused
+from hf_adaclip.controllers.numerics.ops import Ops, Value, ops_of
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.observe import to_value
@@ -79,12 +80,18 @@ class ReachEstimate:
         ]
         self._base = self._rate = 0.0
         self.pace: Value | float = 1.0
-        self._room = torch.zeros(sum(size for _, size in self._sections), dtype=torch.float32, device=device)
-        parts = torch.split(self._room, [math.prod(shape) for shape, _ in self._grids])
-        self._parts = [part.view(shape) for part, (shape, _) in zip(parts, self._grids, strict=True)]
-        self._start = self._look(self._parameters).clone()
+        # Room for two samples, of weights and of gradients.
+        count = sum(size for _, size in self._sections)
+        rooms = torch.zeros((2, count), dtype=torch.float32, device=device).unbind()
+        sizes = [math.prod(shape) for shape, _ in self._grids]
+        self._rooms = [
+            (room, [part.view(shape) for part, (shape, _) in zip(torch.split(room, sizes), self._grids, strict=True)])
+            for room in rooms
+        ]
+        self._start = self._look(self._parameters, 0).clone()
         self._weighted = torch.zeros_like(self._start)
         self._gain = torch.zeros((), dtype=torch.float32, device=device)
+        self._kernels = Fused(_learn, device, (count,)), Fused(_weigh, device, ())
 
     def observe(self, gradients: Gradients, norm: Tensor, ops: Ops) -> Value:
         """Learn from this step's gradients, unclipped and unscaled, before the step.
@@ -98,22 +105,25 @@ class ReachEstimate:
             d / lr_base, shape `[]`; NaN as long as the learning rate has been 0.
         """
         there = dict(zip(gradients.present, gradients.tensors, strict=True))
-        way = self._start - self._look(self._parameters)
-        g = self._look([there.get(position) for position in self._order])
-        pace = self.pace if isinstance(self.pace, Tensor) else float(self.pace)
+        x = self._look(self._parameters, 0)
+        g = self._look([there.get(position) for position in self._order], 1)
+        pace: Any = self.pace if isinstance(self.pace, Tensor) else float(self.pace)
+        learn: Any = _learn
+        weigh: Any = _weigh
+        if not ops.on_host:
+            learn, weigh = self._kernels
+            pace = pace if isinstance(pace, Tensor) else ops(pace)
         norm = moved(norm, self._device)
-        weight = pace * pace * self._rate / (norm + _TINY)
-        usable = norm < math.inf
-        # A NaN times 0 is a NaN: what is not usable has to be left out by choice.
-        self._weighted = torch.where(usable, self._weighted * DECAY + weight * g, self._weighted)
-        dot, length = self._sums(g * way, self._weighted.abs())
-        self._gain = torch.where(usable, self._gain * DECAY + weight * dot, self._gain)
+        self._weighted, gained, sizes = learn((), self._weighted, norm, pace, self._rate, g, self._start, x)
+        dot, length = self._sums(gained, sizes)
+        rate = self._rate
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         present = max(float(group["lr"]) for group in groups)
         planned = max(float(group.get("initial_lr", 0.0)) for group in groups)
         self._base = max(self._base, present, planned)
         self._rate = present / self._base if self._base > 0 else 0.0
-        reach = self._gain / (length + _TINY) / (self._base if self._base > 0 else math.nan)
+        base = self._base if self._base > 0 else math.nan
+        self._gain, reach = weigh((), self._gain, norm, pace, rate, dot, length, base)
         return to_value(reach, ops)
 
     def moved(self, parameters: Sequence[Tensor], kept: Sequence[int]) -> "ReachEstimate":
@@ -163,10 +173,11 @@ class ReachEstimate:
         self.pace = to_value(pace, ops)
 
     @torch.no_grad()
-    def _look(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """The samples of all tensors, in one copy; the vector is written over by the next look."""
+    def _look(self, tensors: Sequence[Tensor | None], where: int) -> Tensor:
+        """The samples of all tensors, in one copy; the vector is written over by the next look of the two that have room."""
         found = []
-        for tensor, grid, size, part in zip(tensors, self._grids, self._sizes, self._parts, strict=True):
+        room, parts = self._rooms[where]
+        for tensor, grid, size, part in zip(tensors, self._grids, self._sizes, parts, strict=True):
             if tensor is None:
                 continue
             # The signs count here, so a mark of conjugation is carried out.
@@ -177,23 +188,44 @@ class ReachEstimate:
                     f"{size}. Set `max_pace=1`: the distance estimate compares the two number by number."
                 )
             found.append((part, _sample(local, grid)))
-        if len(found) < len(self._parts):
-            self._room.zero_()
+        if len(found) < len(parts):
+            room.zero_()
         if found:
             copy_into([part for part, _ in found], [sample for _, sample in found])
-        return self._room
+        return room
 
-    def _sums(self, *values: Tensor) -> Tensor:
-        """Sums over the sample, over all ranks' parts of it; shape `[len(values)]`."""
+    def _sums(self, *values: Tensor) -> Sequence[Tensor]:
+        """Sums over the sample, over all ranks' parts of it; each of shape `[]`."""
         if self._sections[0][0] is None and len(self._sections) == 1:
-            return torch.stack([v.sum() for v in values])
+            return [v.sum() for v in values]
         totals = torch.zeros(len(values), dtype=torch.float32, device=self._device)
         begin = 0
         for layout, size in self._sections:
             part = torch.stack([v[begin : begin + size].sum() for v in values])
             totals = totals + (part if layout is None else sum_over_ranks_(part, layout))
             begin += size
-        return totals
+        return totals.unbind()
+
+
+def _learn(
+    _: tuple[()], weighted: Value, norm: Value, pace: Value, rate: float, g: Value, start: Value, x: Value
+) -> tuple[Value, Value, Value]:
+    """s_t, <g, x_0 - x> number by number, and the size of s_t."""
+    ops = ops_of(norm)
+    weight = pace * pace * rate / (norm + ops(_TINY))
+    # A NaN times 0 is a NaN: what is not usable has to be left out by choice.
+    after = ops.where(norm < ops(math.inf), weighted * ops(DECAY) + weight * g, weighted)
+    return after, g * (start - x), abs(after)
+
+
+def _weigh(
+    _: tuple[()], gain: Value, norm: Value, pace: Value, rate: float, dot: Value, length: Value, base: float
+) -> tuple[Value, Value]:
+    """r_t, and d_t over the learning rate."""
+    ops = ops_of(norm)
+    weight = pace * pace * rate / (norm + ops(_TINY))
+    after = ops.where(norm < ops(math.inf), gain * ops(DECAY) + weight * dot, gain)
+    return after, after / (length + ops(_TINY)) / base
 
 
 def check_rates(optimizers: Sequence[Any]) -> None:

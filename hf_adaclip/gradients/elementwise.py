@@ -1,7 +1,8 @@
 """Bounds on single units or elements of gradients: applying them in place, and saying what norm is left."""
 
+import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.gradients.sharding import is_sharded, real_view
-from hf_adaclip.gradients.transfer import HOST, moved
+from hf_adaclip.gradients.transfer import HOST, copy_into, moved
+
+_TOGETHER: Final = 1 << 22  # numbers
 
 
 class Bound(Protocol):
@@ -19,6 +22,7 @@ class Bound(Protocol):
     looks_at: ClassVar[Literal["weights", "second moment"]]
 
     def bound(self, reference: Tensor) -> Tensor: ...
+    def bounds(self, references: list[Tensor]) -> list[Tensor]: ...
 
 
 class FineClip:
@@ -62,47 +66,98 @@ class FineClip:
                 "`granularity` must not be 'unit' or 'element' with sharded gradients (FSDP, tensor parallelism), where it has not "
                 "been run. Choose a controller of norms, such as 'adaptive'."
             )
-        judged = {
+        judged: dict[torch.device, list[tuple[int, Tensor]]] = {}
+        others: dict[torch.device, list[Tensor]] = {}
+        corrections = {} if self._moments is None else self._moments.corrections(self._judged(gradients, excluded))
+        for position, gradient in zip(gradients.present, gradients.tensors, strict=True):
+            numbers = real_view(gradient) if gradient.is_complex() else gradient
+            if (
+                position in excluded
+                or not gradient.numel()
+                or (self._moments is not None and position not in corrections)
+            ):
+                others.setdefault(numbers.device, []).append(numbers)
+            else:
+                judged.setdefault(numbers.device, []).append((position, numbers))
+        parts = [_Part(_squares(tensors), None) for tensors in others.values()]
+        for members in judged.values():
+            weights = [gradients.parameters[position] for position, _ in members]
+            numbers_of = [numbers for _, numbers in members]
+            if self._moments is None:
+                parts.append(self._units([w.detach() for w in weights], numbers_of, act))
+            else:
+                factors = [corrections[position] for position, _ in members]
+                parts += [
+                    self._elements(weights[chunk], factors[chunk], numbers_of[chunk], act)
+                    for chunk in _chunks(numbers_of)
+                ]
+        kept = torch.stack([moved(part.squares, norm.device) for part in parts]).sum().sqrt().float()
+        beyond = [moved(part.beyond, norm.device) for part in parts if part.beyond is not None]
+        return torch.where(torch.stack(beyond).any(), kept, norm) if beyond else norm
+
+    def _judged(self, gradients: Gradients, excluded: frozenset[int]) -> dict[int, Tensor]:
+        return {
             position: gradients.parameters[position]
             for position, gradient in zip(gradients.present, gradients.tensors, strict=True)
             if position not in excluded and gradient.numel()
         }
-        corrections = {} if self._moments is None else self._moments.corrections(judged)
-        kept = torch.zeros((), dtype=torch.float64, device=norm.device)
-        altered = torch.zeros((), dtype=torch.bool, device=norm.device)
-        for position, gradient in zip(gradients.present, gradients.tensors, strict=True):
-            numbers = real_view(gradient) if gradient.is_complex() else gradient
-            squares, beyond = None, None
-            if self._moments is None and position in judged:
-                squares, beyond = self._units(judged[position].detach(), numbers, act)
-            elif self._moments is not None and position in corrections:
-                root = self._moments.root(judged[position], corrections[position])
-                squares, beyond = self._elements(root, numbers, act)
-            if squares is None or beyond is None:
-                kept += moved(torch.linalg.vector_norm(numbers, dtype=torch.float64).square(), norm.device)
-            else:
-                kept += moved(squares, norm.device)
-                altered |= moved(beyond, norm.device)
-        return torch.where(altered, kept.sqrt().float(), norm)
 
-    def _units(self, weight: Tensor, gradient: Tensor, act: bool) -> tuple[Tensor, Tensor]:
-        """Bound one gradient; returns the sum of the squares that are left, and whether anything was beyond its bound."""
-        norms = _unit_norms(gradient, weight.dim())
-        bound = self._rule.bound(_unit_norms(real_view(weight) if weight.is_complex() else weight, weight.dim()))
+    def _units(self, weights: list[Tensor], gradients: list[Tensor], act: bool) -> "_Part":
+        """Bound the units of gradients on one device: their norms one by one, and all that follows for all units of all tensors at once."""
+        found = [_unit_norms(g, w.dim()) for g, w in zip(gradients, weights, strict=True)]
+        sizes = [_unit_norms(real_view(w) if w.is_complex() else w, w.dim()) for w in weights]
+        norms = torch.cat([n.reshape(-1) for n in found])
+        bound = self._rule.bound(torch.cat([size.reshape(-1) for size in sizes]))
         beyond = norms > bound
         if act:
-            gradient.mul_(
-                torch.where(beyond, bound / norms, 1.0)
-            )  # by 1 where nothing is to change, which leaves the bits alone
-        return torch.where(beyond, bound, norms).double().square().sum(), beyond.any()
+            # By 1 where nothing is to change, which leaves the bits alone.
+            factors = torch.split(torch.where(beyond, bound / norms, 1.0), [n.numel() for n in found])
+            torch._foreach_mul_(gradients, [f.view(n.shape) for f, n in zip(factors, found, strict=True)])
+        return _Part(torch.where(beyond, bound, norms).double().square().sum(), beyond.any())
 
-    def _elements(self, root: Tensor, gradient: Tensor, act: bool) -> tuple[Tensor, Tensor]:
-        bound = self._rule.bound(root)
-        size = gradient.abs().float()
-        beyond = size > bound
+    def _elements(
+        self, weights: list[Tensor], corrections: list[Tensor], gradients: list[Tensor], act: bool
+    ) -> "_Part":
+        """Bound the elements of some gradients on one device."""
+        assert self._moments is not None
+        bounds = self._rule.bounds(self._moments.roots(weights, corrections))
+        numbers = [g.float() for g in gradients]
+        if not act:
+            numbers = [n.clone() if n is g else n for n, g in zip(numbers, gradients, strict=True)]
+        excess = torch._foreach_sub(torch._foreach_abs(numbers), bounds)
+        beyond = torch.stack(torch._foreach_max(excess)) > 0
+        # A number that is none stays what it is.
+        torch._foreach_minimum_(numbers, bounds)
+        torch._foreach_neg_(bounds)
+        torch._foreach_maximum_(numbers, bounds)
         if act:
-            gradient.copy_(torch.where(beyond, torch.copysign(bound, gradient.float()), gradient))
-        return torch.where(beyond, bound, size).double().square().sum(), beyond.any()
+            copies = [(g, n) for g, n in zip(gradients, numbers, strict=True) if n is not g]
+            if copies:
+                copy_into([g for g, _ in copies], [n for _, n in copies])
+        return _Part(_squares(numbers), beyond.any())
+
+
+class _Part(NamedTuple):
+    """Of some gradients the sum of the squares that are left, float64, and whether anything was beyond its bound; both shape `[]`."""
+
+    squares: Tensor
+    beyond: Tensor | None
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square().sum()
+
+
+def _chunks(tensors: Sequence[Tensor]) -> list[slice]:
+    """Neighbours that are looked at together: as many as need no more memory than a large one alone."""
+    slices: list[slice] = []
+    begin = size = 0
+    for place, tensor in enumerate(tensors):
+        if size and size + tensor.numel() > _TOGETHER:
+            slices.append(slice(begin, place))
+            begin, size = place, 0
+        size += tensor.numel()
+    return [*slices, slice(begin, len(tensors))]
 
 
 class SecondMoments:
@@ -154,14 +209,29 @@ class SecondMoments:
             found.update(zip(positions, powers, strict=True))
         return found
 
-    def root(self, parameter: Tensor, correction: Tensor) -> Tensor:
-        """Square root of the second moment, of the parameter's shape (real numbers where that is complex)."""
-        moment: Tensor = self._group_of(parameter)[0].state[parameter]["exp_avg_sq"]
-        if moment.is_complex():
-            moment = real_view(moment)
-        if moment.dtype != torch.float64:  # whose squares float32 could not hold
-            moment = moment.float()
-        return (moment / correction).sqrt().float()
+    def roots(self, parameters: Sequence[Tensor], corrections: Sequence[Tensor]) -> list[Tensor]:
+        """Square roots of second moments, of the parameters' shapes (real numbers where those are complex).
+
+        Args:
+            parameters: On one device.
+            corrections: As `corrections` gives them.
+        """
+        moments: list[Tensor] = []
+        for parameter in parameters:
+            moment: Tensor = self._group_of(parameter)[0].state[parameter]["exp_avg_sq"]
+            if moment.is_complex():
+                moment = real_view(moment)
+            # Of float64, squares are kept that float32 could not hold.
+            moments.append(moment if moment.dtype == torch.float64 else moment.float())
+        roots: list[Tensor] = []
+        for correction, members in itertools.groupby(
+            zip(moments, corrections, strict=True), key=lambda pair: id(pair[1])
+        ):
+            del correction
+            alike = list(members)
+            roots += torch._foreach_div([moment for moment, _ in alike], alike[0][1])
+        torch._foreach_sqrt_(roots)
+        return [root.float() for root in roots]
 
     def _group_of(self, parameter: Tensor) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
         if id(parameter) not in self._groups:

@@ -245,5 +245,5 @@ def _added(norms: Value, places: Any, size: int) -> Value:
         squares = torch.zeros(size, dtype=torch.float64, device=norms.device)
         return squares.index_add_(0, places, norms.double().square()).sqrt().float()
     sums = np.zeros(size)
-    np.add.at(sums, places, np.square(norms.astype(np.float64)))
+    np.add.at(sums, places, np.square(np.asarray(norms, dtype=np.float64)))
     return np.sqrt(sums).astype(np.float32)

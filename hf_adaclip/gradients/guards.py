@@ -13,7 +13,8 @@ from hf_adaclip.controllers.numerics.ops import Ops, Value
 from hf_adaclip.gradients.agreement import Agreement
 from hf_adaclip.gradients.callers import steps_running
 from hf_adaclip.gradients.norms import Gradients
-from hf_adaclip.gradients.optimizers import Path
+from hf_adaclip.gradients.optimizers import SkipPath
+from hf_adaclip.gradients.probe import probe
 from hf_adaclip.gradients.step_guard import StepGuard
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Guards:
         self._scaler = scaler
         self._guards = [StepGuard(o, scaler=scaler) for o in optimizers]
         self._adopted = False
+        self._probed: weakref.WeakSet[StepGuard] = weakref.WeakSet()
         self._seen: tuple[int, ...] | None = None
         self._skip: Value | None = None
         self._known_skip: bool | None = None
@@ -61,7 +63,7 @@ class Guards:
         return any(not isinstance(getattr(hook, "__self__", None), StepGuard) for hook in hooks)
 
     @property
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[SkipPath]:
         """How each leaves a step out."""
         return [guard.path for guard in self._guards]
 
@@ -85,10 +87,23 @@ class Guards:
         """Whether they seem to be the ones that step on these gradients."""
         return bool(self._guards) and self._idle < PATIENCE
 
-    def adopt(self, optimizers: Sequence[Any]) -> None:
-        """Guard these, if none is guarded yet; should others take their place later, guard those."""
-        if not self._guards and optimizers:
-            self._guards, self._adopted = [StepGuard(o, scaler=self._scaler) for o in optimizers], True
+    def adopt(self, optimizers: Sequence[Any]) -> bool:
+        """Guard these, if none is guarded yet; should others take their place later, guard those. Returns whether it was so."""
+        if self._guards or not optimizers:
+            return False
+        self._guards, self._adopted = [StepGuard(o, scaler=self._scaler) for o in optimizers], True
+        return True
+
+    def probe(self, *, paced: bool) -> None:
+        """Try on copies whether these optimizers do what leaving out, scaling and pacing need; each of them once.
+
+        Raises:
+            UnsupportedSetupError: One does not.
+        """
+        for guard in self._guards:
+            if guard not in self._probed:
+                probe(guard.optimizer, guard.path, paced=paced)
+                self._probed.add(guard)
 
     def agree(self, told: Callable[[Tensor], None], *, change: bool) -> None:
         """From the coming step on, take back what goes against the gradient, of every optimizer.
@@ -121,6 +136,8 @@ class Guards:
         ops: Ops,
         measure: Callable[[list[Tensor]], None] | None,
         fold: Tensor | None = None,
+        left_out: Value | None = None,
+        told: Value | list[Value] | None = None,
     ) -> None:
         """Prepare the coming step.
 
@@ -131,16 +148,20 @@ class Guards:
             ops: The kind of numbers that `finite` and `pace` are.
             measure: Called with the gradients as the first optimizer is about to read them, or has scaled them.
             fold: What the one optimizer is to divide the gradients by; None where they are scaled already.
+            left_out: The opposite of `finite` as 1 or 0, float32, where that is known already.
+            told: That and the pace in one tensor, shape `[2]`, where there is one.
         """
         idle, within = self._count_idle(), any(guard.running for guard in self._guards)
-        skip = self._skip = ~finite
+        skip = self._skip = ~finite if left_out is None else left_out
         known: bool | None = None
         if ops.on_host:
             known = bool(skip)
         elif idle or not self._guards or any(guard.path != "device" for guard in self._guards):
             # The one host read of this path, for both numbers.
-            if isinstance(pace, Tensor):
-                flag, pace = torch.stack([skip.float().reshape(()), pace.float().reshape(())]).tolist()
+            if isinstance(skip, Tensor) and isinstance(pace, Tensor):
+                if not isinstance(told, Tensor):
+                    told = torch.stack([skip.float().reshape(()), pace.float().reshape(())])
+                flag, pace = told.tolist()
                 known = flag > 0
             else:
                 known = bool(skip)

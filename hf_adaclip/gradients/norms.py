@@ -11,16 +11,17 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.gradients.sharding import is_sharded, norms_over_ranks, real_view, summed_part
 from hf_adaclip.gradients.transfer import HOST, moved
+from hf_adaclip.reliance import require
 
 Parameters = Iterable[Tensor] | Tensor
 
 _BUFFER = 1 << 18  # numbers; 1 MB
 _LARGE = 1 << 16
+sorted_alike: Final = require(require(torch.utils, "_foreach_utils"), "_group_tensors_by_device_and_dtype")
 _HALF: Final = (torch.bfloat16, torch.float16)
 _DTYPES: Final = (*_HALF, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -151,7 +152,7 @@ def global_norm(norms: Tensor) -> Tensor:
 
 
 def _norms_of(gradients: list[Tensor]) -> Tensor:
-    groups = _group_tensors_by_device_and_dtype([gradients], with_indices=True)  # type: ignore[list-item]
+    groups = sorted_alike([gradients], with_indices=True)
     for device, dtype in groups:
         _check_kind(device, dtype)
     if len(groups) == 1:
@@ -159,7 +160,7 @@ def _norms_of(gradients: list[Tensor]) -> Tensor:
     first = gradients[0].device
     norms: list[Tensor | None] = [None] * len(gradients)
     for (_, _), ([members], positions) in groups.items():
-        together = torch.stack(_norms_alike(members)).float()  # type: ignore[arg-type]
+        together = torch.stack(_norms_alike(members)).float()
         # In one copy: one for each would make the host wait as often, where the first gradient is in its memory.
         for position, norm in zip(positions, moved(together, first).unbind(), strict=True):
             norms[position] = norm

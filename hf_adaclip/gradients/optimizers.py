@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError
+from hf_adaclip.reliance import is_of, require, require_mention
 
-Path = Literal["device", "scaler", "host"]
+SkipPath = Literal["device", "scaler", "host"]
+"""How an optimizer leaves out a step: see `step_guard`."""
 _DEVICE_SKIP = (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -20,6 +22,8 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         ConfigError: There is no `torch.optim.Optimizer` inside.
     """
     inner = optimizer
+    if is_of("accelerate", inner):
+        require(inner, "accelerator_state")
     while not isinstance(inner, torch.optim.Optimizer) or hasattr(inner, "accelerator_state"):
         deeper = getattr(inner, "optimizer", None)
         if deeper is None or deeper is inner:
@@ -49,7 +53,13 @@ def without_parameters(optimizer: torch.optim.Optimizer) -> torch.optim.Optimize
     return stand_in
 
 
-def choose_path(optimizer: torch.optim.Optimizer, scaler: bool) -> tuple[Path, str]:
+def unscales_by_itself(optimizer: Any) -> bool:
+    """Whether a fused optimizer divides the loss scale out within its step."""
+    require_mention([torch.optim.Adam.__init__], "_step_supports_amp_scaling")
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def choose_path(optimizer: torch.optim.Optimizer, scaler: bool) -> tuple[SkipPath, str]:
     name = type(optimizer).__name__
     if scaler:
         return "scaler", "a GradScaler is active and skips overflowing steps by itself"

@@ -94,7 +94,7 @@ class Pacing:
         self._told = False
 
     @torch.no_grad()
-    def apply(self, pace: Value, left_out: Tensor | None = None) -> None:
+    def apply(self, pace: Value | float, left_out: Tensor | None = None) -> None:
         """From here until `restore`.
 
         Args:

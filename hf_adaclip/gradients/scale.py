@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from hf_adaclip.controllers.numerics.ops import Value
+from hf_adaclip.gradients.norms import sorted_alike
 from hf_adaclip.gradients.sharding import local_part
 from hf_adaclip.gradients.transfer import moved
 
@@ -43,12 +43,13 @@ def _scale_on_device(gradients: list[Tensor], coefficient: Tensor) -> None:
             # As in stock clipping; whether torch rounds the factor to a half-precision dtype first is up to the device.
             torch._foreach_mul_(members, moved(coefficient, members[0].device))
         return
-    factors = {device: moved(coefficient, device).unbind() for device in {g.device for g in gradients}}
-    for position, gradient in enumerate(gradients):
-        gradient.mul_(factors[gradient.device][position])
+    for device in {g.device for g in gradients}:
+        factors = moved(coefficient, device).unbind()
+        here = [(g, f) for g, f in zip(gradients, factors, strict=True) if g.device == device]
+        torch._foreach_mul_([g for g, _ in here], [f for _, f in here])
 
 
 def _by_device_and_dtype(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    groups = _group_tensors_by_device_and_dtype([gradients])  # type: ignore[list-item]
+    groups = sorted_alike([gradients])
     for [members], _ in groups.values():
-        yield members  # type: ignore[misc]
+        yield members

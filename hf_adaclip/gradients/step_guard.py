@@ -58,7 +58,7 @@ class StepGuard:
         self.consumed = self.unarmed = 0
         self.agreement: Agreement | None = None
         self._pacing = Pacing(self.optimizer)
-        self._pace: Value | None = None
+        self._pace: Value | float | None = None
         self._measure: Callable[[], None] | None = None
         self._skip: Tensor | None = None
         self._fold: Tensor | None = None
@@ -78,8 +78,8 @@ class StepGuard:
     def arm(
         self,
         *,
-        skip: Tensor | bool | None,
-        pace: Value | None = None,
+        skip: Value | bool | None,
+        pace: Value | float | None = None,
         measure: Callable[[], None] | None = None,
         fold: Tensor | None = None,
     ) -> None:

@@ -1,11 +1,74 @@
-"""What `attach` finds on a Trainer that has a life of its own already: methods put on the object, and a run that is just beginning."""
+"""`attach`: adaptive clipping for a Trainer that has a life of its own already.
 
+It may have methods put on the object, and be in a run that is just beginning.
+"""
+
+import logging
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import Trainer
+
+from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
+from hf_adaclip.errors import ConfigError
+from hf_adaclip.integrations.transformers import AdaptiveClipMixin
+from hf_adaclip.reliance import require
+
+logger = logging.getLogger(__name__)
+
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
+    """Give adaptive clipping to a Trainer that somebody else built, before its `train()` or in `on_train_begin`. Returns the same object.
+
+    Args:
+        trainer: Any `transformers.Trainer`, of any subclass. Methods replaced on the object are called like those of a base class.
+        clip: As for [`AdaptiveClipTrainer`].
+
+    Raises:
+        ConfigError: It has adaptive clipping already, or a setting is wrong.
+        UnsupportedSetupError: transformers or the distributed setup is not supported.
+    """
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {_kind_of(trainer)} instead.")
+    if isinstance(trainer, AdaptiveClipMixin):
+        raise ConfigError("`trainer` must not have adaptive clipping yet, but it has: attach once, before `train()`.")
+    begun = find_train_begin(trainer) if trainer.is_in_train else None
+    if trainer.is_in_train and begun is None:
+        raise ConfigError(
+            "`trainer` must not be in the middle of `train()`, but is, or was when an exception ended it: attach before, to a new Trainer, "
+            "or in `on_train_begin`."
+        )
+    if begun is None and trainer.state.global_step:
+        logger.warning(
+            "`attach` comes after %d steps of training, which were not clipped adaptively; the next `train()` is.",
+            trainer.state.global_step,
+        )
+    config = AdaptiveClipConfig.resolve(clip)
+    kind, before = type(trainer), dict(trainer.__dict__)
+    # A subclass made on the spot, so that `super()` finds the methods of whatever Trainer this is.
+    base = take_replaced(trainer, AdaptiveClipMixin)
+    trainer.__class__ = type(
+        f"AdaptiveClip{kind.__name__}", (AdaptiveClipMixin, base), {"__module__": kind.__module__}
+    )
+    try:
+        AdaptiveClipMixin._set_up_clipping(trainer, config)  # type: ignore[arg-type]
+        if begun is not None:
+            AdaptiveClipMixin._join_run(trainer, *begun)  # type: ignore[arg-type]
+    except Exception:
+        trainer.__class__ = kind
+        trainer.__dict__.clear()
+        trainer.__dict__.update(before)
+        raise
+    return trainer
+
+
+def _kind_of(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 class TrainBegin(NamedTuple):
@@ -25,7 +88,7 @@ def find_train_begin(trainer: Trainer) -> TrainBegin | None:
 
     The Trainer keeps neither on itself: which event it is at, and which checkpoint it resumes from, only its frames know.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = require(sys, "_getframe")(1)
     beginning = False
     while frame is not None:
         name, local = frame.f_code.co_name, frame.f_locals

@@ -4,13 +4,14 @@ The plugin attaches to whatever Trainer Axolotl has built (`post_trainer_create`
 without it; so this one says a line on stderr once it has attached, and a run without `clip_ledger.jsonl` was not clipped by it.
 """
 
-import dataclasses
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.controllers.settings import keys_of, settings_of
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.hints import near
 from hf_adaclip.integrations.launch import attach_and_say
@@ -25,14 +26,20 @@ def _fields() -> dict[str, Any]:
             Field(None, description="A controller, NAME:FIELD=VALUE,..., or the path of a config's JSON."),
         )
     }
-    for field in dataclasses.fields(AdaptiveClipConfig):
-        text = field.metadata.get("help", "")
-        fields[f"{PREFIX}{field.name}"] = (field.type | None, Field(None, description=text))  # type: ignore[operator]
+    # A key of several controllers is of one type in all of them.
+    known = [
+        *settings_of(AdaptiveClipConfig).values(),
+        *(s for kind in CONTROLLERS.values() for s in keys_of(kind).values()),
+    ]
+    for s in known:
+        kind = dict[str, Any] | str if s.name == "parameter_rules" else s.kind
+        fields[f"{PREFIX}{s.key}"] = (kind | None, Field(None, description=s.help))
     return fields
 
 
 AdaclipArgs: type[BaseModel] = create_model("AdaclipArgs", **_fields())
-"""The keys that Axolotl's YAML may have with this plugin: every field of `AdaptiveClipConfig`, and `adaclip_clip` for all in one."""
+"""The keys that Axolotl's YAML may have with this plugin: `adaclip_clip` for all in one, every field of `AdaptiveClipConfig`, and every
+setting of a controller by its key."""
 
 
 def config_from(cfg: Any) -> AdaptiveClipConfig:

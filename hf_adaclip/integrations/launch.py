@@ -56,7 +56,7 @@ def attach_and_say(trainer: Any, clip: ClipArgument) -> None:
         ConfigError: `max_grad_norm` is none that lets clipping act.
         UnsupportedSetupError: The setup is not supported.
     """
-    from hf_adaclip.integrations.transformers import attach
+    from hf_adaclip.integrations.attaching import attach
 
     kind = type(trainer).__name__
     attach(trainer, clip=clip)

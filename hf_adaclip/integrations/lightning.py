@@ -20,7 +20,10 @@ from torch import Tensor
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.gradients.optimizers import unscales_by_itself
 from hf_adaclip.gradients.transfer import HOST, moved
+from hf_adaclip.ledger.schema import LEDGER_FILE
+from hf_adaclip.reliance import is_of, require
 from hf_adaclip.run.checkpoint import STATE_FILE
 
 logger = logging.getLogger(__name__)
@@ -108,7 +111,7 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
         config = self.config
         if config.ledger == "auto":
             folder = Path(trainer.log_dir or trainer.default_root_dir)
-            config = config.replace(ledger=str(folder / _numbered("clip_ledger.jsonl", number)))
+            config = config.replace(ledger=str(folder / _numbered(LEDGER_FILE, number)))
         clipper = AdaptiveClipper(
             config,
             accelerator=_stand_in(trainer, scaler),
@@ -257,7 +260,9 @@ def _check_optimizer(optimizer: Any, scaler: Any) -> None:
         raise UnsupportedSetupError(
             "`optimizer` must compute one gradient a step under adaptive clipping, but is LBFGS instead. Leave the callback out."
         )
-    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+    if is_of("torch", scaler):
+        require(scaler, "_scale")
+    if scaler is not None and unscales_by_itself(optimizer):
         raise UnsupportedSetupError(
             f"`optimizer` must not unscale by itself in 16-mixed, but is a fused {type(optimizer).__name__} instead: its gradients are "
             "still scaled when they are clipped. Make it with fused=False, or train in bf16-mixed."

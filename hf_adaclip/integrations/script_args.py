@@ -5,35 +5,62 @@ import dataclasses
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import torch
 from accelerate import PartialState
 from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.config import AdaptiveClipConfig, run_settings
 from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.controllers.settings import Setting, keys_of
 from hf_adaclip.errors import ConfigError, LedgerError, StateError, UnsupportedSetupError
 from hf_adaclip.hints import near, near_clip, near_flag
 from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
 from hf_adaclip.integrations.transformers import AdaptiveClipTrainer
+from hf_adaclip.reliance import require
 from hf_adaclip.telemetry.progress import is_terminal
 
 STOCK: Final = ("stock", "none")
 
 
+PREFIX: Final = "clip_"
+"""What the flags of a run's settings begin with, so that none is one of a script's own."""
+
+
+def _flag(s: Setting) -> tuple[str, Any, Any]:
+    """The field of a setting of the run, None where its flag is not given."""
+    metadata: dict[str, Any] = {"help": f"{s.help} Default: {s.default}."}
+    if s.choices:
+        metadata["choices"] = list(s.choices)
+    if s.kind is bool:
+        metadata.update(nargs="?", const=True)
+    kind = s.kind if s.kind in (bool, int, float) else str
+    return PREFIX + s.name, kind | None, field(default=None, metadata=metadata)
+
+
+FLAGS: Final = tuple(s for s in run_settings() if s.flag)
+"""Settings of the run that have a flag; the others are set with the controller, as NAME:FIELD=VALUE."""
+
+_Flags: Any = make_dataclass("_Flags", [("clip", str, field(default="adaptive")), *map(_flag, FLAGS)])
+
+
 @dataclass
-class ClipArguments:
-    """Which arm a script runs: a dataclass for `HfArgumentParser`, beside `TrainingArguments` and `AdaptiveClipConfig`.
+class ClipArguments(_Flags):  # type: ignore[misc]  # made of the settings of the run
+    """How a script clips: a dataclass for `HfArgumentParser`, beside `TrainingArguments`. Its flags are `--clip` and `--clip_*`.
 
     Example:
-        >>> from hf_adaclip import AdaptiveClipConfig, ClipArguments
-        >>> ClipArguments("stock").resolve(AdaptiveClipConfig()) is None
+        >>> from hf_adaclip import ClipArguments
+        >>> ClipArguments("stock").resolve() is None
+        True
+        >>> ClipArguments("zscore:width=3", clip_shadow=True).resolve().shadow
         True
     """
 
@@ -42,45 +69,28 @@ class ClipArguments:
         metadata={
             "help": "'stock': the plain Trainer with --max_grad_norm; 'none': the plain Trainer without clipping; or a controller ("
             + ", ".join(CONTROLLERS)
-            + "), set further by the flags of AdaptiveClipConfig; or all in one, as NAME:FIELD=VALUE,... or the path of a config's JSON."
+            + "); or one with settings, as NAME:FIELD=VALUE,...; or the path of a config's JSON. A --clip_ flag wins over either."
         },
     )
 
-    def resolve(self, config: AdaptiveClipConfig) -> AdaptiveClipConfig | None:
+    def resolve(self) -> AdaptiveClipConfig | None:
         """The config that the flags describe; None for the plain Trainer.
 
-        Args:
-            config: What the other flags have filled in. `--controller` counts where `--clip` is left at its default.
-
         Raises:
-            ConfigError: `clip` is none of the names, and no file; or other flags say something else, or belong to another controller.
+            ConfigError: `clip` is none of the names, and no file; or a setting is wrong.
         """
         if self.clip in STOCK:
             return None
-        default = AdaptiveClipConfig().controller
-        if self.clip in CONTROLLERS:
-            if config.controller not in (default, self.clip) and self.clip != default:
-                raise ConfigError(
-                    f"`--clip` must name the same controller as `--controller` ({config.controller!r}), but is {self.clip!r} instead. "
-                    "Leave one of them out."
-                )
-            chosen = self.clip if config.controller == default else config.controller
-            return AdaptiveClipConfig.from_dict({**config.to_dict(), "controller": chosen})
-        in_text = self.clip.partition(":")[0] in CONTROLLERS
-        if not in_text and not Path(self.clip).is_file():
+        if self.clip.partition(":")[0] not in CONTROLLERS and not Path(self.clip).is_file():
             raise ConfigError(
                 f"`--clip` must be one of {', '.join((*STOCK, *CONTROLLERS))}, NAME:FIELD=VALUE,..., or the path of a JSON file, but is "
                 f"{self.clip!r} instead.{near_clip(self.clip, (*STOCK, *CONTROLLERS))}"
             )
-        flags = [
-            f"`--{name}`" for name, value in config.to_dict().items() if value != getattr(AdaptiveClipConfig, name)
-        ]
-        if flags:
-            raise ConfigError(
-                f"{', '.join(flags)} must be left out with `--clip {self.clip}`, which holds all settings. Write them into "
-                f"{'it, as FIELD=VALUE' if in_text else 'the file'}."
-            )
-        return AdaptiveClipConfig.resolve(self.clip) if in_text else AdaptiveClipConfig.from_json(self.clip)
+        given = {s.name: getattr(self, PREFIX + s.name) for s in FLAGS}
+        config = AdaptiveClipConfig.resolve(
+            self.clip if ":" in self.clip or self.clip in CONTROLLERS else Path(self.clip)
+        )
+        return config.replace(**{name: value for name, value in given.items() if value is not None})
 
 
 class Ingredients(NamedTuple):
@@ -104,27 +114,24 @@ class Ingredients(NamedTuple):
     processor: Any = None
 
 
-def make_trainer(
-    clip: ClipArguments, config: AdaptiveClipConfig, args: TrainingArguments, **ingredients: Any
-) -> Trainer:
+def make_trainer(clip: ClipArguments, args: TrainingArguments, **ingredients: Any) -> Trainer:
     """The Trainer of the chosen arm. Every arm writes `convergence.jsonl`, so that they can be compared.
 
     Args:
-        clip: Which arm.
-        config: What the flags of the config have filled in.
+        clip: Which arm, and its settings.
         args: The Trainer's arguments; `--clip none` trains with a copy whose `max_grad_norm` is 0.
         ingredients: What else the Trainer takes.
 
     Example:
         >>> from transformers import HfArgumentParser, TrainingArguments
-        >>> from hf_adaclip import AdaptiveClipConfig, ClipArguments, make_trainer
-        >>> parser = HfArgumentParser((TrainingArguments, ClipArguments, AdaptiveClipConfig))
-        >>> args, clip, config = parser.parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu", "--clip", "zscore"])
-        >>> clip.resolve(config).controller
+        >>> from hf_adaclip import ClipArguments, make_trainer
+        >>> parser = HfArgumentParser((TrainingArguments, ClipArguments))
+        >>> args, clip = parser.parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu", "--clip", "zscore"])
+        >>> clip.resolve().controller
         'zscore'
-        >>> trainer = make_trainer(clip, config, args, model=model, train_dataset=rows)  # doctest: +SKIP
+        >>> trainer = make_trainer(clip, args, model=model, train_dataset=rows)  # doctest: +SKIP
     """
-    chosen = clip.resolve(config)
+    chosen = clip.resolve()
     if chosen is not None:
         trainer: Trainer = AdaptiveClipTrainer(args=args, clip=chosen, **ingredients)
     else:
@@ -145,43 +152,36 @@ def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = Training
         schedule: Of the Trainer, or of a loop.
 
     Returns:
-        One object of each kind, then the schedule, [`ClipArguments`] and [`AdaptiveClipConfig`].
+        One object of each kind, then the schedule and [`ClipArguments`].
 
     Raises:
         ConfigError: A flag, or a key of the file, is unknown; the message names the nearest one. Or a setting of the config is wrong.
     """
-    parser = HfArgumentParser((*kinds, schedule, ClipArguments, AdaptiveClipConfig))  # type: ignore[arg-type]
-    names = [
-        f.name
-        for kind in (*kinds, schedule, ClipArguments, AdaptiveClipConfig)
-        for f in dataclasses.fields(kind)
-        if f.init
-    ]
-    flags = [flag for action in parser._actions for flag in action.option_strings]
+    parser = HfArgumentParser((*kinds, schedule, ClipArguments))  # type: ignore[arg-type]
+    names = [f.name for kind in (*kinds, schedule, ClipArguments) for f in dataclasses.fields(kind) if f.init]
+    flags = [flag for action in require(parser, "_actions") for flag in action.option_strings]
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
         values = _read_settings(Path(argv[0]))
         unknown = [
-            f"`{key}` in {argv[0]} is no setting of this script.{near(key, names)}"
+            f"`{key}` in {argv[0]} is no setting of this script.{_moved(key) or near(key, names)}"
             for key in values
             if key not in names
         ]
         if unknown:
             raise ConfigError(unknown)
-        if values.get("clip") in CONTROLLERS:
-            values.setdefault(
-                "controller", values["clip"]
-            )  # the config is made of the keys that are there, and looks at them
         parsed: tuple[Any, ...] = parser.parse_dict(values)
     else:
         *found, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
         unknown = [
-            f"`{text}` is no flag of this script.{near_flag(text, flags)}" for text in rest if text.startswith("-")
+            f"`{text}` is no flag of this script.{_moved(text) or near_flag(text, flags)}"
+            for text in rest
+            if text.startswith("-")
         ]
         if rest:
             raise ConfigError(unknown or f"{' '.join(map(repr, rest))} belongs to no flag of this script.")
         parsed = tuple(found)
-    training_args, clip, config = parsed[-3:]
-    clip.resolve(config)  # what is wrong there is said before anything is loaded
+    training_args, clip = parsed[-2:]
+    clip.resolve()  # what is wrong there is said before anything is loaded
     if not is_terminal(sys.stderr):
         _without_bars()
         training_args.disable_tqdm = training_args.disable_tqdm or schedule is TrainingArguments
@@ -189,6 +189,21 @@ def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = Training
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
     set_seed(training_args.seed)
     return parsed
+
+
+def _moved(given: str) -> str:
+    """A hint where somebody writes a setting of the config without what stands before it here."""
+    flag = given.startswith("-")
+    name = given.lstrip("-").split("=", 1)[0].replace("-", "_")
+    if name in {PREFIX + s.name for s in FLAGS}:
+        return ""
+    if name in {s.name for s in FLAGS}:
+        return f" Write `{'--' if flag else ''}{PREFIX}{name}`."
+    owner = next((c for c, kind in CONTROLLERS.items() if name in keys_of(kind)), None)
+    owner = "NAME" if name in {s.name for s in run_settings()} else owner
+    if owner is None:
+        return ""
+    return f" It is set with the controller: `{f'--clip {owner}:{name}=VALUE' if flag else f'clip: {owner}:{name}=VALUE'}`."
 
 
 def _without_bars() -> None:
@@ -231,7 +246,19 @@ def run_script(main: Callable[[], Any]) -> None:
     except (ConfigError, LedgerError, StateError, UnsupportedSetupError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    PartialState().destroy_process_group()
+    _end_process_group()
+
+
+def _end_process_group() -> None:
+    """Let gloo's threads drop the last collective's tensors before the interpreter goes: later they abort the process.
+
+    A thread that asks for the interpreter's lock at its end is unwound, and C++ calls that `terminate called without an active exception`.
+    DDP keeps the group, and so its threads, after `destroy_process_group` (torch 2.13; pytorch/pytorch#179291, #190489): a moment in which
+    this thread holds no lock is what they need. To be removed when torch ends these threads in `destroy_process_group`.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(0.2)
+        PartialState().destroy_process_group()
 
 
 def train_and_evaluate(

@@ -4,12 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-import transformers
 from transformers import Trainer
 
 from hf_adaclip.config import AdaptiveClipConfig, as_number
-from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.errors import ConfigError
 from hf_adaclip.hints import misplaced
+from hf_adaclip.reliance import require, require_mention
 
 logger = logging.getLogger(__name__)
 
@@ -24,17 +24,15 @@ _SEAMS: Final = (
 
 
 def check_seam() -> None:
-    """Whether this transformers has the methods that clipping hangs on.
+    """Whether this transformers has what clipping hangs on.
 
     Raises:
-        UnsupportedSetupError: One is missing.
+        UnsupportedSetupError: Something is missing.
     """
-    missing = [name for name in _SEAMS if not callable(getattr(Trainer, name, None))]
-    if missing:
-        raise UnsupportedSetupError(
-            f"`transformers` must have Trainer.{missing[0]} (5.3 or later), but is {transformers.__version__} instead. "
-            "Upgrade it, or use AdaptiveClipper in a loop of your own."
-        )
+    for name in (*_SEAMS, "_get_output_dir"):
+        require(Trainer, name)
+    # Comes into being as training begins.
+    require_mention((f for f in vars(Trainer).values() if callable(f)), "_globalstep_last_logged")
 
 
 def check_bases(kind: type, mixin: type) -> None:

@@ -1,7 +1,7 @@
 """ms-swift: `--external_plugins "$(python -m hf_adaclip.integrations.swift_plugin)" --callbacks adaclip`, or both keys in its YAML.
 
 ms-swift hands a callback no settings, so they come from `HF_ADACLIP` in the environment, or under `ENV:` of its YAML:
-`zscore:z_threshold=3`, or the path of a JSON file.
+`zscore:width=3`, or the path of a JSON file.
 
 ms-swift trains with `Accelerator.clip_grad_norm_` replaced: on a NaN norm the replacement drops all gradients. It is not reached from here,
 since a Trainer that is attached clips in `_clip_grad_norm`, and there a step that is not finite is left out anyhow.

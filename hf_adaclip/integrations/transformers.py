@@ -1,4 +1,4 @@
-"""`AdaptiveClipTrainer`, `AdaptiveClipMixin` and `attach`: the clipper in the seam of `transformers.Trainer`.
+"""`AdaptiveClipTrainer` and `AdaptiveClipMixin`: the clipper in the seam of `transformers.Trainer`.
 
 The seam is `Trainer._clip_grad_norm(model)`, called once per optimizer step after accumulation, in transformers 5.3 and later. What it
 returns is the `grad_norm` that the Trainer logs.
@@ -7,10 +7,9 @@ returns is the `grad_norm` that the Trainer logs.
 import inspect
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -19,7 +18,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
-from hf_adaclip.integrations.attaching import TrainBegin, find_train_begin, take_replaced
+from hf_adaclip.integrations.model_card import add_section
 from hf_adaclip.integrations.seam import (
     check_bases,
     check_instance,
@@ -28,9 +27,9 @@ from hf_adaclip.integrations.seam import (
     misnamed_clip,
     warn_of_own_clipping,
 )
+from hf_adaclip.integrations.step_losses import StepLosses
 from hf_adaclip.integrations.watch import SeamWatch
-from hf_adaclip.ledger.tail import find_tail
-from hf_adaclip.report.run_report import clipping_section, load_run
+from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.run.counts import for_reporters
 from hf_adaclip.run.events import ClipEvent
 from hf_adaclip.support import (
@@ -51,9 +50,7 @@ logger = logging.getLogger(__name__)
 # A default Trainer shows what is logged under `transformers`, warnings and above; of other packages it shows no more than that either.
 _shown = transformers_logging.get_logger("transformers.hf_adaclip")
 
-LEDGER_FILE = "clip_ledger.jsonl"
 PACE_START_SHARE = 0.1
-AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
 class AdaptiveClipMixin(_Base):
@@ -109,9 +106,7 @@ class AdaptiveClipMixin(_Base):
         self._given_config = config
         self.clip_config = self._complete_config(trial=None)
         self.clipper = None
-        self._step_loss: Tensor | None = None
-        self._loss_sum: Tensor | None = None
-        self._loss_sum_since = -1
+        self._losses = StepLosses()
         self._planned_steps = 0
         self._max_grad_norm = self.args.max_grad_norm
         self._max_grad_norm_was_set = False
@@ -129,9 +124,8 @@ class AdaptiveClipMixin(_Base):
             folder = self.args.output_dir if trial is None else self._get_output_dir(trial)
             config = config.replace(ledger=str(Path(folder or ".") / LEDGER_FILE))
         if distributed_type(self.accelerator) == "DEEPSPEED":
-            config = config.replace(
-                one_step_late=True
-            )  # what is not possible there is refused here, not at the first step
+            # What is not possible there is refused here, not at the first step.
+            config = config.replace(one_step_late=True)
         if config.static_threshold is None:
             config = config.replace(static_threshold=as_number(self.args.max_grad_norm))
         return config
@@ -145,7 +139,7 @@ class AdaptiveClipMixin(_Base):
                 "clipped adaptively."
             )
         # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
-        self.clipper = self._step_loss = self._loss_sum = None
+        self.clipper, self._losses = None, StepLosses()
         trial = inspect.signature(super()._inner_training_loop).bind(*args, **kwargs).arguments.get("trial")
         self.clip_config = self._complete_config(trial)
         self._max_grad_norm, self._max_grad_norm_was_set = self.args.max_grad_norm, False
@@ -161,14 +155,14 @@ class AdaptiveClipMixin(_Base):
         self._end_clipping(clean=True)
         return output
 
-    def _join_run(self, run: TrainBegin) -> None:
+    def _join_run(self, checkpoint: str | None, trial: Any) -> None:
         """Take part in a run whose loop is not ours: it was begun before clipping was attached, by nobody who will end it for us."""
         self._joined = True
-        self.clip_config = self._complete_config(run.trial)
+        self.clip_config = self._complete_config(trial)
         self.args.logging_nan_inf_filter = (
             self.args.logging_nan_inf_filter and not self.clip_config.nan_filter_on_device
         )
-        self._load_clip_state(run.checkpoint)
+        self._load_clip_state(checkpoint)
 
     def _end_clipping(self, *, clean: bool) -> None:
         # The clipper stays: its statistics and its config are what people look at after training.
@@ -185,8 +179,8 @@ class AdaptiveClipMixin(_Base):
         ]
         # Such a callback may look at the gradients, and is to see them clipped.
         config, planned = self.clip_config, self._planned_steps or self.state.max_steps
-        if config.pace_start is None and planned:
-            config = config.replace(pace_start=pace_start(planned, self.args.get_warmup_steps(planned)))
+        if planned:
+            config = config.with_pace_start(pace_start(planned, self.args.get_warmup_steps(planned)))
         return config.replace(fold="never") if lookers else config
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -211,23 +205,14 @@ class AdaptiveClipMixin(_Base):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         check_max_grad_norm(self.args.max_grad_norm)  # a callback may have set it: at 0 the seam is not called
         loss = super().training_step(*args, **kwargs)
-        # The losses of the micro-batches of one step add up to the step's loss, as in the Trainer's own running sum.
-        self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
-        return self._filter(loss) if self.clip_config.nan_filter_on_device else loss
-
-    def _filter(self, loss: Tensor) -> Tensor:
-        """What the Trainer's own filter adds to its sum of losses for one that is not finite, found without a host read."""
-        since = self._globalstep_last_logged
-        if self._loss_sum is None or since != self._loss_sum_since:
-            self._loss_sum, self._loss_sum_since = torch.zeros((), dtype=torch.float32, device=loss.device), since
-        mean = self._loss_sum / (1 + self.state.global_step - since)
-        loss = torch.where(torch.isfinite(loss), loss, mean)
-        self._loss_sum = self._loss_sum + loss.detach()
-        return loss
+        self._losses.add(loss)
+        if not self.clip_config.nan_filter_on_device:
+            return loss
+        return self._losses.filtered(loss, self._globalstep_last_logged, self.state.global_step)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         clipper = self._ready_clipper()
-        loss, self._step_loss = self._step_loss, None
+        loss = self._losses.take()
         if loss is None:
             clipper.alerts.warn_once(
                 "the loss of a step is not known: a `training_step` did not call `super()`, or was put in its place. It is not recorded."
@@ -322,24 +307,18 @@ class AdaptiveClipMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The usual card, with a section on what clipping did in this run (of the ledger, so there is none without one)."""
         super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
         try:
-            self._add_to_card()
+            if self.clipper is not None:
+                self.clipper.flush()
+            add_section(
+                Path(self.args.output_dir or ".") / "README.md",
+                Path(self.clip_config.ledger or ""),
+                learning_rate=self.args.learning_rate,
+            )
         except Exception as error:  # what only records ends nothing
             logger.warning("The model card got no section on clipping (%s: %s).", type(error).__name__, error)
-
-    def _add_to_card(self) -> None:
-        ledger = Path(self.clip_config.ledger or "")
-        card = Path(self.args.output_dir or ".") / "README.md"
-        if not self.is_world_process_zero() or not ledger.is_file() or not card.is_file():
-            return
-        if self.clipper is not None:
-            self.clipper.flush()
-        section = clipping_section(load_run(ledger), find_tail(ledger).sha256, learning_rate=self.args.learning_rate)
-        text = ModelCard.load(card)
-        text.text = f"{text.text.rstrip()}\n\n{section}"
-        tags = text.data.tags or []
-        text.data.tags = [*([tags] if isinstance(tags, str) else tags), "hf_adaclip"]
-        text.save(card)
 
 
 class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
@@ -355,55 +334,6 @@ class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
     `clip/coefficient`, `clip/fraction`, `clip/norm_max`, `clip/spikes`, `clip/skipped`, `clip/pace`, `clip/phase` and more beside
     `grad_norm` (see `RunStatistics.metrics`); with `max_pace` above 1 also `clip/learning_rate`, the rate of the last step with its pace.
     """
-
-
-def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
-    """Give adaptive clipping to a Trainer that somebody else built, before its `train()` or in `on_train_begin`. Returns the same object.
-
-    Args:
-        trainer: Any `transformers.Trainer`, of any subclass. Methods replaced on the object are called like those of a base class.
-        clip: As for [`AdaptiveClipTrainer`].
-
-    Raises:
-        ConfigError: It has adaptive clipping already, or a setting is wrong.
-        UnsupportedSetupError: transformers or the distributed setup is not supported.
-    """
-    if not isinstance(trainer, Trainer):
-        raise ConfigError(f"`trainer` must be a transformers.Trainer, but is {_kind_of(trainer)} instead.")
-    if isinstance(trainer, AdaptiveClipMixin):
-        raise ConfigError("`trainer` must not have adaptive clipping yet, but it has: attach once, before `train()`.")
-    begun = find_train_begin(trainer) if trainer.is_in_train else None
-    if trainer.is_in_train and begun is None:
-        raise ConfigError(
-            "`trainer` must not be in the middle of `train()`, but is, or was when an exception ended it: attach before, to a new Trainer, "
-            "or in `on_train_begin`."
-        )
-    if begun is None and trainer.state.global_step:
-        logger.warning(
-            "`attach` comes after %d steps of training, which were not clipped adaptively; the next `train()` is.",
-            trainer.state.global_step,
-        )
-    config = AdaptiveClipConfig.resolve(clip)
-    kind, before = type(trainer), dict(trainer.__dict__)
-    # A subclass made on the spot, so that `super()` finds the methods of whatever Trainer this is.
-    base = take_replaced(trainer, AdaptiveClipMixin)
-    trainer.__class__ = type(
-        f"AdaptiveClip{kind.__name__}", (AdaptiveClipMixin, base), {"__module__": kind.__module__}
-    )
-    try:
-        AdaptiveClipMixin._set_up_clipping(trainer, config)  # type: ignore[arg-type]
-        if begun is not None:
-            AdaptiveClipMixin._join_run(trainer, begun)  # type: ignore[arg-type]
-    except Exception:
-        trainer.__class__ = kind
-        trainer.__dict__.clear()
-        trainer.__dict__.update(before)
-        raise
-    return trainer
-
-
-def _kind_of(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def pace_start(steps: int, warmup_steps: float) -> int:

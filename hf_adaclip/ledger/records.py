@@ -65,18 +65,35 @@ def summarise(norm: Value, norms: Value, threshold: Value, coefficient: Value, p
         altered), as pace the smallest, as reason the most severe of the tensors that have a gradient.
     """
     ops = ops_of(norms)
+    # Arrays or tensors, whose reductions have one name.
+    shared: Any = shares(norm, norms, coefficient, pace, reason, ops)
+    squares, extremes = shared
+    return whole(norm, squares.sum(), *(row.max() for row in extremes), ops=ops)
+
+
+def shares(
+    norm: Value, norms: Value, coefficient: Value, pace: Value, reason: Value, ops: Ops
+) -> tuple[Value, list[Value]]:
+    """What each tensor adds to the summary: the square of its norm that is left; and its reason, whether it is altered, and the opposite
+    of its pace, of which the largest count."""
     there = is_finite_norm(norms, ops)
     finite = is_finite_norm(norm, ops)
     kept = ops.where(there, norms * coefficient, ops(0.0))
-    intended = ops.sqrt((kept * kept).sum())
-    untouched = (coefficient == ops(1.0)).all()
-    whole = ops.where(untouched | ~finite, ops(1.0), intended / norm)
-    worst = ops.where(there, reason, ops(0.0)).max()
-    alarm = ops.where(reason > ops(float(Reason.NONFINITE)), reason, ops(float(Reason.NONFINITE))).max()
-    worst = ops.where(finite, worst, alarm)
+    worst = ops.where(there, reason, ops(0.0))
+    bar = ops(float(Reason.NONFINITE))
+    worst = ops.where(finite, worst, ops.where(reason > bar, reason, bar))
+    altered = ops.where(coefficient == ops(1.0), ops(0.0), ops(1.0))
     # A tensor without a gradient says nothing about the pace; when none has one, the step is left out and all count.
-    slowest = ops.where(there | ~finite, pace, ops(float("inf"))).min()
-    return Summary(ops.where(untouched | ~finite, norm, intended), whole, slowest, worst)
+    slowest = ops.where(there | ~finite, pace, ops(float("inf")))
+    return kept * kept, [worst, altered, -slowest]
+
+
+def whole(norm: Value, squares: Value, worst: Value, altered: Value, slowest: Value, *, ops: Ops) -> Summary:
+    """The summary, of the sum of the squares and the largest of what else `shares` gives."""
+    intended = ops.sqrt(squares)
+    left_alone = (altered == ops(0.0)) | ~is_finite_norm(norm, ops)
+    coefficient = ops.where(left_alone, ops(1.0), intended / norm)
+    return Summary(ops.where(left_alone, norm, intended), coefficient, -slowest, worst)
 
 
 def state_fields(state: tuple[Value, ...]) -> dict[str, Value]:

@@ -23,12 +23,17 @@ from typing import Any, Final
 
 import numpy as np
 
+LEDGER_FILE: Final = "clip_ledger.jsonl"
+"""The name of a ledger in the folder of its run."""
 SCHEMA_VERSION: Final = 1
 GENESIS: Final = "0" * 64
 MAX_LINE_BYTES: Final = 64 * 1024 * 1024
 BODY_KINDS: Final = ("header", "step", "gap", "footer")
 SEAL_SUFFIX: Final = ".seal"
 """Of the file beside a ledger that holds its last seal."""
+APPLIED_TOLERANCE: Final = 0.01
+"""Relative difference between two norms of one gradient, as it was meant and as it was measured, that rounding explains (bfloat16: 1 in
+256)."""
 
 STEP_FIELDS: Final = (
     "step",

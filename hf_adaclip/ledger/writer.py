@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.ledger.reader import kind_of_file
-from hf_adaclip.ledger.schema import GENESIS, SCHEMA_VERSION, encode, seal_line
+from hf_adaclip.ledger.schema import GENESIS, LEDGER_FILE, SCHEMA_VERSION, encode, seal_line
 from hf_adaclip.ledger.tail import Tail, find_continuation, read_seal, seal_path
 
 if sys.platform != "win32":
@@ -203,7 +203,7 @@ def _open(path: Path, anchor: str | None) -> tuple[BinaryIO, Tail]:
     """Open a ledger for one writer and find where it goes on."""
     if os.path.isdir(path):  # which takes a name that cannot be for none
         raise LedgerError(
-            f"`ledger` must be a writable file, but {path} is a folder instead. Write {path / 'clip_ledger.jsonl'}."
+            f"`ledger` must be a writable file, but {path} is a folder instead. Write {path / LEDGER_FILE}."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

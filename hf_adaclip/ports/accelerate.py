@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError, StateError
 from hf_adaclip.gradients.step_watch import StepWatch
+from hf_adaclip.reliance import is_of, require
+from hf_adaclip.run.ranks import RankCheck
 from hf_adaclip.support import check_accelerator, distributed_type
 
 
@@ -20,12 +22,19 @@ class AcceleratorPort:
         accelerator: An `accelerate.Accelerator`.
 
     Raises:
-        UnsupportedSetupError: Its distributed setup is not supported.
+        UnsupportedSetupError: Its distributed setup is not supported, or it lacks what is relied on.
     """
+
+    ranks_known = True
 
     def __init__(self, accelerator: Any) -> None:
         self.how = check_accelerator(accelerator)
         self._accelerator = accelerator
+        if is_of("accelerate", accelerator):  # of a stand-in nothing of the kind is asked
+            require(accelerator, "_optimizers")
+            require(accelerator, "_models")
+        if self.has_scaler and is_of("torch", accelerator.scaler):
+            require(accelerator.scaler, "_scale")
         self._replacement: Callable[..., Tensor] | None = None
         # The stock method, kept even while `replace_clipping` has swapped it.
         self.stock_clip: Callable[..., Tensor] = accelerator.clip_grad_norm_
@@ -53,11 +62,11 @@ class AcceleratorPort:
             )
         return wrapped.engine
 
-    @property
-    def ranks_decide_alike(self) -> bool:
-        """Whether there are several ranks that see the same gradients (DDP), or shards of them (FSDP2)."""
+    def rank_check(self) -> RankCheck | None:
+        """Where several ranks see the same gradients (DDP), or shards of them (FSDP2)."""
         alike = distributed_type(self._accelerator) in ("MULTI_CPU", "MULTI_GPU", "FSDP")
-        return alike and torch.distributed.is_available() and torch.distributed.is_initialized()
+        known = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return RankCheck() if alike and known else None
 
     @property
     def has_scaler(self) -> bool:

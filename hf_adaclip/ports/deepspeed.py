@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients.transfer import HOST
+from hf_adaclip.reliance import require
 
 
 class EnginePort:
@@ -23,7 +24,8 @@ class EnginePort:
         threshold: Called before every forward pass: the threshold of the coming step, or None while there is none.
 
     Raises:
-        UnsupportedSetupError: The engine does not clip, or not by a threshold that can be set (ZeRO stages 1 to 3 can).
+        UnsupportedSetupError: The engine does not clip, or not by a threshold that can be set (ZeRO stages 1 to 3 can), or lacks what is
+            relied on.
     """
 
     WHY: Final = (
@@ -35,6 +37,9 @@ class EnginePort:
     def __init__(self, engine: Any, threshold: Callable[[], float | None]) -> None:
         self._engine, self._threshold = engine, threshold
         self._zero = engine.optimizer
+        if any(kind.__module__.startswith("deepspeed.runtime.zero.") for kind in type(self._zero).__mro__):
+            require(self._zero, "clip_grad")
+            require(self._zero, "_global_grad_norm")
         if not hasattr(self._zero, "clip_grad") or not hasattr(self._zero, "_global_grad_norm"):
             raise UnsupportedSetupError(
                 f"`zero_optimization.stage` of the DeepSpeed config must be 1, 2 or 3, but the engine has a "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_adaclip.errors import ConfigError, LedgerError
-from hf_adaclip.ledger.schema import plain
+from hf_adaclip.ledger.schema import LEDGER_FILE, plain
 from hf_adaclip.ledger.tail import HASH
 
 Commands = Any  # argparse keeps the type of its sub-parsers' collection private
@@ -171,7 +171,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     codes = {"verified": 0, "incomplete": 3, "violated": 1}
     for path in arguments.ledgers:
         try:
-            report = verify_ledger(path / "clip_ledger.jsonl" if path.is_dir() else path, seal=seal)
+            report = verify_ledger(path / LEDGER_FILE if path.is_dir() else path, seal=seal)
         except LedgerError as error:
             print(f"hf-adaclip: {error}", file=sys.stderr)
             reports.append({"path": str(path), "ok": None, "error": str(error)})
@@ -200,8 +200,8 @@ def _replay(arguments: argparse.Namespace) -> int:
     from hf_adaclip.audit.ingest import load_series
     from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, recorded_name, replay
     from hf_adaclip.config import AdaptiveClipConfig
+    from hf_adaclip.flat import own_settings
     from hf_adaclip.report.tables import COUNTERFACTUAL, draw_replay, outcome_table
-    from hf_adaclip.validation import own_settings
 
     changes = dict(_setting(text) for text in arguments.set)
     names = arguments.controller or list(REPLAYABLE)
@@ -317,7 +317,7 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"`--set` must be FIELD=VALUE, but is {text!r} instead.")
-    from hf_adaclip.validation import json_or_text
+    from hf_adaclip.flat import json_or_text
 
     return name.strip(), json_or_text(value)
 

@@ -13,7 +13,7 @@ from hf_adaclip.audit.verify import VerifyReport, verify_ledger
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.ledger.reader import open_regular
-from hf_adaclip.ledger.schema import parse_number
+from hf_adaclip.ledger.schema import LEDGER_FILE, parse_number
 from hf_adaclip.run.events import ClipEvent, EventTracker
 
 
@@ -49,9 +49,9 @@ def load_run(path: str | Path) -> RunReport:
         LedgerError: There is no ledger, or it cannot be read.
     """
     path = Path(path)
-    ledger = path / "clip_ledger.jsonl" if path.is_dir() else path
+    ledger = path / LEDGER_FILE if path.is_dir() else path
     if path.is_dir() and not ledger.is_file():
-        raise LedgerError(f"{path} must hold comparison.json or clip_ledger.jsonl, but holds neither.")
+        raise LedgerError(f"{path} must hold comparison.json or {LEDGER_FILE}, but holds neither.")
     series = load_series(ledger)
     if series.source != "ledger":
         raise LedgerError(

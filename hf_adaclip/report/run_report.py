@@ -3,14 +3,13 @@
 import csv
 import json
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from hf_adaclip.audit.ingest import Series
-from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.config import AdaptiveClipConfig, as_written_now
 from hf_adaclip.controllers import CONTROLLERS, Reason
 from hf_adaclip.ledger.schema import plain
 from hf_adaclip.report import markdown as md
@@ -88,7 +87,10 @@ def reason_rows(series: Series) -> list[list[str]]:
 
 def _settings(config: dict[str, Any]) -> list[page.Part]:
     """What differs from the defaults first; the rest is folded away."""
-    defaults = {f.name: f.default for f in fields(AdaptiveClipConfig)}
+    config = as_written_now(config)
+    name = config.get("controller")
+    defaults = AdaptiveClipConfig(controller=name).to_dict() if name in CONTROLLERS else {}
+    defaults["controller"] = AdaptiveClipConfig.controller
     usual = _filled_in(config)
     changed = [k for k, v in config.items() if v != defaults.get(k) and k not in usual]
     rest = [[k, json.dumps(v)] for k, v in config.items() if k not in changed]

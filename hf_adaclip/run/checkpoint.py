@@ -243,7 +243,8 @@ def _statistics(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _compare(path: Path, saved: AdaptiveClipConfig, config: AdaptiveClipConfig) -> None:
     before, now = saved.to_dict(), config.to_dict()
-    changed = [k for k in now if k not in _FREE_FIELDS and before[k] != now[k]]
+    # What only one of two controllers has says no more than their names do.
+    changed = [k for k in now if k in before and k not in _FREE_FIELDS and before[k] != now[k]]
     if {saved.on_trouble, config.on_trouble} == {"continue", "stop"}:
         changed.remove("on_trouble")  # the two decide alike and differ only in what is done about it
     if changed:

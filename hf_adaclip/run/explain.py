@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS, leaves_out
-from hf_adaclip.controllers.adaptive import INNER_EDGE, PACE_START, RELEASE
+from hf_adaclip.controllers import leaves_out
+from hf_adaclip.controllers.adaptive import PACE_START, AdaptiveController
+from hf_adaclip.controllers.numerics.bound import RELEASE
+from hf_adaclip.controllers.numerics.deviation import INNER_EDGE
 
 _WHAT: Final = {
     "global": "the global norm",
@@ -15,7 +17,6 @@ _WHAT: Final = {
     "unit": "the units of each tensor",
     "element": "each element",
 }
-_NO_WARMUP: Final = ("static", "weight_ratio")
 _LIMITS: Final = (
     "min_threshold",
     "max_threshold",
@@ -45,15 +46,16 @@ def describe(
         held: Whether the static threshold is the ceiling; None while that is not known.
     """
     shadow = f", shadow: the static threshold {static_threshold:g} is what is applied" if config.shadow else ""
-    kind = CONTROLLERS[config.controller]
+    kind = config.settings
     known = "steps are done" if kind.fine else "norms are known"
-    until = f"; static threshold {static_threshold:g} until {config.warmup_observations} {known}"
+    warmup = getattr(kind, "warmup_observations", None)
+    until = "" if warmup is None else f"; static threshold {static_threshold:g} until {warmup} {known}"
     lines = [
-        f"controller  {config.controller} on {_WHAT[config.works_on]}{'' if config.controller in _NO_WARMUP else until}{shadow}",
+        f"controller  {config.controller} on {_WHAT[config.works_on]}{until}{shadow}",
         f"            {kind.idea} ({kind.source})",
     ]
-    if config.controller == "adaptive":
-        lines.append(f"ceiling     {_ceiling(config, static_threshold, held)}")
+    if isinstance(kind, AdaptiveController):
+        lines.append(f"ceiling     {_ceiling(kind, static_threshold, held)}")
     limits = [f"{name}={getattr(config, name):g}" for name in _LIMITS if getattr(config, name) is not None]
     if limits:
         lines.append(f"limits      {', '.join(limits)}")
@@ -78,11 +80,11 @@ def describe(
     return "\n".join(lines)
 
 
-def _ceiling(config: AdaptiveClipConfig, static_threshold: float, held: bool | None) -> str:
+def _ceiling(rule: AdaptiveController, static_threshold: float, held: bool | None) -> str:
     """What the static threshold still does after the warm-up."""
     far = (2 + INNER_EDGE) / (2 - INNER_EDGE)
-    beyond = f"; an edge beyond {far:.3g} x the level is never above it either" if config.max_edge > INNER_EDGE else ""
-    share, static = config.ceiling_share, f"{static_threshold:g}"
+    beyond = f"; an edge beyond {far:.3g} x the level is never above it either" if rule.max_edge > INNER_EDGE else ""
+    share, static = rule.ceiling_share, f"{static_threshold:g}"
     if share >= 1:
         return f"none for the range as a whole (`ceiling_share` is 1), static threshold {static}{beyond}"
     release = f"until it cuts less than {share * RELEASE:.0%} of recent steps" if share else "for good"
@@ -109,8 +111,8 @@ def _shaping(config: AdaptiveClipConfig) -> list[str]:
 
 
 def _pace(config: AdaptiveClipConfig) -> str:
-    if config.max_pace == 1:
+    if not isinstance(config.settings, AdaptiveController) or config.max_pace == 1:
         return "off"
-    start = config.pace_start or PACE_START
+    start = config.settings.pace_start or PACE_START
     applied = ", recorded only: shadow" if config.shadow else ""
     return f"a start of {start} steps, then up to x{config.max_pace:g} where that is useful{applied}"

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.controllers.elementwise import FineController
 from hf_adaclip.controllers.numerics.ops import Ops, Value
 from hf_adaclip.gradients import Gradients, to_value
@@ -41,9 +40,8 @@ class Scope:
         self.grouping: Grouping | None = None
         self._norms: GroupNorms | None = None
         self._fine: FineClip | None = None
-        kind = CONTROLLERS[config.controller]
-        if kind.fine:
-            rule = kind.from_config(config)
+        rule = config.settings
+        if rule.fine:
             assert isinstance(rule, FineController)
             self._fine, self._first_step = FineClip(rule, optimizers), rule.first_step
             self._excluded = excluded(config, names, everything)
@@ -51,9 +49,12 @@ class Scope:
             self.grouping = group(config, count, names, everything)
             self._norms = GroupNorms(self.grouping)
 
-    def observe(self, gradients: Gradients, norms: Tensor, norm: Value, finite: Value, ops: Ops) -> Value:
+    def observe(self, gradients: Gradients, norms: Tensor, norm: Value, finite: Value | None, ops: Ops) -> Value:
         """What the controller judges: the global norm, or those of groups."""
-        return norm if self._norms is None else self._norms.spread(gradients, norms, finite, ops)
+        if self._norms is None:
+            return norm
+        assert finite is not None
+        return self._norms.spread(gradients, norms, finite, ops)
 
     def limit_(self, gradients: Gradients, total: Tensor, step: int, ops: Ops) -> Value | None:
         """Bound units or elements in place, where the controller does that.

@@ -33,7 +33,7 @@ class RankCheck:
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
-        self._sum: Value | float = 0.0
+        self._sum: Any = 0.0
         self._agree: Tensor | None = None
         self._step = 0
 

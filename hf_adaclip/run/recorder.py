@@ -7,23 +7,21 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import Reason
 from hf_adaclip.controllers.base import coefficient_of
-from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Value
+from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Value, host_number
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.gradients import to_value
 from hf_adaclip.ledger.records import Summary, revisions, state_to_json, step_record
-from hf_adaclip.ledger.schema import SHAPE_FIELDS, plain
+from hf_adaclip.ledger.schema import APPLIED_TOLERANCE, SHAPE_FIELDS, plain
 from hf_adaclip.ledger.writer import Ledger
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent, EventTracker
 from hf_adaclip.run.ring import COLUMNS, DeviceRing, HostRing, Ring, Rows
-from hf_adaclip.run.selftest import TOLERANCE
 from hf_adaclip.run.versions import environment
 
 logger = logging.getLogger(__name__)
@@ -91,7 +89,7 @@ class Recorder:
         *,
         loss_scale: Tensor | None,
         scaled: bool,
-        norms: Value,
+        norms: Value | None,
         reach: Value | None = None,
         static_threshold: float | None = None,
     ) -> None:
@@ -178,9 +176,9 @@ class Recorder:
         if self.altered is not None or not (math.isfinite(norm) and math.isfinite(applied)):
             return
         if self._shadow and static is not None:
-            coefficient = float(coefficient_of(np.float32(norm), np.float32(static), SCALAR))
+            coefficient = float(coefficient_of(host_number(norm), host_number(static), SCALAR))
         intended = norm * coefficient
-        if not abs(applied - intended) <= TOLERANCE * max(applied, intended):
+        if not abs(applied - intended) <= APPLIED_TOLERANCE * max(applied, intended):
             self.altered = (
                 f"the optimizer was given a gradient of norm {applied:.4g} in step {self.next_step}, where clipping had left "
                 f"{intended:.4g}: something changes it in between. Look at callbacks with `on_pre_optimizer_step`, at hooks on the "
@@ -198,13 +196,12 @@ def is_rank_zero() -> bool:
     return not distributed or torch.distributed.get_rank() == 0
 
 
-def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops: Ops, **run: Any) -> Recorder:
+def start_recorder(config: AdaptiveClipConfig, *, writes: bool, ops: Ops, **run: Any) -> Recorder:
     """The recorder of a run that begins or goes on here.
 
     Args:
         config: The complete config.
         writes: Whether this process writes the ledger.
-        exact: Whether a replay gives the same bits.
         ops: The kind of numbers that rows are made of.
         run: As for `ledger_header`.
 
@@ -213,7 +210,7 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
     """
     ledger = None
     if writes:
-        header = ledger_header(config, exact=exact, **run)
+        header = ledger_header(config, **run)
         try:
             ledger = Ledger(str(config.ledger), header, required=config.ledger_required)
         except LedgerError as error:
@@ -237,7 +234,6 @@ def start_recorder(config: AdaptiveClipConfig, *, writes: bool, exact: bool, ops
 def ledger_header(
     config: AdaptiveClipConfig,
     *,
-    exact: bool,
     state: tuple[Value, ...],
     static_threshold: float,
     device: torch.device,
@@ -253,7 +249,6 @@ def ledger_header(
 
     Args:
         config: The complete config.
-        exact: Whether a replay gives the same bits.
         state: The controller's state before the first step.
         static_threshold: Threshold of the warm-up.
         device: Where the gradients are.
@@ -273,7 +268,7 @@ def ledger_header(
         "config": config.to_dict(),
         "controller": config.controller,
         **revisions(config),
-        "exact": exact,
+        "exact": True,  # of schema 1: a replay gives the same bits, with every controller
         "static_threshold": plain(static_threshold),
         "device": device.type,
         "world_size": torch.distributed.get_world_size() if distributed else 1,

@@ -1,6 +1,6 @@
 """One run of a controller: its state, the record of its decisions, and both across checkpoints. No gradient is seen here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import Decision, Observation, build_controller
-from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Value, ops_for
+from hf_adaclip.controllers import Observation, build_controller
+from hf_adaclip.controllers.adaptive import AdaptiveController
+from hf_adaclip.controllers.numerics.fused import failures
+from hf_adaclip.controllers.numerics.ops import SCALAR, Lane, Ops, Value, ops_for
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients.groups import Grouping
@@ -20,12 +22,12 @@ from hf_adaclip.ledger.records import (
     state_from_tensors,
     state_to_json,
     state_to_tensors,
-    summarise,
 )
 from hf_adaclip.run.alerts import Alerts
 from hf_adaclip.run.checkpoint import BESIDE, read_state, write_state
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent
+from hf_adaclip.run.plan import Decided, StepPlan, rules_of
 from hf_adaclip.run.ranks import RankCheck
 from hf_adaclip.run.recorder import Recorder, start_recorder
 from hf_adaclip.support import check_device
@@ -39,12 +41,20 @@ class Run:
         static_threshold: Threshold of the warm-up and of a ceiling that is held, unless the config sets one.
         writes_ledger: Whether this process writes the ledger, if there is one.
         scaled: Whether a loss scaler is active.
+        lane: Chooses the kind of numbers that it works with.
     """
 
     def __init__(
-        self, config: AdaptiveClipConfig, *, static_threshold: float, writes_ledger: bool, scaled: bool
+        self,
+        config: AdaptiveClipConfig,
+        *,
+        static_threshold: float,
+        writes_ledger: bool,
+        scaled: bool,
+        lane: Lane = ops_for,
     ) -> None:
         self.config = config
+        self._lane = lane
         self.static_threshold = static_threshold if config.static_threshold is None else config.static_threshold
         self.statistics = RunStatistics()
         self.alerts = Alerts(speaks=writes_ledger)
@@ -57,6 +67,7 @@ class Run:
         # Made at the first step, when device and number of tensors are known.
         self._state: tuple[Value, ...] | None = None
         self._ops: Ops | None = None
+        self._rules: list[Callable[..., Any]] | None = None
         self._device = torch.device("cpu")
         self._static: tuple[float, Value] | None = None
         self.recorder: Recorder | None = None
@@ -82,8 +93,10 @@ class Run:
     @property
     def ceiling_held(self) -> bool | None:
         """Whether the static threshold is the ceiling of `adaptive`; None in its warm-up, and for all others. Reads the device."""
-        state = self.state
-        if "acted" not in state or state["acted"].shape or not state["count"] > self.config.warmup_observations:
+        state, settings = self.state, self.config.settings
+        if not isinstance(settings, AdaptiveController) or "acted" not in state or state["acted"].shape:
+            return None
+        if not state["count"] > settings.warmup_observations:
             return None
         return bool(state["acted"] > 0)
 
@@ -105,14 +118,9 @@ class Run:
             self._static = self.static_threshold, self.ops.full((), self.static_threshold)[()]
         return self._static[1]
 
-    def set_static_threshold(self, value: float, *, in_engine: bool) -> None:
+    def set_static_threshold(self, value: float) -> None:
         """See `AdaptiveClipper.set_static_threshold`."""
-        if not value > 0:
-            raise ConfigError(f"`static_threshold` must be above 0, but is {value}.")
-        if in_engine:
-            raise ConfigError(
-                f"`static_threshold` must stay what the DeepSpeed config says, but is to become {value:g}: the engine clips."
-            )
+        check_static_threshold(value)
         self.static_threshold = value
 
     def begin(
@@ -140,7 +148,7 @@ class Run:
         check_device(device)
         keeping = self._keep(grouping)
         shape = (len(keeping.groups),) if keeping.groups else ()
-        ops = ops_for(device, shape)
+        ops = self._lane(device, shape)
         moved = False
         if self._loaded is None:
             self._state = keeping.controller.init(ops, shape)
@@ -155,6 +163,7 @@ class Run:
             if moved:
                 self._state = carry_over(self._state, loaded, keeping, restarted, ops)
         self._ops, self._device, self._keeping, self._loaded, self._loaded_keeping = ops, device, keeping, None, None
+        self._rules = None
         self._start_recorder(restarted if moved else None)
         return ops
 
@@ -181,18 +190,17 @@ class Run:
         if ledger is not None:
             self._parent = {"sha256": ledger.head, "step": self.step}
             ledger.close()
-        self._keeping = keeping
+        self._keeping, self._rules = keeping, None
         before = self.recorder
         self._start_recorder(restarted)
         self.recorder.take_over(before)
 
     def _start_recorder(self, restarted: Sequence[str] | None) -> None:
         assert self._state is not None
-        controller, groups, parts = self._keeping
+        _, groups, parts = self._keeping
         self.recorder = start_recorder(
             self.config,
             writes=self._writes,
-            exact=controller.exact,
             state=self._state,
             static_threshold=self.static_threshold,
             ops=self.ops,
@@ -229,25 +237,25 @@ class Run:
         norm: Value,
         observed: Value,
         loss: Value,
-        finite: Value,
+        finite: Value | None,
         *,
         loss_scale: Tensor | None,
         left: Value | None = None,
         reach: Value | None = None,
-    ) -> tuple[Decision, Value]:
+    ) -> StepPlan:
         """Decide on one step, learn from it, record it.
 
         Args:
             norm: Global norm, shape `[]`.
             observed: What the controller looks at: the same, or the norms by tensor, shape `[num_tensors]`.
             loss: Training loss, shape `[]`; NaN when it is not known.
-            finite: Bool, whether the step is finite.
+            finite: Bool, whether the step is finite; None where there is one norm only, which tells.
             loss_scale: The loss scaler's scale, on the device.
             left: The norm that a rule on units or elements has left.
             reach: What the pace goes by; None when it is off.
 
         Returns:
-            The decision, and the pace of the step as a whole.
+            What is to be done with the step.
         """
         assert self._state is not None
         assert self._ops is not None
@@ -255,11 +263,12 @@ class Run:
         self._look()  # before the state moves on: a ledger that cannot be written keeps the one after its last row
         with np.errstate(all="ignore"):  # both branches of a `where` are computed, as on a device
             seen = Observation(observed, loss, self.static, finite, left, reach)
-            decision, self._state = self._keeping.controller.update(self._state, seen)
-            summary = Summary(*decision) if not self.num_tensors else summarise(norm, observed, *decision)
+            self._state, decided, summary = self._decide(norm, seen)
+        if not self._ops.on_host:
+            for sentence in failures(self._device):
+                self.alerts.warn_once(sentence)
         if self.ranks is not None:
-            kept = self._ops.where(finite & (norm > self._ops(0.0)), summary.coefficient, self._ops(-1.0))
-            self.ranks.add(self.step, norm, summary.threshold, kept, summary.pace)
+            self.ranks.add(self.step, norm, summary.threshold, decided.kept, summary.pace)
             if self._ops.on_host:
                 self.ranks.require()
         self.recorder.record(
@@ -272,7 +281,27 @@ class Run:
             reach=reach,
             static_threshold=self.static_threshold,
         )
-        return decision, summary.pace
+        return decided.planned
+
+    def _decide(self, norm: Value, seen: Observation) -> tuple[Any, Decided, Summary]:
+        """State, plan and summary of one step; on an accelerator in as few launches as can be."""
+        if self._rules is None:
+            device = None if self.ops.on_host else self._device
+            self._rules = rules_of(self.config, self._keeping.controller, self.num_tensors, device)
+        if not self.num_tensors:
+            [rule] = self._rules
+            state, decided = rule(self._state, seen._replace(step_finite=None))
+            return state, decided, Summary(*decided.decision)
+        each, together = self._rules
+        state, decision, squares, extremes = each(self._state, seen, norm)
+        # In one launch they stand in one tensor; made operation by operation, or on the host, they do not.
+        largest = extremes.amax(dim=1).unbind() if isinstance(extremes, Tensor) else [row.max() for row in extremes]
+        unused: Any = None
+        rest = seen._replace(norm=unused, loss=unused, step_finite=None, reach=None)
+        summary, planned, kept = together((), norm, squares.sum(), *largest, rest)
+        if planned.by_group:
+            planned = planned._replace(coefficient=decision.coefficient)
+        return state, Decided(decision, planned, kept), summary
 
     def flush(self) -> None:
         """Read the rows that wait on the device (the one host read), count them, write the ledger, tell of events.
@@ -379,3 +408,13 @@ def _other_groups(checkpoint: str | None, before: tuple[str, ...], now: tuple[st
         f"`parameters` must be those that `{checkpoint}` was written for ({len(before)} with a norm of their own), but they are "
         f"{len(now)} now: {what}. Resume with the same model and the same frozen parameters."
     )
+
+
+def check_static_threshold(value: float) -> None:
+    """Whether a static threshold can act.
+
+    Raises:
+        ConfigError: It is not above 0.
+    """
+    if not value > 0:
+        raise ConfigError(f"`static_threshold` must be above 0, but is {value}.")

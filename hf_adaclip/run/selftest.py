@@ -15,27 +15,28 @@ from torch import Tensor
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Observation, build_controller
 from hf_adaclip.controllers.base import is_finite_norm
-from hf_adaclip.controllers.numerics.ops import ops_for
+from hf_adaclip.controllers.numerics.ops import Lane, ops_for
 from hf_adaclip.errors import ClippingDefeatedError
 from hf_adaclip.gradients import global_norm, scale_, tensor_norms, to_value
 from hf_adaclip.gradients.callers import stepping_scaler
 from hf_adaclip.gradients.step_guard import NOT_UNSCALED
+from hf_adaclip.ledger.schema import APPLIED_TOLERANCE
 
-SPIKE = 1000.0
+RISE = 1000.0
 """How many times the calm norm the planted spike has."""
 PLANTED = 256.0
 """Every number of the copies: all dtypes hold it and what clipping leaves of it. The norm is reckoned up to the threshold's size."""
 USUAL = 1e-3, 1e15
 """A threshold outside is tested as 1. Above, its spike or the square of that is no float32, so no norm would get there; below, the small
 constants that methods add to a norm or a spread let every spike through, which is theirs to do."""
-TOLERANCE = 0.01
-"""Relative difference of two norms of the same gradient that rounding explains (bfloat16: 1 in 256)."""
 _MAX_CALM_STEPS = 300
 _MAX_NUMBERS = 4096
 _NUMBERS = 64
 
 
-def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: Sequence[Tensor]) -> None:
+def check_on_a_copy(
+    config: AdaptiveClipConfig, static_threshold: float, like: Sequence[Tensor], lane: Lane = ops_for
+) -> None:
     """Plant a spike on small tensors, one of every device, dtype and kind that parameters have, and see it cut.
 
     The controller is a new one under the same config, fed with a calm series first. Neither the parameters nor any state of the
@@ -45,6 +46,7 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
         config: The settings.
         static_threshold: Threshold of the warm-up.
         like: The trainable parameters.
+        lane: Chooses the kind of numbers that the run works with.
 
     Raises:
         ClippingDefeatedError: The spike came through.
@@ -59,13 +61,13 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
         return
     controller = build_controller(config)
     device = copies[0].device
-    ops = ops_for(device, ())
+    ops = lane(device, ())
     state = controller.init(ops, ())
     calm, static = level / 2, ops(static_threshold)
     # What one unit of the copies' norm stands for.
-    unit = SPIKE * calm / (PLANTED * math.sqrt(sum(c.numel() for c in copies)))
+    unit = RISE * calm / (PLANTED * math.sqrt(sum(c.numel() for c in copies)))
     with torch.no_grad(), np.errstate(all="ignore"):
-        for _ in range(min(config.warmup_observations, _MAX_CALM_STEPS) + 1):
+        for _ in range(min(getattr(config.settings, "warmup_observations", 0), _MAX_CALM_STEPS) + 1):
             seen = Observation(ops(calm), ops(math.nan), static)
             _, state = controller.update(state, seen)
         planted = to_value(global_norm(tensor_norms(copies)), ops) * ops(unit)
@@ -75,10 +77,10 @@ def check_on_a_copy(config: AdaptiveClipConfig, static_threshold: float, like: S
         scale_(copies, decision.coefficient)
         # By another way than the one that is under test.
         left = unit * math.sqrt(sum(float(_whole(c).abs().double().square().sum()) for c in copies))
-    allowed = float(decision.threshold) * (1 + TOLERANCE)
-    if not left <= allowed or not left < SPIKE * calm / 10:
+    allowed = float(decision.threshold) * (1 + APPLIED_TOLERANCE)
+    if not left <= allowed or not left < RISE * calm / 10:
         raise ClippingDefeatedError(
-            f"A planted spike must be cut, but one of norm {SPIKE * calm:g} was left at {left:g} ({allowed:g} allowed) by controller "
+            f"A planted spike must be cut, but one of norm {RISE * calm:g} was left at {left:g} ({allowed:g} allowed) by controller "
             f"'{config.controller}' on {device}. Please report this with the versions in use; `self_test=False` trains without the check."
         )
 
@@ -147,16 +149,18 @@ class FirstStepCheck:
         if not math.isfinite(left):
             return None  # a step that is left out; the next one will tell
         self._pending = False
-        if given < left * (1 - TOLERANCE):
+        if given < left * (1 - APPLIED_TOLERANCE):
             scaler = stepping_scaler()
-            if scaler is not None and abs(left / (given * scaler.get_scale()) - 1) < TOLERANCE:  # divided out just now
+            if (
+                scaler is not None and abs(left / (given * scaler.get_scale()) - 1) < APPLIED_TOLERANCE
+            ):  # divided out just now
                 raise ClippingDefeatedError(NOT_UNSCALED)
             return (
                 f"the gradient had a norm of {left:g} after clipping and {given:g} at `optimizer.step()`: something makes it smaller in "
                 "between, and decides how far the step goes. Look at callbacks and hooks that clip or scale again, and whether `clip_` "
                 "stands before `optimizer.step()`."
             )
-        if not given <= left * (1 + TOLERANCE):
+        if not given <= left * (1 + APPLIED_TOLERANCE):
             raise ClippingDefeatedError(
                 f"The gradient must reach the optimizer as clipping left it, but its norm was {left:g} after clipping and is {given:g} at "
                 "`optimizer.step()`: something changes it in between. Look at callbacks with `on_pre_optimizer_step`, at hooks on the "

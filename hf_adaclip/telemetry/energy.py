@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
+from hf_adaclip.reliance import require
+
 logger = logging.getLogger(__name__)
 
 Source = Literal["nvml", "rapl", "codecarbon"]
@@ -115,6 +117,7 @@ class CodecarbonMeter:
             measure_power_secs=1,
             tracking_mode="process",
         )
+        require(self._tracker, "_total_energy")
         self._tracker.start()
 
     def read_wh(self) -> float:

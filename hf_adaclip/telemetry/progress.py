@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from hf_adaclip.reliance import require
+
 EVERY: Final = 60.0
 """Seconds between two lines in a log."""
 
@@ -19,6 +21,11 @@ class Progress(tqdm):  # type: ignore[type-arg]
         args, kwargs: What tqdm takes; `file` is stderr by default.
         clock: Seconds that only rise.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Progress":
+        require(tqdm, "_decr_instances")
+        made: Progress = super().__new__(cls)
+        return made
 
     def __init__(self, *args: Any, clock: Callable[[], float] = time.monotonic, **kwargs: Any) -> None:
         stream = kwargs.setdefault("file", sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +43,7 @@ def answers(path):
     return texts
 
 
+@pytest.mark.slow
 def test_mutated_files_of_every_kind_are_answered_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where a misbehaving file would be kept
     ends = fuzz(350, 12345, tmp_path)
@@ -50,6 +52,7 @@ def test_mutated_files_of_every_kind_are_answered_in_order(tmp_path, monkeypatch
     assert sum(n for name, n in ends.items() if "clip_state" in name and name.endswith("error")) > 10
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1), min_size=1, max_size=6))
 @settings(max_examples=150, deadline=None)
 def test_lines_of_arbitrary_json_never_crash_a_reader(tmp_path_factory, lines):

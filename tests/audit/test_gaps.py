@@ -170,10 +170,11 @@ print("steps", clipper.step, float(weights(model).sum()))
 
 def start(path, required=False, **kwargs):
     return subprocess.run(
-        [sys.executable, "-c", RUN % required, str(path)], capture_output=True, text=True, timeout=120, **kwargs
+        [sys.executable, "-c", RUN % required, str(path)], capture_output=True, text=True, timeout=300, **kwargs
     )
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(tmp_path):
     """A real write that fails in the kernel."""
     done = start(tmp_path / "l.jsonl", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)))

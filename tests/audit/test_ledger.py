@@ -88,6 +88,7 @@ def test_datasets_reads_it(tmp_path):
     assert steps[20]["reason"] == "SPIKE"
 
 
+@pytest.mark.slow
 def test_every_single_flipped_byte_is_found(ledger_bytes, tmp_path):
     """Every position of the header's first bytes, of a record, of a seal and of the footer; the rest at random."""
     rng = np.random.default_rng(0)
@@ -354,6 +355,7 @@ def test_a_full_disk_does_not_stop_training_and_leaves_a_visible_gap(tmp_path, m
 
 
 @given(st.floats(width=32))
+@settings(deadline=None)
 def test_numbers_survive_bit_for_bit(value):
     text = json.loads(json.dumps(number(value), allow_nan=False))
     back = np.float32(parse_number(text))

@@ -162,10 +162,12 @@ def test_outcome_counts():
     assert found["largest_applied_spike_over_median"] == pytest.approx(50, rel=0.1)
 
 
-def load_series_from(values):
+def load_series_from(values, losses=None):
     from hf_adaclip.audit.series import of_rows
 
-    return of_rows(Path("memory"), "CSV", [(i, float(v), math.nan) for i, v in enumerate(values)])
+    losses = np.full(len(values), math.nan) if losses is None else losses
+    rows = [(i, float(v), float(loss)) for i, (v, loss) in enumerate(zip(values, losses, strict=True))]
+    return of_rows(Path("memory"), "CSV", rows)
 
 
 def test_replay_command(tmp_path, capsys):
@@ -218,13 +220,19 @@ def test_always_on_is_called_by_its_name():
     assert advice["controllers"]["adaptive"]["altered"] == advice["controllers"]["static"]["altered"]
 
 
-def test_a_threshold_that_acts_only_after_the_warm_up_is_not_kept():
+def test_a_threshold_that_acts_only_after_the_warm_up_is_kept_until_the_loss_makes_progress():
     rng = np.random.default_rng(2)
     values = np.exp(0.1 * rng.standard_normal(600)) * np.where(np.arange(600) < 60, 0.6, 1.6)
     advice = advise(load_series_from(values))
     assert advice["static_always_on"]
+    assert "keeps it as its ceiling" in advice["verdict"]
+    assert advice["controllers"]["adaptive"]["altered_share"] > 0.8
+
+    losses = 5 * np.exp(-np.arange(600) / 150) + 0.01 * rng.standard_normal(600)
+    advice = advise(load_series_from(values, losses))
+    assert advice["static_always_on"]
     assert "does not keep it" in advice["verdict"]
-    assert advice["controllers"]["adaptive"]["altered_share"] < 0.05
+    assert advice["controllers"]["adaptive"]["altered_share"] < 0.3
 
 
 def test_a_calm_run_needs_nothing():

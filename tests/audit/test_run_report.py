@@ -35,7 +35,7 @@ def open_in_browser(page, tmp_path):
         "--enable-logging=stderr",
         "--v=0",
     ]
-    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=300)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
@@ -46,6 +46,7 @@ def write_interesting_run(folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("interactive", [False, True])
 def test_the_page_works_in_a_browser_and_shows_a_hostile_name_as_text(tmp_path, interactive):
@@ -134,6 +135,7 @@ def test_a_resumed_run_is_one_run(tmp_path):
     assert [e.step for e in report.events if e.kind == "spike"].count(20) == 1
 
 
+@pytest.mark.slow
 def test_a_comparison_is_reported_too(tmp_path):
     quick = ["--steps", "4", "--seeds", "1", "--tasks", "digits-vit", "--arms", "stock,adaptive", "--jobs", "1"]
     assert main(["compare", "--output", str(tmp_path), *quick, "--json"]) == 0

@@ -15,6 +15,8 @@ from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
 from hf_adaclip.telemetry.point import Point, append_point, read_points
 from tests.integrations.trainers import arguments, build, dataset, run, stock, weights
 
+pytestmark = pytest.mark.slow
+
 EVAL = {"eval_strategy": "steps", "eval_steps": 10, "max_steps": 40}
 
 

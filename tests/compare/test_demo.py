@@ -19,6 +19,8 @@ from hf_adaclip.compare.present import table_rows
 from hf_adaclip.compare.runs import RESULT_FILE, ScriptRun, run_scripts
 from hf_adaclip.compare.tuning import TUNING_SEEDS
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--steps", "6", "--seeds", "2", "--tasks", "digits-vit", "--arms", "stock,adaptive", "--jobs", "1"]
 
 
@@ -226,7 +228,7 @@ def test_a_study_is_the_recorded_setting_of_the_script():
     [digits] = demo_studies(study, ["digits-vit"], None, fixed_before())
     assert digits.script == ("-m", "hf_adaclip.compare.demo", "--task", "digits-vit", "--learning_rate", "0.003")
     assert digits.flags_of("stock") == ("--clip", "stock")
-    assert digits.flags_of("adaptive-pace") == ("--clip", "adaptive", "--max_pace", "64")
+    assert digits.flags_of("adaptive-pace") == ("--clip", "adaptive:max_pace=64")
     assert digits.flags_of("stock-default")[2:] == ("--learning_rate", "5e-05")
     assert (digits.task, digits.target, digits.warm) == (
         "digits-vit",

@@ -1,14 +1,21 @@
 """What identifies a run of a script: its flags, its files, and the defaults that it goes by."""
 
-import functools
+from dataclasses import dataclass
 
 import pytest
 
-from hf_adaclip.compare import runs
 from hf_adaclip.compare.runs import ScriptRun, defaults_behind
 from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.controllers.adaptive import AdaptiveController
+from hf_adaclip.controllers.settings import setting
 
 ALL = AdaptiveClipConfig().to_dict()
+
+
+@dataclass(frozen=True)
+class OtherAdaptive(AdaptiveController):
+    ceiling_share: float = setting(0.7, help="Another default.", range="[0, 1]")
 
 
 @pytest.mark.parametrize(
@@ -18,9 +25,10 @@ ALL = AdaptiveClipConfig().to_dict()
         (["--clip", "adaptive", "--clip=none"], [], ["decay"]),
         (["--clip", "zscore"], ["z_threshold", "max_threshold"], ["ceiling_share", "history"]),
         (["--clip", "stock", "--clip=adaptive"], ["ceiling_share", "max_pace"], ["z_threshold"]),
-        (["--clip", "adaptive", "--parameter-rules", '{"*": "zscore"}'], list(ALL), []),
-        (["--clip", "settings.json"], list(ALL), []),
-        ([], list(ALL), []),
+        (["--clip", "zscore:width=3"], ["z_threshold", "max_threshold"], ["ceiling_share", "history"]),
+        (["--clip", "adaptive", "--clip-parameter-rules", '{"*": "zscore"}'], list(CONTROLLERS), []),
+        (["--clip", "settings.json"], list(CONTROLLERS), []),
+        ([], list(CONTROLLERS), []),
     ],
 )
 def test_a_run_goes_by_these_defaults(flags, decides, not_read):
@@ -38,7 +46,7 @@ def test_the_digest_is_of_what_decides(tmp_path, monkeypatch):
 
     AdaptiveClipConfig(decay=0.9).to_json(tmp_path / "clip.json")
     before = digests()
-    monkeypatch.setattr(runs, "AdaptiveClipConfig", functools.partial(AdaptiveClipConfig, ceiling_share=0.7))
+    monkeypatch.setitem(CONTROLLERS, "adaptive", OtherAdaptive)
     after = digests()
     assert {clip for clip in before if before[clip] != after[clip]} == {"adaptive", str(tmp_path / "clip.json")}
     AdaptiveClipConfig(decay=0.8).to_json(tmp_path / "clip.json")

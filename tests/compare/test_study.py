@@ -203,6 +203,7 @@ def test_a_stock_trainers_own_log_will_do(tmp_path):
         read_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_real_script_is_compared(tmp_path, monkeypatch):
     """Through the whole of it: run_clm on Python's manual, two arms."""
     from pydoc_data.topics import topics

@@ -35,21 +35,22 @@ def point(step, loss, **changes):
     return Point(**{**values, **changes})
 
 
-def test_pauses_are_not_counted_in_seconds_or_energy():
+def test_pauses_are_not_counted_in_seconds_or_energy(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("hf_adaclip.telemetry.point.time.perf_counter", lambda: clock[0])
     meter = Meter()
     watch = Stopwatch(meter, seconds=5.0, energy_wh=1.0)
     watch.run()
     watch.run()  # running already: nothing changes
     meter.now += 2.0
-    time.sleep(0.05)
+    clock[0] += 0.5
     watch.pause()
     seconds = watch.seconds
     meter.now += 50.0  # an evaluation
-    time.sleep(0.05)
+    clock[0] += 7.0
     watch.pause()
 
-    assert 5.05 <= watch.seconds < 5.2
-    assert watch.seconds == seconds
+    assert watch.seconds == seconds == 5.5
     assert watch.energy_wh == 3.0
 
 

@@ -82,10 +82,14 @@ def test_norms_below_the_static_threshold_are_followed_whatever_the_loss_says():
 
 def test_a_rise_falls_and_rises_back():
     phases = np.array([1, 0.1, 1, 0.05, 0.9])[np.arange(1500) // 300]
-    _, coefficient, _ = drive(0.8 * calm(1500) * phases, 1.0)
-    assert (coefficient[50:] < 1).mean() < 0.02
+    norms = 0.8 * calm(1500) * phases
+    _, coefficient, _ = drive(norms, 1.0)
+    within = norms[50:] <= 1
+    assert (coefficient[50:][within] < 1).mean() < 0.01
+    assert np.median((norms * coefficient)[50:][~within]) > 1, "cut as by the static threshold"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.2, 0.5])
 @pytest.mark.parametrize("larger", [3.0, 10.0, 30.0])
 @pytest.mark.parametrize("static", [50.0, 1e9])
@@ -116,7 +120,8 @@ def test_what_lies_beyond_the_static_threshold_obeys_the_bound():
     which = np.arange(3000) % 10 == 0
     norms = 0.8 * np.where(which, 40.0, 1.0) * calm(3000)
     _, coefficient, _ = drive(norms, 1.0)
-    assert (norms * coefficient).max() <= 1.3
+    # A quarter more than the level, which the sources of the warm-up have raised to 1.15.
+    assert (norms * coefficient).max() <= 1.45
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])

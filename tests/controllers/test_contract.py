@@ -20,7 +20,7 @@ STATIC = np.float32(0.25)
 
 
 def controller_of(case):
-    return CONTROLLERS[case.name].from_config(AdaptiveClipConfig(controller=case.name, **case.settings))
+    return AdaptiveClipConfig(controller=case.name, **case.settings).settings
 
 
 def drive(controller, norms, state, loss=None, static=STATIC):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS, Observation
-from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, tensor_ops
+from hf_adaclip.controllers import Observation
+from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, Value, tensor_ops
 from hf_adaclip.ledger.records import state_bytes
 from tests.cases import CASES
 from tests.streams import eventful, losses
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def controller_of(case):
-    return CONTROLLERS[case.name].from_config(AdaptiveClipConfig(controller=case.name, **case.settings))
+    return AdaptiveClipConfig(controller=case.name, **case.settings).settings
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -80,3 +80,16 @@ def test_no_stream_breaks_a_controller(case, norms):
                 assert state_bytes(state) == state_bytes(before)
             else:
                 assert np.float32(norm * decision.coefficient) <= max(norm, decision.threshold)
+
+
+OPERATORS = [name for name in vars(Value) if name.startswith("__") and callable(vars(Value)[name])]
+
+
+@pytest.mark.parametrize("kinds", [(torch.Tensor,), (np.ndarray,), (np.float32, np.bool_)])
+def test_a_value_is_what_the_three_kinds_of_numbers_have_in_common(kinds):
+    """The type that mypy holds the controllers to; of numpy's scalars it is what numbers and flags have together."""
+    kept = {"__init__", "__subclasshook__", "__class_getitem__"}
+    of_rows = {"__getitem__", "__setitem__", "__len__"}  # what only histories and groups have
+    for name in set(OPERATORS) - kept - (of_rows if len(kinds) > 1 else set()):
+        assert any(getattr(kind, name, None) is not None for kind in kinds), name
+    assert all(hasattr(kind, name) for kind in kinds for name in ("shape", "tolist"))

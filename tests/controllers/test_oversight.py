@@ -182,7 +182,7 @@ def test_tensors_arrays_and_scalars_are_governed_alike_bit_for_bit():
             )
             reasons.add(Reason(int(a.reason)).name)
             for x, y, z in zip(a, b, c, strict=True):
-                assert np.float32(x).tobytes() == np.float32(y[0]).tobytes() == np.float32(z.item()).tobytes()
+                assert np.float32(x).tobytes() == np.float32(y[0]).tobytes() == np.float32(float(z)).tobytes()
             for x, z in zip(scalar, tensor, strict=True):
                 assert np.array_equal(x, z.numpy(), equal_nan=True)
     assert {"LIMIT_CEILING", "TROUBLE_BUDGET", "FALLBACK", "NONFINITE"} <= reasons

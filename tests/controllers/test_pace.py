@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import CONTROLLERS, Observation
+from hf_adaclip.controllers import Observation
 from hf_adaclip.controllers.numerics.ops import SCALAR
 
 
 def paces(reaches, norms=None, **settings):
     config = AdaptiveClipConfig(**{"max_pace": 16.0, "warmup_observations": 10, "pace_start": 20, **settings})
-    controller = CONTROLLERS["adaptive"].from_config(config)
+    controller = config.settings
     state, seen = controller.init(SCALAR, ()), []
     norms = np.full(len(reaches), 0.5) if norms is None else norms
     with np.errstate(all="ignore"):

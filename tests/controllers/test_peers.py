@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError, Percentile
 from hf_adaclip.controllers import CONTROLLERS, Observation
 from hf_adaclip.controllers.numerics.ops import SCALAR
 from hf_adaclip.gradients import collect, global_norm, tensor_norms
@@ -23,7 +23,7 @@ def linear(norms):
 
 def ours(config, norms, static=1e9):
     """Applied norms by the controller that a config describes."""
-    controller = CONTROLLERS[config.controller].from_config(config)
+    controller = config.settings
     state, applied = controller.init(SCALAR, ()), []
     with np.errstate(all="ignore"):
         for norm in norms:
@@ -99,9 +99,7 @@ def test_adagc_of_pytorch_optimizer_keeps_the_average_that_ours_keeps():
 
     p = torch.nn.Parameter(torch.randn(30))
     peer = AdaGC([p], lr=1e-4, weight_decay=0.0, warmup_steps=21)
-    controller = CONTROLLERS["ema_ratio"].from_config(
-        AdaptiveClipConfig(controller="ema_ratio", warmup_observations=20)
-    )
+    controller = AdaptiveClipConfig(controller="ema_ratio", warmup_observations=20).settings
     state = controller.init(SCALAR, ())
     rng = np.random.default_rng(2)
     for step in range(200):
@@ -175,9 +173,5 @@ def test_zclips_static_cap_stays_on():
 
 def test_bitsandbytes_percentile_is_per_tensor_over_100_norms():
     config = AdaptiveClipConfig.from_bitsandbytes_percentile(5)
-    assert (config.controller, config.percentile, config.history, config.works_on) == (
-        "percentile",
-        5.0,
-        100,
-        "tensor",
-    )
+    assert config.settings == Percentile(percentile=5.0, history=100, warmup_observations=2)
+    assert config.works_on == "tensor"

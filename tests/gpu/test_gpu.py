@@ -7,11 +7,16 @@ import contextlib
 import os
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, AdaptiveClipper, AdaptiveClipTrainer
 from hf_adaclip.audit import verify_ledger
+from hf_adaclip.controllers import Observation, build_controller
+from hf_adaclip.controllers.numerics.fused import Fused, failures
+from hf_adaclip.controllers.numerics.ops import SCALAR, tensor_ops
+from hf_adaclip.run.plan import GlobalRule
 from hf_adaclip.run.ring import LOOK_EVERY
 from tests.integrations.launching import launch
 from tests.integrations.trainers import arguments, build, run, stock, weights
@@ -22,6 +27,7 @@ DEVICE = "cpu" if DRY else "cuda"
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.slow,
     pytest.mark.skipif(not DRY and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
@@ -90,6 +96,28 @@ def test_the_device_decides_as_the_host_does(tmp_path):
             optimizer.step()
         runs.append(thresholds)
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_pace": 8.0}, {"controller": "log_zscore"}], ids=str)
+def test_a_step_is_one_kernel_with_the_bits_of_the_host(settings):
+    config = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0).replace(**settings)
+    rule = GlobalRule(build_controller(config), shadow=False, leaves_out=False, paced="max_pace" in settings)
+    device = torch.zeros(1, device=DEVICE).device
+    made = Fused(rule, device, ())
+    state, host = rule.controller.init(tensor_ops(device), ()), rule.controller.init(SCALAR, ())
+    rng = np.random.default_rng(0)
+    for step in range(200):
+        numbers = [
+            np.float32(v) for v in (np.exp(rng.normal(0, 0.3)) * (9 if step % 40 == 39 else 1), 1 / (1 + step), 0.5)
+        ]
+        reach = np.float32(rng.random() * 9)
+        with np.errstate(all="ignore"):
+            host, _ = rule(host, Observation(numbers[0], numbers[1], numbers[2], reach=reach))
+        there = [torch.tensor(v, device=device) for v in (*numbers, reach)]
+        state, _ = made(state, Observation(there[0], there[1], there[2], reach=there[3]))
+        assert [float(v) for v in state] == pytest.approx([float(v) for v in host], rel=0, abs=0, nan_ok=True), step
+    assert failures(device) == []
+    assert made.launches == 1
 
 
 @pytest.mark.parametrize("order", [(DEVICE, "cpu", DEVICE), ("cpu", DEVICE, DEVICE)], ids=str)

@@ -67,7 +67,7 @@ def test_adam_and_adamw_by_their_definition_and_without_a_copy(kind, lane, monke
         clipper.clip_(net.parameters())
         gradients = [p.grad.clone() for p in net.parameters()]
         optimizer.step()
-        assert all(guard.agreement._copies is None for guard in clipper._guards._guards)
+        assert all(guard.agreement._copies is None for guard in clipper._driver.guards._guards)
         for one, g, p in zip(exact, gradients, net.parameters(), strict=True):
             one.step(g, agreement=True)
             assert np.abs(one.w - p.detach().double().numpy()).max() < 2e-6 * (step + 1)
@@ -191,7 +191,7 @@ def test_a_step_that_raises_leaves_no_copy_behind():
     optimizer.step()
     assert largest_difference(net, before) > 0
     clipper.close()
-    assert all(guard.agreement is None for guard in clipper._guards._guards)
+    assert all(guard.agreement is None for guard in clipper._driver.guards._guards)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -82,7 +82,7 @@ def test_elements_are_clamped_by_their_second_moment(dtype, fused):
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(20, 10).to(dtype))
     optimizer = torch.optim.AdamW([p], lr=1e-3, betas=(0.9, 0.99), fused=fused)
-    v, fine = torch.zeros(20, 10), FineClip(SecondMomentController(moment_width=2.0), [optimizer])
+    v, fine = torch.zeros(20, 10), FineClip(SecondMomentController(width=2.0), [optimizer])
     for step in range(1, 30):
         p.grad = (torch.randn(20, 10) * (1 + (torch.rand(20, 10) > 0.95) * 20)).to(dtype)
         g = p.grad.clone()
@@ -159,7 +159,7 @@ def bounded_before(p, optimizer, width):
 def test_one_correction_for_all_parameters_gives_the_bits_of_one_for_each(kind, monkeypatch):
     parameters = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(4)]
     optimizer = torch.optim.Adam(parameters, lr=1e-3, betas=(0.9, 0.98), fused=kind == "fused")
-    fine = FineClip(SecondMomentController(moment_width=1.5), [optimizer])
+    fine = FineClip(SecondMomentController(width=1.5), [optimizer])
     if kind == "beta as a tensor":
         optimizer.param_groups[0]["betas"] = (0.9, torch.tensor(0.98))
     if kind == "steps on a device":  # what says so is played: there is no other device here
@@ -226,7 +226,7 @@ def test_a_step_makes_as_many_tensors_on_the_host_whatever_the_number_of_paramet
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("controller", [WeightRatioController(), SecondMomentController(moment_width=1.0)], ids=repr)
+@pytest.mark.parametrize("controller", [WeightRatioController(), SecondMomentController(width=1.0)], ids=repr)
 def test_every_dtype_has_its_bounds(dtype, controller):
     torch.manual_seed(1)
     p = torch.nn.Parameter(torch.randn(6, 5).to(dtype))

@@ -9,7 +9,7 @@ from torch.optim import optimizer as torch_optimizer
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ClippingDefeatedError, ConfigError
 from hf_adaclip.gradients import StepGuard
 from tests.gradients.test_guard import equal, snapshot
-from tests.loops import HostReads, make, weights
+from tests.loops import HostReads, guards_of, make, weights
 
 PACED = AdaptiveClipConfig(max_pace=64.0, pace_start=4)
 PLAIN = AdaptiveClipConfig("static", static_threshold=1.0)
@@ -213,7 +213,7 @@ def test_a_step_that_nobody_prepared_is_told_of_once_and_counted(lane, caplog):
         optimizer.step()  # without gradients nothing moves
     assert said(caplog, "has made a step without it after 5 steps with it") == 1
     assert said(caplog, "without it") == 1
-    assert clipper._guards.unarmed == 2
+    assert guards_of(clipper).unarmed == 2
 
 
 def test_two_clippers_on_one_optimizer_do_not_accuse_each_other(lane, caplog):
@@ -415,8 +415,8 @@ def test_the_optimizer_of_an_accelerator_is_followed(lane, settings, caplog):
         optimizer.step()
         optimizer.zero_grad()
         assert weights(model).isfinite().all()
-    assert clipper._guards.optimizers == [optimizer.optimizer]
-    assert clipper._guards.consumed == 19
+    assert guards_of(clipper).optimizers == [optimizer.optimizer]
+    assert guards_of(clipper).consumed == 19
     assert said(caplog, "guarded from here on") == 1
     accelerator.free_memory()
 

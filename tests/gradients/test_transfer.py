@@ -118,7 +118,7 @@ def test_a_number_for_the_host_is_fetched_from_where_it_is():
 def test_a_number_for_an_accelerator_is_brought_there():
     """Another gradient may be the first one than in the first step, and be elsewhere: the run's numbers stay where they are."""
     here: Any = Elsewhere("cpu")
-    value = to_value(here, TensorOps(torch.device("cuda", 0)))
+    value: Any = to_value(here, TensorOps(torch.device("cuda", 0)))
     assert value.device == torch.device("cuda", 0)
     assert here.asked == [("cuda", True)]
     assert to_value(value, TensorOps(torch.device("cuda", 0))) is value

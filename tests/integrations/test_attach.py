@@ -11,6 +11,8 @@ from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, AdaptiveClipTraine
 from hf_adaclip.audit import verify_ledger
 from tests.integrations.trainers import arguments, build, run, stock, weights
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 CONFIG = AdaptiveClipConfig(warmup_observations=6, ceiling_share=1.0, max_pace=4.0)
 

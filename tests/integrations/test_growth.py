@@ -11,6 +11,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(512, 16)).astype("f4")
 Y = (np.tanh(X[:, 0] * X[:, 1]) + 0.3 * X[:, 2]).astype("f4")

@@ -9,6 +9,8 @@ from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin
 from hf_adaclip.audit import verify_ledger
 from tests.integrations.settings import SETTINGS, play
 
+pytestmark = pytest.mark.slow
+
 # A short warm-up: for most of the run the controller in the shadow decides otherwise than what acts.
 SHADOW = AdaptiveClipConfig(shadow=True, warmup_observations=2, ceiling_share=1.0)
 TIMES = ("runtime", "per_second")

@@ -4,6 +4,8 @@ import pytest
 
 from tests.integrations import launching
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("kind", "lane", "stops"),

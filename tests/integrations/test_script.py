@@ -1,31 +1,38 @@
 """What a script makes of its command line: flags, files, and what was mistyped."""
 
+import dataclasses
 import json
 import re
 
 import pytest
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_adaclip import AdaptiveClipConfig, ConfigError
+from hf_adaclip.config import run_settings
 from hf_adaclip.integrations.script_args import ClipArguments, parse_arguments, run_script
 
 
 def parse(*argv):
-    *_, clip, config = parse_arguments(["--output_dir", "x", *argv])
-    return clip.resolve(config)
+    *_, clip = parse_arguments(["--output_dir", "x", *argv])
+    return clip.resolve()
 
 
 @pytest.mark.parametrize(
     ("argv", "hint"),
     [
-        (["--max_pase", "3"], "`--max_pase` is no flag of this script. Did you mean `--max_pace`?"),
-        (["--max_pase=3"], "Did you mean `--max_pace`?"),
-        (["--z-treshold", "3"], "Did you mean `--z-threshold`?"),
+        (["--clip_shadw"], "`--clip_shadw` is no flag of this script. Did you mean `--clip_shadow`?"),
+        (["--clip-max-skiped=3"], "Did you mean `--clip-max-skipped`?"),
         (["--lerning_rate", "3"], "Did you mean `--learning_rate`?"),
+        (["--shadow"], "`--shadow` is no flag of this script. Write `--clip_shadow`."),
+        (["--max_pace", "3"], "It is set with the controller: `--clip adaptive:max_pace=VALUE`."),
+        (["--z-threshold=3"], "It is set with the controller: `--clip zscore:z_threshold=VALUE`."),
+        (["--fold", "never"], "It is set with the controller: `--clip NAME:fold=VALUE`."),
         (["--clip", "zclip"], "zclip is here 'zscore'"),
         (["--clip", "adaptve"], "Did you mean 'adaptive'?"),
-        (["--clip", "zscore", "--median_factor", "3"], "it belongs to controller 'median'"),
-        (["--median_factor", "3"], "it belongs to controller 'median'"),
-        (["--clip", "median", "--controller", "zscore"], "must name the same controller"),
+        (["--clip", "zscore:median_factor=3"], "it belongs to controller 'median'"),
+        (["--clip", "zscore:factor=3"], "it belongs to controller 'ema_ratio' and 'median'"),
+        (["--clip", "zscore:widht=3"], "Did you mean `width`?"),
+        (["--clip_max_skipped", "-1", "--clip_min_threshold", "-1"], "`min_threshold` must be in (0, inf)"),
         (["stray"], "'stray' belongs to no flag"),
     ],
 )
@@ -36,31 +43,65 @@ def test_a_wrong_command_line_is_refused_with_a_hint(argv, hint):
 
 def test_flags_say_which_controller_and_how_it_is_set():
     assert parse("--clip", "stock") is None
-    assert parse("--clip", "median", "--median_factor", "3") == AdaptiveClipConfig(
-        controller="median", median_factor=3.0
+    assert parse("--clip", "median:factor=3") == AdaptiveClipConfig(controller="median", median_factor=3.0)
+    assert parse("--clip", "adaptive:max_pace=4,shadow=true") == AdaptiveClipConfig(max_pace=4.0, shadow=True)
+    rules = '{"head.*": "exclude"}'
+    assert parse("--clip_shadow", "--clip_self_test", "no", "--clip_parameter_rules", rules) == AdaptiveClipConfig(
+        shadow=True, self_test=False, parameter_rules=json.loads(rules)
     )
-    assert parse("--controller", "median", "--median_factor", "3") == parse("--clip", "median", "--median_factor", "3")
-    assert parse("--max_pace", "4") == AdaptiveClipConfig(max_pace=4.0)
 
 
-def test_a_file_and_flags_beside_it_do_not_mix(tmp_path):
+def test_a_flag_wins_over_text_and_file(tmp_path):
     path = tmp_path / "c.json"
-    AdaptiveClipConfig(controller="zscore", z_threshold=3.0).to_json(path)
+    config = AdaptiveClipConfig(controller="zscore", z_threshold=3.0, shadow=True)
+    config.to_json(path)
 
-    assert parse("--clip", str(path)) == AdaptiveClipConfig(controller="zscore", z_threshold=3.0)
-    with pytest.raises(ConfigError, match="`--shadow` must be left out with `--clip"):
-        parse("--clip", str(path), "--shadow")
+    assert parse("--clip", str(path)) == config
+    assert parse("--clip", str(path), "--clip_shadow", "no") == config.replace(shadow=False)
+    assert parse("--clip", "zscore:width=3,shadow=true", "--clip_shadow", "no") == config.replace(shadow=False)
+
+
+def test_flags_of_a_run_have_a_name_of_their_own_and_the_help_of_their_setting():
+    """A user's own dataclass may have any field that is not called clip."""
+
+    @dataclasses.dataclass
+    class Mine:
+        fold: int = 3
+        history: str = "h"
+        decay: float = 0.1
+        shadow: bool = False
+        max_pace: float = 2.0
+        ledger: str | None = None
+
+    parser = HfArgumentParser((Mine, TrainingArguments, ClipArguments))
+    mine, _, clip = parser.parse_args_into_dataclasses(["--output_dir", "x", "--fold", "7", "--decay", "0.5"])
+    assert (mine.fold, mine.decay) == (7, 0.5)
+    assert clip.resolve() == AdaptiveClipConfig()
+
+    names = [f.name for f in dataclasses.fields(ClipArguments)]
+    assert names[0] == "clip"
+    assert all(name.startswith("clip_") for name in names[1:])
+    assert 10 <= len(names) <= 15
+    known = {f"clip_{s.name}": s for s in run_settings() if s.flag}
+    assert names[1:] == list(known)
+    helps = {a.dest: a.help for a in parser._actions}
+    for name, setting in known.items():
+        assert setting.help in helps[name], name
+        assert f"--{name}" in parser.format_help()
 
 
 @pytest.mark.parametrize("name", ["s.json", "s.yaml"])
 def test_a_file_of_flags(tmp_path, name):
     path = tmp_path / name
-    path.write_text(json.dumps({"output_dir": "x", "clip": "median", "median_factor": 3.0}))
-    *_, clip, config = parse_arguments([str(path)])
-    assert clip.resolve(config) == AdaptiveClipConfig(controller="median", median_factor=3.0)
+    path.write_text(json.dumps({"output_dir": "x", "clip": "median:factor=3", "clip_shadow": True}))
+    *_, clip = parse_arguments([str(path)])
+    assert clip.resolve() == AdaptiveClipConfig(controller="median", median_factor=3.0, shadow=True)
 
-    path.write_text(json.dumps({"output_dir": "x", "max_pase": 3.0}))
-    with pytest.raises(ConfigError, match=r"`max_pase` in .* Did you mean `max_pace`"):
+    path.write_text(json.dumps({"output_dir": "x", "clip_shadw": True}))
+    with pytest.raises(ConfigError, match=r"`clip_shadw` in .* Did you mean `clip_shadow`"):
+        parse_arguments([str(path)])
+    path.write_text(json.dumps({"output_dir": "x", "median_factor": 3.0, "shadow": True}))
+    with pytest.raises(ConfigError, match=r"`clip: median:median_factor=VALUE`.*\n.*Write `clip_shadow`"):
         parse_arguments([str(path)])
     path.write_text("[1")
     with pytest.raises(ConfigError, match="must be"):
@@ -72,7 +113,7 @@ def test_a_file_of_flags(tmp_path, name):
 
 def test_a_wrong_setting_ends_a_script_without_a_traceback(capsys):
     def main():
-        ClipArguments("zclip").resolve(AdaptiveClipConfig())
+        ClipArguments("zclip").resolve()
 
     with pytest.raises(SystemExit) as caught:
         run_script(main)

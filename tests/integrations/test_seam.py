@@ -22,6 +22,8 @@ from hf_adaclip import (
 from hf_adaclip.audit import verify_ledger
 from tests.integrations.trainers import arguments, build, run, stock, weights
 
+pytestmark = pytest.mark.slow
+
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
 
 

@@ -13,6 +13,8 @@ from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, AdaptiveClipTraine
 from hf_adaclip.audit import verify_ledger
 from tests.integrations.trainers import STEPS, arguments, build, dataset, model, run, stock, weights
 
+pytestmark = pytest.mark.slow
+
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
 
 

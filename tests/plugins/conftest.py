@@ -3,7 +3,6 @@
 from importlib.metadata import entry_points
 
 import pytest
-import tomllib
 
 from tests.plugins.launched import ROOT, TRAIN, execute
 
@@ -11,6 +10,8 @@ from tests.plugins.launched import ROOT, TRAIN, execute
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     """A folder that makes the entry point known where the package is on the path without being installed."""
+    import tomllib  # of Python 3.11; without these tools the tests are collected on 3.10, too
+
     folder = tmp_path_factory.mktemp("site")
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["torch.backends"]
     if not any(e.name in declared for e in entry_points(group="torch.backends")):

@@ -10,7 +10,7 @@ import torch
 from tests.plugins.launched import PYTHON, RUN, TIGHT, TRAIN, saved_weights, verified
 from tests.plugins.tiny import save_tiny
 
-pytestmark = pytest.mark.plugins
+pytestmark = [pytest.mark.plugins, pytest.mark.slow]
 
 
 def weights(folder):

@@ -10,7 +10,7 @@ import torch
 from tests.plugins.launched import PYTHON, RUN, TIGHT, execute, saved_weights, verified
 from tests.plugins.tiny import save_tiny
 
-pytestmark = pytest.mark.plugins
+pytestmark = [pytest.mark.plugins, pytest.mark.slow]
 COMMAND = (Path(PYTHON).parent / "llamafactory-cli", "train", "config.yaml")
 YAML = """
 model_name_or_path: model

@@ -10,7 +10,7 @@ import torch
 from tests.plugins.launched import PYTHON, execute, saved_weights, verified
 from tests.plugins.tiny import save_tiny
 
-pytestmark = pytest.mark.plugins
+pytestmark = [pytest.mark.plugins, pytest.mark.slow]
 YAML = """
 model: model
 model_type: llama

@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
+from hf_adaclip import CONTROLLERS
+
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+
+
+def after_ten(clip):
+    """A controller by name as one that decides after ten norms; anything else for `--clip` as it is."""
+    return f"{clip}:warmup_observations=10" if clip in CONTROLLERS else clip
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ def test_there_is_one_for_every_setup_that_is_documented():
     assert len(CONFIGS) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_a_script_on_two_processes(tmp_path, text, launcher):  # noqa: F811
     settings = {

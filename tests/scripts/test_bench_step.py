@@ -2,7 +2,7 @@
 
 import torch
 
-from scripts import bench_step
+from scripts.bench import step as bench_step
 
 
 def test_every_way_is_measured_and_drawn(tmp_path, monkeypatch):

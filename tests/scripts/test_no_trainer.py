@@ -1,4 +1,4 @@
-"""The scripts without a Trainer: the arms, checkpoints, two processes, and what they share with the others."""
+"""The script without a Trainer: the arms, checkpoints, two processes, and what they share with the others."""
 
 import json
 import math
@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from hf_adaclip.audit import verify_ledger
 from hf_adaclip.telemetry.point import read_points
 from tests.scripts.test_run_images_and_text import LLAMA, text  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -38,7 +40,7 @@ def flags(folder, text, **changes):  # noqa: F811
         "disable_tqdm": True,
         **changes,
     }
-    return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+    return ["--task", "clm", *(str(part) for name, value in settings.items() for part in (f"--{name}", value))]
 
 
 def run(script, listed, *launcher):
@@ -53,9 +55,14 @@ def results(folder):
     return json.loads((folder / "all_results.json").read_text())
 
 
+def ledger_steps(folder):
+    lines = (folder / "clip_ledger.jsonl").read_text().splitlines()
+    return [line["step"] for line in map(json.loads, lines) if line["kind"] == "step"]
+
+
 @pytest.mark.parametrize("clip", ["stock", "adaptive"])
 def test_each_arm_trains_and_leaves_what_the_trainer_leaves(here, tmp_path, text, clip):  # noqa: F811
-    here("run_clm_no_trainer", flags(tmp_path / "out", text, clip=clip, warmup_steps=0.1))
+    here("no_trainer", flags(tmp_path / "out", text, clip=clip, warmup_steps=0.1))
     found = results(tmp_path / "out")
     points = read_points(tmp_path / "out/convergence.jsonl")
 
@@ -75,34 +82,54 @@ def test_each_arm_trains_and_leaves_what_the_trainer_leaves(here, tmp_path, text
         assert "hf-adaclip verify" in card or "Ledger" in card or "ledger" in card
 
 
-def test_a_run_that_was_cut_off_goes_on_bit_for_bit(here, tmp_path, text):  # noqa: F811
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit_where_that_is_asked_for(here, tmp_path, text, caplog):  # noqa: F811
     settings = {
         "save_strategy": "steps",
         "save_steps": 7,
         "gradient_accumulation_steps": 2,
         "clip": "adaptive",
-        "warmup_observations": 10,
     }
-    here("run_clm_no_trainer", flags(tmp_path / "whole", text, **settings))
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    here("no_trainer", flags(tmp_path / "whole", text, **settings))
+    for name in ("cut", "anew"):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
     for name in ("checkpoint-28", "checkpoint-21"):
         shutil.rmtree(tmp_path / "cut" / name)
-    (tmp_path / "cut/model.safetensors").unlink()
-    here("run_clm_no_trainer", flags(tmp_path / "cut", text, **settings))
+    here("no_trainer", flags(tmp_path / "cut", text, resume_from_checkpoint="last", **settings))
+    assert not [r for r in caplog.records if "stays unused" in r.getMessage()]
+    here("no_trainer", flags(tmp_path / "anew", text, save_total_limit=1, **settings))
 
-    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[k], cut[k]) for k in whole)
-    assert results(tmp_path / "whole")["eval_loss"] == results(tmp_path / "cut")["eval_loss"]
-    report = verify_ledger(tmp_path / "cut/clip_ledger.jsonl")
-    assert report.ok, report.findings
-    assert report.segments == 2
-    assert [p.step for p in read_points(tmp_path / "cut/convergence.jsonl")] == [10, 20, 30]
+    assert [len(ledger_steps(tmp_path / name)) for name in ("cut", "anew")] == [30 + 16, 30 + 30]
+    said = [r.getMessage() for r in caplog.records if "stays unused" in r.getMessage()]
+    newest = tmp_path / "anew/checkpoint-28"
+    assert said == [f"{newest} stays unused. `--resume_from_checkpoint last` goes on from it."]
+    assert newest.is_dir()  # the limit counts what this run saved
+    whole = load_file(tmp_path / "whole/model.safetensors")
+    for name in ("cut", "anew"):
+        end = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(whole[k], end[k]) for k in whole)
+        assert results(tmp_path / "whole")["eval_loss"] == results(tmp_path / name)["eval_loss"]
+        report = verify_ledger(tmp_path / name / "clip_ledger.jsonl")
+        assert report.ok, report.findings
+        assert report.segments == 2
+        assert [p.step for p in read_points(tmp_path / name / "convergence.jsonl")] == [10, 20, 30]
+
+
+def test_the_last_checkpoint_of_a_new_folder_is_its_start(here, tmp_path, text):  # noqa: F811
+    here("no_trainer", flags(tmp_path / "out", text, resume_from_checkpoint="last", max_steps=4, do_eval=False))
+    assert len(ledger_steps(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(("given", "said"), [([], "but is not given"), (["--task", "gluee"], "but is 'gluee'")])
+def test_a_task_that_is_none_is_an_error(here, given, said):
+    with pytest.raises(ValueError, match=f"`--task` must be one of glue, clm, image_classification, {said}"):
+        here("no_trainer", [*given, "--task_name", "mrpc"])
 
 
 def test_two_processes(tmp_path, text):  # noqa: F811
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     run(
-        "run_clm_no_trainer.py",
+        "no_trainer.py",
         flags(tmp_path / "out", text, clip="adaptive", per_device_train_batch_size=4),
         *launcher,
     )
@@ -117,8 +144,11 @@ def test_two_processes(tmp_path, text):  # noqa: F811
 def test_a_checkpoint_that_is_none_is_an_error(here, tmp_path, text):  # noqa: F811
     (tmp_path / "weights").mkdir()
     listed = flags(tmp_path / "out", text, resume_from_checkpoint=tmp_path / "weights")
-    with pytest.raises(ValueError, match="must be a folder checkpoint-N"):
-        here("run_clm_no_trainer", listed)
+    with pytest.raises(ValueError, match=r"must be a folder checkpoint-N or 'last', but is .*weights"):
+        here("no_trainer", listed)
+    listed = flags(tmp_path / "out", text, resume_from_checkpoint=tmp_path / "checkpoint-99")
+    with pytest.raises(ValueError, match=r"must be a folder checkpoint-N or 'last', but is .*checkpoint-99"):
+        here("no_trainer", listed)
 
 
 def test_the_file_of_the_script_with_a_trainer_does_and_shows_loss_and_clipping(here, tmp_path, text, capsys, caplog):  # noqa: F811
@@ -142,7 +172,7 @@ def test_the_file_of_the_script_with_a_trainer_does_and_shows_loss_and_clipping(
     here("run_clm", [tmp_path / "run.yaml"])
     shutil.rmtree(tmp_path / "out")
     capsys.readouterr()
-    here("run_clm_no_trainer", [tmp_path / "run.yaml"])
+    here("no_trainer", ["--task", "clm", tmp_path / "run.yaml"])
 
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in shown] == ["step 5/10", "step 10/10", "step 10/10"]
@@ -159,27 +189,28 @@ def test_what_only_records_ends_no_loop(here, tmp_path, text, caplog, monkeypatc
         raise OSError(28, "No space left on device")
 
     for name in ("append_point", "write_points", "_write_card"):
-        monkeypatch.setattr(f"hf_adaclip.integrations.loop.{name}", full)
-    here("run_clm_no_trainer", flags(tmp_path / "out", text, max_steps=20, save_strategy="steps", save_steps=10))
+        monkeypatch.setattr(f"no_trainer.{name}", full)
+    here("no_trainer", flags(tmp_path / "out", text, max_steps=20, save_strategy="steps", save_steps=10))
     said = [r.getMessage() for r in caplog.records if "could not be written" in r.getMessage()]
     assert [line.split()[0] for line in said] == ["convergence.jsonl", "README.md"]
     assert results(tmp_path / "out")["train_loss"] > 0
 
 
-@pytest.mark.parametrize("script", ["run_clm", "run_clm_no_trainer", "run_glue", "run_image_classification"])
+@pytest.mark.parametrize("script", ["run_clm", "no_trainer", "run_glue", "run_image_classification"])
 def test_files_and_sizes_that_are_no_choice_are_refused(here, tmp_path, script):
     (tmp_path / "README.md").write_text("# text\n")
-    common = ["--output_dir", tmp_path / "out", "--use_cpu", "--config_overrides", "hidden_size=8"]
+    task = ["--task", "clm"] if script == "no_trainer" else []
+    common = [*task, "--output_dir", tmp_path / "out", "--use_cpu", "--config_overrides", "hidden_size=8"]
     with pytest.raises(ValueError, match=r"`--train_file` must end in .*, but .*README\.md ends in \.md"):
         here(script, ["--train_file", tmp_path / "README.md", *common])
     with pytest.raises(ValueError, match=r"`--train_file` must be a file, but .*gone\.parquet is not there"):
         here(script, ["--train_file", tmp_path / "gone.parquet", *common])
     rows = "text,label\n" + "a few words,0\nand some more,1\n" * 40
     (tmp_path / "rows.csv").write_text(rows)
-    tokenizer = ["--train_tokenizer", 300] if "clm" in script else []
+    tokenizer = ["--train_tokenizer", 300] if script in ("run_clm", "no_trainer") else []
     kept = tmp_path / "rows.csv" if "image" not in script else tmp_path / "gone.parquet"
     with pytest.raises(ValueError, match="`--model_name_or_path` or `--config_overrides` must be given"):
-        here(script, ["--train_file", kept, *tokenizer, *common[:3]])
+        here(script, ["--train_file", kept, *tokenizer, *common[:-2]])
 
 
 @pytest.mark.parametrize(
@@ -188,7 +219,7 @@ def test_files_and_sizes_that_are_no_choice_are_refused(here, tmp_path, script):
 def test_the_precision_of_a_loop(here, tmp_path, given, expected):
     from transformers import HfArgumentParser
 
-    from hf_adaclip.integrations.loop_arguments import LoopArguments
+    from scripts.no_trainer_arguments import LoopArguments
 
     (arguments,) = HfArgumentParser((LoopArguments,)).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--use_cpu", *given]

@@ -18,10 +18,12 @@ from hf_adaclip.compare.arms import Arm, Study
 from hf_adaclip.compare.runs import ScriptRun, run_scripts, write_result
 from hf_adaclip.compare.tuning import TUNED_FILE
 from hf_adaclip.integrations.script_args import parse_arguments
-from scripts import run_clm, run_glue, run_image_classification, run_study, study_records
-from scripts.study_records import record
-from scripts.study_tasks import TASKS, Place, base_command
-from scripts.study_tasks_cuda import CUDA_TASKS
+from scripts import run_clm, run_glue, run_image_classification
+from scripts.study import records as study_records
+from scripts.study import run as run_study
+from scripts.study.records import record
+from scripts.study.tasks import TASKS, Place, base_command
+from scripts.study.tasks_cuda import CUDA_TASKS
 
 SCRIPTS = {"run_clm.py": run_clm, "run_glue.py": run_glue, "run_image_classification.py": run_image_classification}
 
@@ -124,6 +126,7 @@ def short_study(images, folder, record, *more):
     return [json.loads(line) for line in (record / "fashion-mnist.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_short_study_is_recorded_gives_the_same_numbers_again_and_goes_on_from_its_record(images, tmp_path, capsys):
     def numbers(lines):
         return {(r["arm"], r["seed"]): [[p[0], *p[2:]] for p in r["points"]] for r in lines}
@@ -232,7 +235,7 @@ def test_a_wrong_arm_is_named_before_anything_runs(options, message, capsys):
 def test_arms_with_the_tuned_flags_take_what_was_best_for_the_stock_arm(tmp_path):
     chosen = {"--max_grad_norm": 0.3, "--warmup_steps": 0.1, "--learning_rate": 2e-3}
     (tmp_path / TUNED_FILE).write_text(json.dumps({"tuned": {"chosen": chosen}}))
-    extra = {"open": Arm("open", ("--clip", "adaptive", "--ceiling_share", "1"))}
+    extra = {"open": Arm("open", ("--clip", "adaptive:ceiling_share=1"))}
     study = Study(tmp_path, ("train.py",), ("stock",), extra, 1, 1, ())
     found = run_study.with_flags_of_tuned(study, ["adaptive@tuned", "open@tuned"])
     best = ("--max_grad_norm", "0.3", "--warmup_steps", "0.1", "--learning_rate", "0.002")
@@ -247,6 +250,7 @@ def test_restore_needs_a_record(capsys):
     assert "`--restore` must be given with `--record`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_forked_run_is_the_run_of_a_fresh_process(images, tmp_path):
     place = Place(images, tmp_path)
     command = TASKS["fashion-mnist"].command(place, steps=6)
@@ -260,6 +264,7 @@ def test_a_forked_run_is_the_run_of_a_fresh_process(images, tmp_path):
     assert metrics(warm) == metrics(fresh)
 
 
+@pytest.mark.slow
 def test_a_forked_run_that_fails_says_why(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("print('hello')\nraise RuntimeError('the disk is on fire')\n")

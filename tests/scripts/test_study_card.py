@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from scripts.readme_section import README, read_section
-from scripts.study_card import card, goals, main, section
-from scripts.study_plots import draw_curves, draw_ranges
-from scripts.study_results import (
+from scripts.docs.readme_section import README, read_section
+from scripts.study.card import card, goals, main, section
+from scripts.study.plots import draw_curves, draw_ranges
+from scripts.study.results import (
     LOSS,
     QUALITY,
     SECONDS,
@@ -20,8 +20,8 @@ from scripts.study_results import (
     rates_of_range,
     stable_range,
 )
-from scripts.study_tasks import TASKS
-from scripts.study_tasks_cuda import CUDA_TASKS
+from scripts.study.tasks import TASKS
+from scripts.study.tasks_cuda import CUDA_TASKS
 
 
 def line(arm, seed, losses, *, seconds_per_step=0.1, error=None, alarms=None):

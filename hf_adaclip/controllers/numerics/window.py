@@ -16,7 +16,7 @@ class Window(NamedTuple):
 
     history: Value
     slot: Value
-    count: Value
+    count: Value  # type: ignore[assignment] # of a tuple it is a method, which nobody calls
 
 
 def empty_window(ops: Ops, shape: Shape, size: int) -> Window:

@@ -5,14 +5,15 @@
 Every part decides as if it were alone; the parts share nothing but the step.
 """
 
-from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason, is_finite_norm
-from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, Value, ops_of
+from hf_adaclip.controllers.numerics.fused import Fused
+from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, TensorOps, Value, ops_of
+from hf_adaclip.controllers.wrappers.states import joined
 
 
 class Part(NamedTuple):
@@ -29,9 +30,13 @@ class Part(NamedTuple):
     static_threshold: float | None = None
 
 
-@cache
-def _state_type(fields: tuple[str, ...]) -> Any:
-    return namedtuple("MixedState", fields)
+@dataclass(frozen=True)
+class _Update:
+    controller: Any
+
+    def __call__(self, state: Any, seen: Observation) -> tuple[Any, Decision]:
+        decision, after = self.controller.update(state, seen)
+        return after, decision
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class MixedController(Controller[Any]):
         object.__setattr__(self, "revision", max((controller.revision for _, controller in made), default=1))
 
     @cached_property
+    def _launches(self) -> dict[Any, Fused]:
+        return {}
+
+    @cached_property
     def _types(self) -> list[Any]:
         return [None if p.controller is None else type(p.controller.init(SCALAR, ())) for p in self.parts]
 
@@ -71,7 +80,7 @@ class MixedController(Controller[Any]):
                 state = part.controller.init(ops, (part.size,))
                 names += [f"part{i}_{name}" for name in state._fields]
                 values += state
-        return _state_type(tuple(names))(*values)
+        return joined("MixedState", (), dict(zip(names, values, strict=True)))
 
     def update(self, state: Any, observation: Observation) -> tuple[Decision, Any]:
         ops = ops_of(observation.norm)
@@ -88,10 +97,21 @@ class MixedController(Controller[Any]):
                 seen = seen._replace(static_threshold=ops(part.static_threshold))
             before = kind(*state[taken : taken + len(kind._fields)])
             taken += len(before)
-            decision, after = part.controller.update(before, seen)
+            if ops.on_host:
+                decision, after = part.controller.update(before, seen)
+            else:
+                after, decision = self._launch(part, ops)(before, seen)
             decisions.append(decision)
             values += after
         return Decision(*(ops.join(v) for v in _columns(decisions))), type(state)(*values)
+
+    def _launch(self, part: Part, ops: Ops) -> Fused:
+        """The update of a part in one launch."""
+        assert isinstance(ops, TensorOps)
+        key = (id(part), ops.device)
+        if key not in self._launches:
+            self._launches[key] = Fused(_Update(part.controller), ops.device, (part.size,))
+        return self._launches[key]
 
     def _leave_alone(self, norm: Value, ops: Ops) -> Decision:
         shape = ops.shape(norm)

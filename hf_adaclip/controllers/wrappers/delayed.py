@@ -10,18 +10,13 @@ learns is the same as without the delay; only what is applied is older. So a spi
 its level: the engine has to be told one number for calm steps and spikes alike.
 """
 
-from collections import namedtuple
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, ClassVar
 
 from hf_adaclip.controllers.base import Controller, Decision, Observation, Reason, coefficient_of, is_finite_norm
 from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, ops_of
-
-
-@cache
-def _state_type(inner: tuple[str, ...]) -> Any:
-    return namedtuple("LateState", (*inner, "late_threshold"))
+from hf_adaclip.controllers.wrappers.states import joined
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class LateController(Controller[Any]):
     def init(self, ops: Ops, shape: Shape) -> Any:
         """The state of `inner`, and `late_threshold`: NaN until a first norm is known."""
         inner = self.inner.init(ops, shape)
-        return _state_type(inner._fields)(*inner, ops.full(shape, float("nan")))
+        return joined("LateState", inner, {"late_threshold": ops.full(shape, float("nan"))})
 
     def update(self, state: Any, observation: Observation) -> tuple[Decision, Any]:
         norm = observation.norm
@@ -77,4 +72,4 @@ class LateController(Controller[Any]):
         uncut = ~cut & ((reason == clipped) | (reason == spike) | bounded | (reason == ops(float(Reason.WIDENED))))
         reason = ops.where(cut & quiet, clipped, ops.where(uncut, ops(float(Reason.WITHIN)), reason))
         told = ops.where(finite, ahead.threshold, threshold)
-        return Decision(threshold, coefficient, own.pace, reason), _state_type(after._fields)(*after, told)
+        return Decision(threshold, coefficient, own.pace, reason), type(state)(*after, told)

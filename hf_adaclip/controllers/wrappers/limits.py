@@ -13,9 +13,8 @@
 All of it is state in, state out, on the device, so that it is recorded, verified and replayed like the controller's own decisions.
 """
 
-from collections import namedtuple
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from hf_adaclip.controllers.base import (
@@ -29,6 +28,7 @@ from hf_adaclip.controllers.base import (
 )
 from hf_adaclip.controllers.numerics.ops import SCALAR, Ops, Shape, Value, ops_of
 from hf_adaclip.controllers.numerics.trend import LossTrend, far_from_best, follow_loss, known_trend
+from hf_adaclip.controllers.wrappers.states import joined
 
 _OF_THE_NORM = ("edge", "floors")  # the others go on when the set of parameters changes
 
@@ -64,12 +64,6 @@ class OversightState(NamedTuple):
     trouble: Value
     loss_seen: Value
     floors: Value
-
-
-@cache
-def _state_type(inner: tuple[str, ...]) -> Any:
-    """One flat tuple for both states, so that ledger and checkpoint know of no difference."""
-    return namedtuple("GovernedState", (*inner, *(f"oversight_{name}" for name in OversightState._fields)))
 
 
 @dataclass(frozen=True)
@@ -118,7 +112,7 @@ class GovernedController(Controller[Any]):
         inner = self.inner.init(ops, shape)
         nothing = OversightState(*(ops.full(shape, 0.0) for _ in OversightState._fields))
         mine = nothing._replace(held_pace=ops.full(shape, 1.0), floors=ops.full((BLOCKS, *shape), float("inf")))
-        return _state_type(inner._fields)(*inner, *mine)
+        return joined("GovernedState", inner, {f"oversight_{n}": v for n, v in mine._asdict().items()})
 
     def start_threshold(self, static_threshold: Value, ops: Ops) -> Value:
         return self._within(self.inner.start_threshold(static_threshold, ops), ops)[0]

@@ -1,10 +1,12 @@
-"""A controller's state when the parameters it is kept for change in the middle of a run.
+"""States of controllers that stand around others, and a state when the parameters it is kept for change in the middle of a run.
 
 Groups that stay keep their rows; new ones, and those that must begin anew, get the rows of a new run. What belongs to the run and not to a
 norm (the pace, budgets, the loss) is carried on for all of them.
 """
 
-from collections.abc import Sequence
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,22 @@ from torch import Tensor
 
 from hf_adaclip.controllers import Controller
 from hf_adaclip.controllers.numerics.ops import Ops, Value
+
+
+def joined(name: str, inner: Any, more: Mapping[str, Value]) -> Any:
+    """One flat tuple for the state of a wrapper and of what is in it, so that ledger and checkpoint know of no difference.
+
+    Args:
+        name: Of the tuple's class.
+        inner: The state of what is in it, a named tuple; may be empty.
+        more: The wrapper's own fields.
+    """
+    return _type_of(name, (*getattr(inner, "_fields", ()), *more))(*inner, *more.values())
+
+
+@cache
+def _type_of(name: str, fields: tuple[str, ...]) -> Any:
+    return namedtuple(name, fields)
 
 
 class Keeping(NamedTuple):
@@ -90,9 +108,8 @@ def _donor(values: dict[str, Value], own: _Piece | None, pieces: dict[str | None
     for piece in (own, *pieces.values()):
         if piece is not None and piece.controller is not None and piece.prefix + field in values:
             rows = values[piece.prefix + field]
-            paces = values.get(piece.prefix + "pace")
-            slowest = 0 if paces is None else paces.argmin()
-            return rows[..., slowest]
+            paces: Any = values.get(piece.prefix + "pace")
+            return rows[..., 0 if paces is None else paces.argmin()]
     return None
 
 
@@ -105,14 +122,15 @@ def _rows(
     stays = [(i, known[name]) for i, name in enumerate(piece.groups) if name in known]
     if donor is None:
         stays = [(i, j) for i, j in stays if piece.groups[i] not in begin_anew]
-    rows = fresh.clone() if isinstance(fresh, Tensor) else np.array(fresh)
+    rows: Any = fresh.clone() if isinstance(fresh, Tensor) else np.array(fresh)
     if donor is not None:
         rows[...] = donor[..., None]
     if kept is not None and stays:
+        to: Any
+        source: Any
         to, source = ([pair[side] for pair in stays] for side in (0, 1))
         if isinstance(rows, Tensor):
-            there, here = (torch.tensor(i, dtype=torch.int64, device=rows.device) for i in (to, source))
-            rows[..., there] = kept[..., here]
-        else:
-            rows[..., to] = kept[..., source]
-    return rows
+            to, source = (torch.tensor(i, dtype=torch.int64, device=rows.device) for i in (to, source))
+        rows[..., to] = kept[..., source]
+    written: Value = rows
+    return written

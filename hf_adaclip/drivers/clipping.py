@@ -1,0 +1,219 @@
+"""A run that clips by itself, between the backward pass and the optimizer's step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from torch import Tensor
+
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers.base import is_finite_norm
+from hf_adaclip.controllers.numerics.ops import Value
+from hf_adaclip.drivers.lifetime import weakly
+from hf_adaclip.gradients import Gradients, Guards, collect, global_norm, scale_, tensor_norms, to_value
+from hf_adaclip.gradients.absence import AbsenceCheck, norms_of
+from hf_adaclip.gradients.fused import scale_of
+from hf_adaclip.gradients.norms import Parameters
+from hf_adaclip.gradients.probe import check_torch
+from hf_adaclip.ports.plain import Port
+from hf_adaclip.run.losses import LossObserver
+from hf_adaclip.run.per_parameter import PerParameter
+from hf_adaclip.run.plan import StepPlan
+from hf_adaclip.run.run import Run
+from hf_adaclip.run.selftest import FirstStepCheck
+from hf_adaclip.run.shaping import Shaping
+from hf_adaclip.support import check_capture
+
+MEASURE_EVERY: Final = 50
+"""Steps between two measurements of the applied norm, in loops that do not say otherwise."""
+
+
+class Seen(NamedTuple):
+    """One step, as it is judged.
+
+    Attributes:
+        gradients: Each in the place of its parameter.
+        total: Global norm on the gradients' device, shape `[]`.
+        norm: The same as a number of the run's kind.
+        finite: Bool, shape `[]`; None where there is one norm only, which tells.
+        observed: What the controller looks at: the norm, or those of groups, shape `[num_groups]`.
+        loss: Training loss, shape `[]`; NaN when it is not known.
+        left: The norm that a rule on units or elements has left, which acts as it looks; None where there is none.
+        reach: What the pace goes by; None when it is off.
+    """
+
+    gradients: Gradients
+    total: Tensor
+    norm: Value
+    finite: Value | None
+    observed: Value
+    loss: Value
+    left: Value | None
+    reach: Value | None
+
+
+class ClippingDriver:
+    """Collects, observes, decides on a plan, applies it, and arms the optimizer's step.
+
+    Args:
+        config: The settings.
+        run: What decides.
+        port: The loop.
+        optimizers: Those that are known to step on the gradients.
+        models: Gives the models in which names are looked up.
+        losses: What makes a training loss of the run's kind.
+
+    Attributes:
+        guards: What stands before the optimizers' steps.
+    """
+
+    def __init__(
+        self,
+        config: AdaptiveClipConfig,
+        run: Run,
+        port: Port,
+        optimizers: Sequence[Any],
+        models: Callable[[], Sequence[Any]],
+        losses: LossObserver,
+    ) -> None:
+        self._config, self._run, self._port, self._losses = config, run, port, losses
+        self._optimizers = optimizers
+        check_torch()
+        self.guards = Guards(optimizers, scaler=port.has_scaler)
+        self._probe()
+        self._check = FirstStepCheck(enabled=config.self_test)
+        self._absence = AbsenceCheck(run.alerts.warn_once)
+        self._kept = PerParameter(config, run, self.guards, models, run.alerts)
+        self._shaping = Shaping(config, run, self.guards, models)
+
+    @property
+    def grip(self) -> Guards:
+        return self.guards
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        return self.guards.parameters
+
+    @property
+    def why_skipping(self) -> Sequence[str]:
+        return self.guards.why
+
+    @property
+    def why_scaling(self) -> str | None:
+        return self._kept.why_not_folded
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def clip_(self, parameters: Parameters, loss: Tensor | float | None, *, measure: bool | None) -> Tensor:
+        gradients = collect(parameters)
+        if not self._port.syncs_now:
+            return global_norm(norms_of(gradients))
+        if self.guards.adopt(self._port.only_optimizer()):
+            self._probe()
+        self._port.unscale(self._optimizers)
+        seen = self._observe(gradients, loss)
+        planned = self._decide(seen)
+        measure = self._run.step % MEASURE_EVERY == 0 if measure is None else measure
+        checks = self._check.pending and self.guards.in_use and bool(seen.gradients.tensors)
+        fold = self._apply_(seen, planned, checks=checks)
+        self._arm(seen, planned, fold, measure=measure or checks)
+        self._run.step += 1
+        return seen.total
+
+    def _observe(self, gradients: Gradients, loss: Tensor | float | None) -> Seen:
+        run, kept = self._run, self._kept
+        self._absence.look(gradients)
+        norms = norms_of(gradients)
+        check_capture(norms.device)
+        if not kept.begun:
+            run.ranks = self._port.rank_check()
+        total = global_norm(norms)  # in the order given, which decides the last bit
+        gradients, norms = kept.place(gradients, norms)
+        if self.guards.changed():
+            self._check.again()
+            self._probe()
+            kept.look_again(gradients)
+        ops = run.ops
+        norm = to_value(total, ops)
+        finite = None if kept.scope.grouping is None else is_finite_norm(norm, ops)
+        observed = kept.scope.observe(gradients, norms, norm, finite, ops)
+        left = kept.scope.limit_(gradients, total, run.step, ops)
+        seen_loss = self._losses.observe(loss, total.device)
+        reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
+        return Seen(gradients, total, norm, finite, observed, seen_loss, left, reach)
+
+    def _decide(self, seen: Seen) -> StepPlan:
+        planned = self._run.decide(
+            seen.norm,
+            seen.observed,
+            seen.loss,
+            seen.finite,
+            loss_scale=self._port.loss_scale,
+            left=seen.left,
+            reach=seen.reach,
+        )
+        if self._kept.reach is not None:
+            self._kept.reach.pace = 1.0 if planned.pace is None else planned.pace
+        return planned
+
+    def _apply_(self, seen: Seen, planned: StepPlan, *, checks: bool) -> Tensor | None:
+        """Scale the gradients, unless the optimizer's step is to do it.
+
+        Returns:
+            What the step has to divide the gradients by; None where they are scaled.
+        """
+        gradients, ops, coefficient = seen.gradients, self._run.ops, planned.coefficient
+        if planned.by_group:
+            coefficient = self._kept.scope.coefficients(gradients, coefficient, seen.total.device, ops)
+        # In the step that is checked nothing is folded, so that a gradient that grows on its way is found before anything has moved.
+        fold: Any = None
+        if self._kept.why_not_folded is None and not checks:
+            fold = scale_of(coefficient, ops) if planned.fold is None else planned.fold
+        if fold is None and gradients.tensors:
+            scale_(gradients.tensors, coefficient)
+        self._shaping.act_(gradients, taken=planned.taken, factor=None if fold is None else planned.coefficient)
+        if checks:
+            self._check.clipped(gradients.tensors)
+        # On the host nothing is folded, and on a device these numbers are tensors.
+        folded: Tensor | None = fold
+        return folded
+
+    def _arm(self, seen: Seen, planned: StepPlan, fold: Tensor | None, *, measure: bool) -> None:
+        self.guards.arm(
+            seen.gradients,
+            finite=planned.taken,
+            left_out=planned.left_out,
+            told=planned.told,
+            pace=planned.pace,
+            ops=self._run.ops,
+            measure=weakly(self._measure) if measure else None,
+            fold=fold,
+        )
+        self._kept.clipped(seen.gradients)
+
+    def _measure(self, gradients: list[Tensor]) -> None:
+        assert self._run.recorder is not None
+        self._run.recorder.set_applied(global_norm(tensor_norms(gradients)))
+        if warning := self._check.stepping(gradients):
+            self._run.alerts.warn_once(warning)
+
+    def _probe(self) -> None:
+        if self._config.self_test:
+            self.guards.probe(paced=self._config.max_pace > 1 and not self._config.shadow)
+
+    # -- around the steps ----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        self._port.check_replaced()
+
+    def set_static_threshold(self, value: float) -> None:
+        self._run.set_static_threshold(value)
+
+    def take_script_threshold(self, max_norm: float) -> None:
+        if self._config.static_threshold is None:
+            self.set_static_threshold(max_norm)
+
+    def kept(self) -> dict[str, Tensor] | None:
+        return None if self._kept.reach is None else self._kept.reach.tensors()
+
+    def loaded(self) -> None:
+        self._kept.forget()

@@ -1,0 +1,1 @@
+"""What clipping costs: a step, a Trainer, a controller's update, a ledger."""

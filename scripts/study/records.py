@@ -1,0 +1,201 @@
+"""The raw results of the study: written as JSON lines small enough to be committed, and read again where the runs' own files are not."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_adaclip.audit.ingest import load_series
+from hf_adaclip.audit.replay import replay
+from hf_adaclip.compare.arms import Study
+from hf_adaclip.compare.runs import RESULT_FILE, ScriptRun, defaults_behind, finished_result, write_result
+from hf_adaclip.compare.tuning import TUNED_FILE
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import Reason
+from hf_adaclip.errors import LedgerError
+from hf_adaclip.ledger.schema import LEDGER_FILE
+from scripts.study.tasks import BASE, Place, StudyTask
+
+NOT_ROUNDING = 1 - 1e-5
+FROM_RECORD = "restored from the raw results"
+
+
+def record(output: Path, folder: Path, tasks: Mapping[str, StudyTask], steps: int | None = None) -> None:
+    """Write a line for every finished run, and what the tuning chose.
+
+    Lines of runs that are not in `output` stay. Left out are runs and lines that were made by other settings than a run would have today.
+
+    Args:
+        output: The study's folder.
+        folder: Where the lines go, a file per task.
+        tasks: Tasks by name.
+        steps: Steps of each run, if not the task's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, task in tasks.items():
+        path = folder / f"{name}.jsonl"
+        known = {_place_of(line): line for line in current_lines(folder, task, steps)}
+        base = base_hash(output) if task.needs_base else None
+        found = []
+        for result_path in sorted((output / name).glob(f"runs/**/{RESULT_FILE}")):
+            result = json.loads(result_path.read_text(encoding="utf-8"))
+            if is_current(result, task, steps):
+                found.append(_line(task, result_path.parent, result, steps, base))
+        known.update((_place_of(line), line) for line in found)
+        if found:
+            text = [json.dumps(known[place], sort_keys=True) for place in sorted(known)]
+            path.write_text("\n".join(text) + "\n", encoding="utf-8")
+        tuned = output / name / TUNED_FILE
+        if tuned.is_file():
+            shutil.copy(tuned, folder / f"{name}.tuned.json")
+
+
+def restore(study: Study, task: StudyTask, folder: Path, steps: int | None = None) -> int:
+    """Take recorded runs for finished ones, where the study has none of its own, their settings are those of today, and the Llama
+    that they began with, if any, has the very weights of the one that is here.
+
+    Returns:
+        How many were taken.
+    """
+    count = 0
+    base = base_hash(study.output.parent) if task.needs_base else None
+    for line in current_lines(folder, task, steps):
+        flags = tuple(line["flags"].split())
+        run = ScriptRun(study.task, line["arm"], line["seed"], study.launcher, study.script, flags)
+        if line["error"] or line["base"] != base or finished_result(run, study.output):
+            continue
+        (study.output / run.folder).mkdir(parents=True, exist_ok=True)
+        write_result(study.output / run.folder, _result(task, run, line))
+        count += 1
+    return count
+
+
+def current_lines(folder: Path, task: StudyTask, steps: int | None = None) -> list[dict[str, Any]]:
+    """The recorded lines of a task that were made by the settings that a run would have today; none where there is no file."""
+    path = folder / f"{task.name}.jsonl"
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line.get("key") == key(task, line, steps)]
+
+
+def key(task: StudyTask, line: Mapping[str, Any], steps: int | None = None) -> str:
+    """Hash of what a run is asked to do, wherever it is made: the task, arm, seed, and the defaults of the package that it goes by.
+
+    The script's text is not in it: who changes what a script trains has to begin a new record.
+    """
+    command = task.command(Place(None, Path("base")), steps=steps)[1:]
+    decides = [command, line["arm"], line["seed"], line["flags"], defaults_behind(line["flags"].split())]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_current(result: Mapping[str, Any], task: StudyTask, steps: int | None = None) -> bool:
+    """Whether a run was made by the script, the defaults and the number of steps that it would be made with today."""
+    spec = result["spec"]
+    as_tuples = {name: tuple(spec[name]) for name in ("launcher", "script", "flags")}
+    run = ScriptRun(spec["task"], spec["arm"], spec["seed"], **as_tuples)
+    wanted = task.command(Place(None, Path("base")), steps=steps)
+    return run.digest == result["digest"] and _steps(run.script) == _steps(wanted)
+
+
+def base_hash(output: Path) -> str | None:
+    """Hash of the Llama that the study has trained; None where it has not."""
+    weights = output / BASE / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights.is_file() else None
+
+
+def _steps(script: Sequence[str]) -> str:
+    return script[script.index("--max_steps") + 1]
+
+
+def _place_of(line: Mapping[str, Any]) -> tuple[str, int]:
+    return line["arm"], line["seed"]
+
+
+def _line(
+    task: StudyTask, folder: Path, result: dict[str, Any], steps: int | None, base: str | None
+) -> dict[str, Any]:
+    spec, points = result["spec"], result.get("points", [])
+    ledger = result.get("ledger")
+    line = {
+        "task": task.name,
+        "arm": spec["arm"],
+        "seed": spec["seed"],
+        "flags": " ".join(spec["flags"]),
+        "error": result.get("error"),
+        "points": [
+            [p["step"], round(p["train_seconds"], 2), *(_short(p["metrics"].get(m)) for m in _metrics(task))]
+            for p in (points[-1:] if spec["arm"].startswith("tuning/") else points)
+        ],
+        "clipped": result.get("clipped"),
+        "alarms": result["alarms"] if "alarms" in result else _alarms(folder / LEDGER_FILE),
+        "base": base,
+        "revision": result["revision"] if "revision" in result else _revision(folder / LEDGER_FILE),
+        "skipped": result.get("skipped"),
+        "verified": None if ledger is None else ledger["verified"],
+    }
+    return {**line, "key": key(task, line, steps)}
+
+
+def _result(task: StudyTask, run: ScriptRun, line: dict[str, Any]) -> dict[str, Any]:
+    """`result.json` as far as the line tells."""
+    unknown = dict.fromkeys(("samples", "tokens", "energy_wh", "energy_source", "energy_measured"))
+    points = [
+        {"step": step, "train_seconds": seconds, **unknown, "metrics": _measured(task, values)}
+        for step, seconds, *values in line["points"]
+    ]
+    verified = line["verified"]
+    return {
+        "spec": asdict(run),
+        "digest": run.digest,
+        "points": points,
+        "clipped": line["clipped"],
+        "alarms": line["alarms"],
+        "revision": line.get("revision"),
+        "skipped": line["skipped"],
+        "ledger": None if verified is None else {"file": LEDGER_FILE, "verified": verified, "summary": FROM_RECORD},
+        "device": None,
+    }
+
+
+def _measured(task: StudyTask, values: Sequence[float | None]) -> dict[str, float]:
+    """The metrics that an evaluation had: the perplexity, for one, is measured at the end only."""
+    return {name: value for name, value in zip(_metrics(task), values, strict=True) if value is not None}
+
+
+def _metrics(task: StudyTask) -> tuple[str, str]:
+    return "eval_loss", task.quality
+
+
+def _alarms(ledger: Path) -> list[int] | None:
+    """Steps that the controller cut shorter than the static threshold would have once its warm-up was over, and how many came after it."""
+    try:
+        series = load_series(ledger)
+    except (OSError, LedgerError):  # no ledger, or a run that failed before its first block
+        return None
+    assert series.header is not None
+    _, coefficients = series.decisions()
+    judged = np.array([reason != Reason.WARMUP.name for reason in series.reasons or ()], dtype=bool)
+    static = replay(
+        series, AdaptiveClipConfig(controller="static"), static_threshold=series.header["static_threshold"]
+    )
+    shorter = coefficients < static.coefficients * NOT_ROUNDING
+    return [int((shorter & judged).sum()), int(judged.sum())]
+
+
+def _revision(ledger: Path) -> int | None:
+    """Which version of its rule the controller had; None without a ledger. Lines of before 2026-11-28 do not say: 1."""
+    try:
+        header = load_series(ledger).header
+    except (OSError, LedgerError):
+        return None
+    return None if header is None else int(header.get("revision", 1))
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
