@@ -229,7 +229,7 @@ class Loop:
         if what == "logging" and step == 1 and self._arguments.logging_first_step:
             return True
         if strategy == "epoch":
-            return step % self._per_epoch == 0 or step == self._steps
+            return bool(step % self._per_epoch == 0 or step == self._steps)
         every = math.ceil(every * self._steps) if every and every < 1 else every
         steps = strategy == "steps" or what == "eval"  # `--eval_steps` alone says enough
         due: bool = bool(steps and every) and step % int(every) == 0
