@@ -57,8 +57,21 @@ def _deepspeed(name: str, purpose: str) -> Reliance:
 
 
 _FOREACH: Final = (
-    *("abs", "add_", "copy_", "div", "max", "maximum_", "minimum_", "mul", "mul_"),
-    *("neg_", "norm", "pow", "sqrt_", "sub"),
+    *(
+        "abs",
+        "add_",
+        "addcdiv_",
+        "addcmul_",
+        "clamp_min_",
+        "copy_",
+        "div",
+        "max",
+        "maximum_",
+        "minimum_",
+        "mul",
+        "mul_",
+    ),
+    *("neg_", "norm", "pow", "sign", "sign_", "sqrt", "sqrt_", "sub", "sub_"),
 )
 _KERNELS: Final = ("_utils", "_get_nvrtc_library", "_cuda_load_module")
 _OPERATIONS: Final = "Without it steps are made operation by operation, and a line of the log says so"

@@ -10,10 +10,14 @@ A matrix is a 2-D weight, a LoRA factor among them, or a convolution kernel as a
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+
+_CONVOLUTIONS: Final = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 class HiddenMatrices:
@@ -74,7 +78,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 def _is_matrix(module: nn.Module, name: str, parameter: Tensor) -> bool:
     if "weight" not in name or not parameter.is_floating_point():
         return False
-    if isinstance(module, _ConvNd):
+    if isinstance(module, _CONVOLUTIONS):
         if module.groups == module.in_channels and module.groups > 1:
             return False
     elif parameter.dim() != 2:

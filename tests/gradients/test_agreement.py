@@ -17,6 +17,10 @@ from tests.reference import spectral as reference
 CONFIG = AdaptiveClipConfig(controller="static", static_threshold=1.0, agreement=True, self_test=False)
 
 
+def _guards(clipper: Any) -> Any:
+    return clipper._driver.guards._guards
+
+
 def model():
     torch.manual_seed(0)
     layers = torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 12), torch.nn.Tanh(), torch.nn.Linear(12, 1)
@@ -67,7 +71,7 @@ def test_adam_and_adamw_by_their_definition_and_without_a_copy(kind, lane, monke
         clipper.clip_(net.parameters())
         gradients = [p.grad.clone() for p in net.parameters()]
         optimizer.step()
-        assert all(guard.agreement._copies is None for guard in clipper._driver.guards._guards)
+        assert all(guard.agreement._copies is None for guard in _guards(clipper))
         for one, g, p in zip(exact, gradients, net.parameters(), strict=True):
             one.step(g, agreement=True)
             assert np.abs(one.w - p.detach().double().numpy()).max() < 2e-6 * (step + 1)
@@ -191,7 +195,7 @@ def test_a_step_that_raises_leaves_no_copy_behind():
     optimizer.step()
     assert largest_difference(net, before) > 0
     clipper.close()
-    assert all(guard.agreement is None for guard in clipper._driver.guards._guards)
+    assert all(guard.agreement is None for guard in _guards(clipper))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

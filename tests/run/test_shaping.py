@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -130,11 +131,12 @@ def test_a_coefficient_that_the_step_applies_later_gives_the_same_run(tmp_path, 
 def test_nothing_is_read_by_the_host_on_a_device(on_device):
     model, optimizer = make()
     clipper = AdaptiveClipper(BOTH.replace(self_test=False), optimizer=optimizer, model=model)
+    driver: Any = clipper._driver
     for step in range(5):
         model(torch.ones(4, 8) * step).square().mean().backward()
         if step == 4:
             with HostReads() as reads:
-                clipper._driver._shaping.act_(_gradients(model), taken=torch.tensor(True))
+                driver._shaping.act_(_gradients(model), taken=torch.tensor(True))
             assert reads.count == 0
         clipper.clip_(model.parameters())
         optimizer.step()

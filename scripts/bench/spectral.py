@@ -1,7 +1,7 @@
 """What the spectral range and the agreement cost on a CPU, in milliseconds and as a share of forward and backward.
 
-python -m scripts.bench_spectral
-python -m scripts.bench_spectral --only llama-study vit-study --json out.json
+python -m scripts.bench.spectral
+python -m scripts.bench.spectral --only llama-study vit-study --json out.json
 
 Everything of one setup is timed in one process and in turns, so that what else the machine does falls on all of it alike. Times are those
 of the process on its one thread, which is wall-clock time where nothing else runs; the figure is the median over rounds. `whole step` is
