@@ -3,9 +3,9 @@
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from hf_adaclip.gradients import check_loss
 from hf_adaclip.gradients.distance import check_rates
 from hf_adaclip.gradients.norms import Parameters, as_tensors
 from hf_adaclip.hints import shown, unknown_arguments
+from hf_adaclip.incidents.capture import IncidentCapture
+from hf_adaclip.incidents.folder import Incident
+from hf_adaclip.incidents.watched import Watched
 from hf_adaclip.ports.accelerate import AcceleratorPort
 from hf_adaclip.ports.plain import PlainLoop, Port
 from hf_adaclip.run.alerts import Alerts
@@ -35,6 +38,8 @@ from hf_adaclip.run.selftest import check_on_a_copy
 from hf_adaclip.support import check_optimizer_given
 
 logger = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
 
 
 class AdaptiveClipper:
@@ -55,6 +60,7 @@ class AdaptiveClipper:
         ledger: Overrides `config.ledger`; `"auto"` means no ledger here.
         static_threshold: Overrides `config.static_threshold`; unset in both, 1.0, as in the Trainer.
         is_main_process: Whether this process writes the ledger; by default rank 0.
+        output_dir: Folder of the run, where `incidents/` goes; by default the ledger's, else the working folder.
         _lane: For tests, in which the CPU plays an accelerator: chooses the kind of numbers by device and shape.
 
     Raises:
@@ -97,6 +103,7 @@ class AdaptiveClipper:
         ledger: str | Path | None = "auto",
         static_threshold: float | None = None,
         is_main_process: bool | None = None,
+        output_dir: str | Path | None = None,
         _lane: Lane = ops_for,
     ) -> None:
         config = AdaptiveClipConfig.resolve(clip).resolved()
@@ -120,19 +127,22 @@ class AdaptiveClipper:
         self._lane = _lane
         self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=port.has_scaler, lane=_lane)
         self._losses = LossObserver(config, self._run, ranks_known=port.ranks_known)
+        self._output_dir = output_dir
+        self._capture = IncidentCapture(config, self._run)
         self._driver: Driver
         if engine is None:
             self._driver = ClippingDriver(
-                config, self._run, port, optimizers, lambda: models or port.models, self._losses
+                config, self._run, port, optimizers, lambda: models or port.models, self._losses, self._capture
             )
         else:
-            self._driver = FollowingDriver(self._run, engine, self._losses)
+            self._driver = FollowingDriver(self._run, engine, self._losses, self._capture)
         self._port = port
         self._closed = False
         # Weakly: a clipper that nobody else holds is at its end, whatever the accelerator still has of it.
         self._slot, self._handles = port.on_checkpoint(
             weakly(self.flush), weakly(self.save_state), weakly(self._load_or_start_afresh)
         )
+        self._handles.append(self._capture)
         # Rows that still wait are written when a clipper is dropped without `close`, or with the interpreter's end.
         self._at_end = weakref.finalize(self, let_go, self._run, self._driver.grip, self._handles)
 
@@ -214,6 +224,52 @@ class AdaptiveClipper:
         """
         self._driver.set_static_threshold(value)
 
+    # -- incidents -----------------------------------------------------------------------------------------------
+
+    def watch(self, batch: Batch, indices: Sequence[int] | None = None, *, processing_class: Any = None) -> Batch:
+        """Hold a reference to what the coming step is made with, so that it can be kept if the step is an incident.
+
+        Call it for every micro-batch, before `clip_`. In a Trainer that happens by itself.
+
+        Args:
+            batch: Anything; it is given back as it is.
+            indices: Positions of its samples in the dataset, where the loop knows them.
+            processing_class: A tokenizer or processor that decodes token ids; the first that is given counts.
+
+        Example:
+            >>> clipper = AdaptiveClipper()
+            >>> clipper.watch({"x": 1})
+            {'x': 1}
+        """
+        self._capture.begin(self._output_dir)
+        if self._capture.processing_class is None:
+            self._capture.processing_class = processing_class
+        self._capture.add(batch, indices)
+        return batch
+
+    def watched(self, dataloader: Any, *, processing_class: Any = None) -> "Watched":
+        """The same dataloader, of which every batch is shown to [`watch`]: `for batch in clipper.watched(dataloader)`.
+
+        Args:
+            dataloader: Anything that gives batches; it is asked for everything else as before.
+            processing_class: As for [`watch`].
+        """
+        return Watched(dataloader, lambda batch: self.watch(batch, processing_class=processing_class))
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """What this run has kept so far, oldest first."""
+        return list(self._capture.found)
+
+    def on_incident(self, listener: Callable[[Incident], None]) -> None:
+        """Call `listener` with every [`Incident`], after it was written, on every rank for itself.
+
+        Raises:
+            ConfigError: It cannot be called.
+        """
+        _check_listener(listener, "Incident", "on_incident")
+        self._capture.listeners.append(listener)
+
     # -- checking, reading, ending -------------------------------------------------------------------------------
 
     def self_test(self, parameters: Parameters | None = None) -> None:
@@ -242,6 +298,7 @@ class AdaptiveClipper:
             TrainingTroubleError: Trouble was found and `on_trouble` is 'stop'.
             LedgerError: The ledger cannot be written and `ledger_required` is set.
         """
+        self._capture.catch_up()
         self._run.flush()
 
     def on_event(self, listener: Callable[[ClipEvent], None]) -> None:
@@ -250,10 +307,7 @@ class AdaptiveClipper:
         Raises:
             ConfigError: It cannot be called.
         """
-        if not callable(listener):
-            raise ConfigError(
-                f"`listener` must be a function of one ClipEvent, but is {shown(listener)} instead. Pass such as `clipper.on_event(print)`."
-            )
+        _check_listener(listener, "ClipEvent", "on_event")
         self.alerts.listeners.append(listener)
 
     def metrics(self) -> dict[str, float | int | str]:
@@ -326,6 +380,7 @@ class AdaptiveClipper:
         Raises:
             StateError: The file is damaged, or belongs to another controller or config.
         """
+        self._capture.catch_up()
         loaded = self._run.load(Path(folder) / self._state_file)
         if loaded:
             self._driver.loaded()
@@ -334,3 +389,10 @@ class AdaptiveClipper:
     def _load_or_start_afresh(self, folder: str | Path) -> None:
         if not self.load_state(folder):
             logger.info("%s has no %s: the controller starts afresh.", folder, self._state_file)
+
+
+def _check_listener(listener: Any, of: str, method: str) -> None:
+    if not callable(listener):
+        raise ConfigError(
+            f"`listener` must be a function of one {of}, but is {shown(listener)} instead. Pass such as `clipper.{method}(print)`."
+        )

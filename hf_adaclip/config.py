@@ -193,6 +193,42 @@ class AdaptiveClipConfig:
         choices=("auto", "clip", "skip"),
         flag=True,
     )
+    incidents: bool = setting(
+        True,
+        help="Keep what is known of a step that goes wrong, its batch included, in `incidents/` of the output_dir: in a Trainer, and in a "
+        "hand-written loop from the first `watch` on.",
+        flag=True,
+    )
+    incident_batch: str = setting(
+        "inputs",
+        help="What is kept of the batch of an incident: its 'inputs' with their text, or only a 'hash' of each sample, for private data.",
+        choices=("inputs", "hash"),
+        flag=True,
+    )
+    incident_limit: int = setting(20, help="Most incidents that are kept in a run.", range="[1, inf)")
+    incident_megabytes: float = setting(
+        64.0,
+        help="Largest batch that is kept with an incident, on every rank, in MB; of a larger one only the hashes.",
+        range="[0, inf)",
+    )
+    incident_run_megabytes: float = setting(
+        512.0, help="Most that the batches of all incidents of a run may take, on every rank, in MB.", range="[0, inf)"
+    )
+    incident_spike: float = setting(
+        5.0,
+        help="A norm is an incident from this many times the median of the 50 before it on, where it is far outside their scatter too.",
+        range="(1, inf)",
+    )
+    incident_growth: float = setting(
+        10.0,
+        help="Times that the norm has to have grown, over at least 3 times `incident_steps` without a fall, to be an incident.",
+        range="(1, inf)",
+    )
+    incident_steps: int = setting(
+        50,
+        help="Steps in a row with the norm exactly at the threshold that are an incident; and the steps over which losses are averaged.",
+        range="[5, inf)",
+    )
     parameter_rules: dict[str, Any] | str | None = setting(
         None,
         help="Other settings for some parameters, as JSON: glob on the parameter's name -> 'exclude', a controller, or fields, such as "

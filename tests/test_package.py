@@ -28,15 +28,27 @@ MAY_IMPORT = {
     "ledger": ("config", "controllers", "errors", "gradients"),
     "run": ("config", "controllers", "errors", "gradients", "ledger", "support"),
     "ports": ("config", "controllers", "errors", "gradients", "run", "support", "reliance"),
-    "drivers": ("config", "controllers", "errors", "gradients", "ports", "run", "support", "reliance"),
-    "clipper": ("config", "controllers", "drivers", "errors", "gradients", "hints", "ports", "run", "support"),
+    "incidents": ("config", "controllers", "errors", "gradients", "ledger", "run"),
+    "drivers": ("config", "controllers", "errors", "gradients", "incidents", "ports", "run", "support", "reliance"),
+    "clipper": (
+        "config",
+        "controllers",
+        "drivers",
+        "errors",
+        "gradients",
+        "hints",
+        "incidents",
+        "ports",
+        "run",
+        "support",
+    ),
     "audit": ("config", "controllers", "errors", "gradients", "ledger", "run"),
     "telemetry": ("errors", "ledger", "reliance"),
 }
 READERS = ("audit", "config", "controllers", "errors", "ledger", "run", "telemetry", "hints", "flat")
 MAY_IMPORT["gauntlet"] = (*READERS,)
-MAY_IMPORT["report"] = (*READERS, "gauntlet")
-MAY_IMPORT["integrations"] = (*READERS, "clipper", "gradients", "ports", "reliance", "report", "support")
+MAY_IMPORT["report"] = (*READERS, "gauntlet", "incidents")
+MAY_IMPORT["integrations"] = (*READERS, "clipper", "gradients", "incidents", "ports", "reliance", "report", "support")
 MAY_IMPORT["compare"] = (*READERS, "integrations", "report")
 MAY_IMPORT["cli"] = (*READERS, "compare", "gauntlet", "integrations", "reliance", "report")
 

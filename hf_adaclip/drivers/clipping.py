@@ -14,6 +14,7 @@ from hf_adaclip.gradients.absence import AbsenceCheck, norms_of
 from hf_adaclip.gradients.fused import scale_of
 from hf_adaclip.gradients.norms import Parameters
 from hf_adaclip.gradients.probe import check_torch
+from hf_adaclip.incidents.capture import IncidentCapture
 from hf_adaclip.ports.plain import Port
 from hf_adaclip.run.losses import LossObserver
 from hf_adaclip.run.per_parameter import PerParameter
@@ -33,7 +34,8 @@ class Seen(NamedTuple):
     Attributes:
         gradients: Each in the place of its parameter.
         total: Global norm on the gradients' device, shape `[]`.
-        norm: The same as a number of the run's kind.
+        norms: Of each gradient, shape `[number of gradients]`.
+        norm: The global one as a number of the run's kind.
         finite: Bool, shape `[]`; None where there is one norm only, which tells.
         observed: What the controller looks at: the norm, or those of groups, shape `[num_groups]`.
         loss: Training loss, shape `[]`; NaN when it is not known.
@@ -43,6 +45,7 @@ class Seen(NamedTuple):
 
     gradients: Gradients
     total: Tensor
+    norms: Tensor
     norm: Value
     finite: Value | None
     observed: Value
@@ -61,6 +64,7 @@ class ClippingDriver:
         optimizers: Those that are known to step on the gradients.
         models: Gives the models in which names are looked up.
         losses: What makes a training loss of the run's kind.
+        incidents: Hears of every step.
 
     Attributes:
         guards: What stands before the optimizers' steps.
@@ -74,7 +78,9 @@ class ClippingDriver:
         optimizers: Sequence[Any],
         models: Callable[[], Sequence[Any]],
         losses: LossObserver,
+        incidents: IncidentCapture,
     ) -> None:
+        self._incidents = incidents
         self._config, self._run, self._port, self._losses = config, run, port, losses
         self._optimizers = optimizers
         check_torch()
@@ -116,6 +122,8 @@ class ClippingDriver:
         checks = self._check.pending and self.guards.in_use and bool(seen.gradients.tensors)
         fold = self._apply_(seen, planned, checks=checks)
         self._arm(seen, planned, fold, measure=measure or checks)
+        if self._incidents.on:
+            self._tell_of(seen)
         self._run.step += 1
         return seen.total
 
@@ -139,7 +147,7 @@ class ClippingDriver:
         left = kept.scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._losses.observe(loss, total.device)
         reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
-        return Seen(gradients, total, norm, finite, observed, seen_loss, left, reach)
+        return Seen(gradients, total, norms, norm, finite, observed, seen_loss, left, reach)
 
     def _decide(self, seen: Seen) -> StepPlan:
         planned = self._run.decide(
@@ -189,6 +197,12 @@ class ClippingDriver:
             fold=fold,
         )
         self._kept.clipped(seen.gradients)
+
+    def _tell_of(self, seen: Seen) -> None:
+        names, present = self._kept.names, seen.gradients.present
+        if names is not None and len(present) != len(names):
+            names = [names[place] for place in present]
+        self._incidents.made(seen.norms, names, self.guards.optimizers)
 
     def _measure(self, gradients: list[Tensor]) -> None:
         assert self._run.recorder is not None

@@ -8,6 +8,7 @@ from hf_adaclip.controllers.base import is_finite_norm
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients import to_value
 from hf_adaclip.gradients.norms import Parameters
+from hf_adaclip.incidents.capture import IncidentCapture
 from hf_adaclip.ports.accelerate import AcceleratorPort
 from hf_adaclip.ports.deepspeed import EnginePort
 from hf_adaclip.run.losses import LossObserver
@@ -21,13 +22,15 @@ class FollowingDriver:
         run: What decides, one step late.
         port: The accelerator, which has the engine or will have it once it has prepared a model.
         losses: What makes a training loss of the run's kind.
+        incidents: Hears of every step.
     """
 
     why_skipping: Sequence[str] = (EnginePort.WHY,)
     why_scaling: str | None = EnginePort.SCALING
     parameters: Sequence[Tensor] = ()
 
-    def __init__(self, run: Run, port: AcceleratorPort, losses: LossObserver) -> None:
+    def __init__(self, run: Run, port: AcceleratorPort, losses: LossObserver, incidents: IncidentCapture) -> None:
+        self._incidents = incidents
         self._port, self._run, self._losses = port, run, losses
         self._engine: EnginePort | None = None
 
@@ -42,6 +45,7 @@ class FollowingDriver:
             ops = self._run.begin(total.device)
             norm, seen_loss = to_value(total, ops), self._losses.observe(loss, total.device)
             self._run.decide(norm, norm, seen_loss, is_finite_norm(norm, ops), loss_scale=None)
+            self._incidents.made(None, None, ())  # the engine keeps gradients and rates to itself
             self._run.step += 1
         return total
 

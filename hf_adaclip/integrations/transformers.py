@@ -18,7 +18,9 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
+from hf_adaclip.incidents.folder import Incident
 from hf_adaclip.integrations.model_card import add_section
+from hf_adaclip.integrations.sample_indices import SampleIndices
 from hf_adaclip.integrations.seam import (
     check_bases,
     check_instance,
@@ -72,6 +74,7 @@ class AdaptiveClipMixin(_Base):
 
     clip_config: AdaptiveClipConfig
     clipper: AdaptiveClipper | None
+    _awaits_inputs = _shown_inputs = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -104,9 +107,11 @@ class AdaptiveClipMixin(_Base):
         check_device_map(self.model)
         check_optimizer_name(self.args.optim)
         self._given_config = config
+        self._trial: Any = None
         self.clip_config = self._complete_config(trial=None)
         self.clipper = None
         self._losses = StepLosses()
+        self._samples = SampleIndices()
         self._planned_steps = 0
         self._max_grad_norm = self.args.max_grad_norm
         self._max_grad_norm_was_set = False
@@ -116,13 +121,17 @@ class AdaptiveClipMixin(_Base):
         self.add_callback(self._watch)
         warn_of_own_clipping(type(self), AdaptiveClipMixin)
 
+    def _run_folder(self, trial: Any = None) -> Path:
+        """Where the run's files go; a trial of a search has a folder of its own."""
+        known = trial if trial is not None else self._trial
+        return Path((self.args.output_dir if known is None else self._get_output_dir(known)) or ".")
+
     def _complete_config(self, trial: Any) -> AdaptiveClipConfig:
         """The config with what the Trainer knows filled in. Anew for every run: a search changes `args` between its trials."""
         check_max_grad_norm(self.args.max_grad_norm)
         config = self._given_config
         if config.ledger == "auto":
-            folder = self.args.output_dir if trial is None else self._get_output_dir(trial)
-            config = config.replace(ledger=str(Path(folder or ".") / LEDGER_FILE))
+            config = config.replace(ledger=str(self._run_folder(trial) / LEDGER_FILE))
         if distributed_type(self.accelerator) == "DEEPSPEED":
             # What is not possible there is refused here, not at the first step.
             config = config.replace(one_step_late=True)
@@ -141,6 +150,7 @@ class AdaptiveClipMixin(_Base):
         # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
         self.clipper, self._losses = None, StepLosses()
         trial = inspect.signature(super()._inner_training_loop).bind(*args, **kwargs).arguments.get("trial")
+        self._trial = trial
         self.clip_config = self._complete_config(trial)
         self._max_grad_norm, self._max_grad_norm_was_set = self.args.max_grad_norm, False
         filters = self.args.logging_nan_inf_filter
@@ -157,7 +167,7 @@ class AdaptiveClipMixin(_Base):
 
     def _join_run(self, checkpoint: str | None, trial: Any) -> None:
         """Take part in a run whose loop is not ours: it was begun before clipping was attached, by nobody who will end it for us."""
-        self._joined = True
+        self._joined, self._trial = True, trial
         self.clip_config = self._complete_config(trial)
         self.args.logging_nan_inf_filter = (
             self.args.logging_nan_inf_filter and not self.clip_config.nan_filter_on_device
@@ -191,9 +201,14 @@ class AdaptiveClipMixin(_Base):
         # The optimizer exists, and is prepared by Accelerate, only once training has begun.
         if self.clipper is None:
             self.clipper = AdaptiveClipper(
-                self._config_of_run(), accelerator=self.accelerator, optimizer=self.optimizer, model=self.model
+                self._config_of_run(),
+                accelerator=self.accelerator,
+                optimizer=self.optimizer,
+                model=self.model,
+                output_dir=self._run_folder(),
             )
             self.clipper.on_event(self._tell_callbacks)
+            self.clipper.on_incident(self._tell_of_incident)
             self.clipper.alerts.stop = self._end_on_trouble
             if self.is_world_process_zero():
                 _shown.warning(_in_one_line(self.clipper.config))
@@ -204,11 +219,36 @@ class AdaptiveClipMixin(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         check_max_grad_norm(self.args.max_grad_norm)  # a callback may have set it: at 0 the seam is not called
+        self._awaits_inputs, self._shown_inputs = self.clip_config.incidents, False
         loss = super().training_step(*args, **kwargs)
         self._losses.add(loss)
+        self._awaits_inputs = False
+        if (
+            self.clip_config.incidents and not self._shown_inputs
+        ):  # a `training_step` that prepares its inputs by itself
+            self._show_batch(kwargs.get("inputs", args[1] if len(args) > 1 else None))
         if not self.clip_config.nan_filter_on_device:
             return loss
         return self._losses.filtered(loss, self._globalstep_last_logged, self.state.global_step)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        asked, self._awaits_inputs = self._awaits_inputs, False
+        inputs = super()._prepare_inputs(inputs)
+        if asked:
+            # What a loss is made of: with TRL's trainers of policies that is what was generated, and its rewards.
+            self._show_batch(inputs)
+        return inputs
+
+    def _show_batch(self, inputs: Any) -> None:
+        self._shown_inputs = True
+        processing_class = getattr(self, "processing_class", None)
+        self._ready_clipper().watch(inputs, self._samples.next(), processing_class=processing_class)
+
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        dataloader = super().get_train_dataloader(*args, **kwargs)
+        if hasattr(self, "_samples"):  # not in the base's own `__init__`
+            self._samples.follow(dataloader)
+        return dataloader
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         clipper = self._ready_clipper()
@@ -249,6 +289,12 @@ class AdaptiveClipMixin(_Base):
             hook = getattr(callback, "on_clip_event", None)
             if hook is not None:
                 hook(self.args, self.state, self.control, event=event)
+
+    def _tell_of_incident(self, incident: Incident) -> None:
+        for callback in self.callback_handler.callbacks:
+            hook = getattr(callback, "on_clip_incident", None)
+            if hook is not None:
+                hook(self.args, self.state, self.control, incident=incident)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1

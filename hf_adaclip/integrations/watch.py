@@ -38,6 +38,8 @@ class SeamWatch(TrainerCallback):
         clipper = self._trainer._ready_clipper()
         self._offset = state.global_step - clipper.step  # above 0 when the stock Trainer made the checkpoint
         self._decided, self._looked = clipper.step, False
+        if state.global_step and not args.ignore_data_skip:
+            self._trainer._samples.begin_midway()
         if self._trainer.clip_config.self_test:
             clipper.self_test(model.parameters())
         self._count_steps(self._trainer.optimizer)

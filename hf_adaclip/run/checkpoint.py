@@ -29,6 +29,14 @@ _TRAINER_FOLDER: Final = re.compile(r"checkpoint-(\d{1,15})")
 # Settings that may change between a checkpoint and its resumption without changing what is decided.
 _FREE_FIELDS: Final = (
     "fold",
+    "incident_batch",
+    "incident_growth",
+    "incident_limit",
+    "incident_megabytes",
+    "incident_run_megabytes",
+    "incident_spike",
+    "incident_steps",
+    "incidents",
     "ledger",
     "ledger_required",
     "nan_filter_on_device",

@@ -108,7 +108,7 @@ class PerParameter:
 
     def _begin(self, gradients: Gradients, device: torch.device, change: Change | None) -> None:
         scope = self._look_around(gradients)
-        ops = self._run.begin(device, scope.grouping, self._names, _restarted(scope, change))
+        ops = self._run.begin(device, scope.grouping, self.names, _restarted(scope, change))
         if self._config.max_pace > 1:
             joined = 0 if change is None else len(change.joined)
             known = gradients.parameters[: len(gradients.parameters) - joined]
@@ -125,7 +125,7 @@ class PerParameter:
                 self.reach = self.reach.moved(gradients.parameters, change.kept)
 
     def _follow(self, gradients: Gradients, change: Change) -> None:
-        scope, names = self._look_around(gradients), self._names
+        scope, names = self._look_around(gradients), self.names
         self._run.regroup(scope.grouping, names, _restarted(scope, change))
         if self.reach is not None:
             self.reach.optimizers = self._guards.optimizers
@@ -148,13 +148,14 @@ class PerParameter:
         config, optimizers = self._config, self._guards.optimizers
         everything = list(named_parameters(self._models())) if config.parameter_rules else []
         rules = config.parameter_rules if isinstance(config.parameter_rules, dict) else {}
-        for sentence in idle_rules(rules, self._names or [], everything):
+        for sentence in idle_rules(rules, self.names or [], everything):
             self._alerts.warn_once(sentence)
-        self._scope = Scope(config, self._names, len(gradients.parameters), everything, optimizers)
+        self._scope = Scope(config, self.names, len(gradients.parameters), everything, optimizers)
         return self._scope
 
     @property
-    def _names(self) -> list[str] | None:
+    def names(self) -> list[str] | None:
+        """Of the parameters, each in its place; None where they are not known."""
         return None if self._roster is None else self._roster.names
 
 

@@ -81,6 +81,11 @@ class Recorder:
         """Whether the rows have to be read and written before another one fits."""
         return self._ring.full or len(self._waiting) + len(self._ring) >= self._capacity
 
+    @property
+    def newest(self) -> Tensor | list[float]:
+        """The row of the step that was recorded last; see `Ring.newest`."""
+        return self._ring.newest
+
     def record(
         self,
         norm: Value,

@@ -38,6 +38,10 @@ class Ring(Protocol):
     def __len__(self) -> int:
         """Rows that nobody has been given yet."""
 
+    @property
+    def newest(self) -> Tensor | list[float]:
+        """The newest row that nobody has been given yet, as far as it is filled in: where it lies, on the device or on the host."""
+
     def append(self, values: tuple[Any, ...], norms: Any = None) -> None:
         """Add a row: one float32 value per column but the last, which is filled in by `set_applied`."""
 
@@ -91,6 +95,10 @@ class DeviceRing:
     @property
     def full(self) -> bool:
         return self._filled == len(self._rows)
+
+    @property
+    def newest(self) -> Tensor:
+        return self._rows[self._filled - 1]
 
     def append(self, values: tuple[Any, ...], norms: Any = None) -> None:
         torch.stack((*values, self._nan), out=self._rows[self._filled])
@@ -150,6 +158,10 @@ class HostRing:
     @property
     def full(self) -> bool:
         return len(self._rows) == self._capacity
+
+    @property
+    def newest(self) -> list[float]:
+        return self._rows[-1]
 
     def append(self, values: tuple[Any, ...], norms: Any = None) -> None:
         self._rows.append([*map(float, values), math.nan])

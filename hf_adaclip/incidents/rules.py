@@ -1,0 +1,202 @@
+"""What counts as an incident: pure functions of a run's rows, one after another, on the host. Nothing is read from a device here."""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from statistics import median
+from typing import Final, Literal, NamedTuple
+
+from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.controllers import Reason
+
+Kind = Literal[
+    "nonfinite", "budget", "divergence", "statistics", "skipped", "spike", "growth", "at_threshold", "zero_loss"
+]
+
+WINDOW: Final = 50
+"""Finite norms, or losses, that say what is usual."""
+_FEWEST: Final = 20
+_SPREADS: Final = 6.0
+"""A spike is also this many spreads above the median, on a logarithmic scale: where norms scatter widely, a large one is usual."""
+_OF_A_SERIES: Final = 3
+"""Steps of one kind in a row that are incidents; of those that follow the ledger tells."""
+_OVERFLOWS: Final = 10
+"""Overflows in a row that a loss scaler does not explain: it looks for its scale in fewer."""
+_CLOSE: Final = 1e-4
+_GONE: Final = 1e-6
+_BLOCKS: Final = 6
+
+
+class Finding(NamedTuple):
+    """Why a step is an incident.
+
+    Attributes:
+        kind: What it is.
+        sentence: In words.
+        usual: Median of the norms before it; NaN where too few are known.
+    """
+
+    kind: Kind
+    sentence: str
+    usual: float
+
+
+class IncidentRules:
+    """Judges the steps of a run, each with those before it.
+
+    Args:
+        config: The settings.
+        split: Whether parts of the gradient are judged apart: then a row's threshold follows its norm.
+    """
+
+    def __init__(self, config: AdaptiveClipConfig, *, split: bool = False) -> None:
+        self._config, self._split = config, split
+        self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._last: dict[str, int] = {}
+        self._length: dict[str, int] = {}
+        self._overflows = 0
+        self._growth = _Growth(config.incident_steps, config.incident_growth)
+        self._losses = _Losses(config.incident_steps)
+        self._at = 0
+
+    def feed(self, step: int, row: dict[str, float], reason: Reason, static: float) -> Finding | None:
+        """The incident that this step is, the gravest where it is several; None for nearly all steps.
+
+        Args:
+            step: Optimizer step.
+            row: At least `norm`, `threshold`, `coefficient` and `loss`.
+            reason: The step's reason.
+            static: The static threshold.
+        """
+        norm, loss = row["norm"], row["loss"]
+        usual = median(self._norms) if len(self._norms) >= _FEWEST else math.nan
+        found = list(self._single(norm, loss, reason, usual))
+        lasting = [*self._lasting(norm, row["threshold"], static), *self._losses.feed(loss)]
+        if math.isfinite(norm) and norm > 0:
+            self._norms.append(norm)
+        admitted = [(kind, said) for kind, said in found if self._begins(kind, step)]
+        for kind, said in [*admitted, *lasting]:
+            return Finding(kind, said, usual)
+        return None
+
+    def _single(self, norm: float, loss: float, reason: Reason, usual: float) -> Iterator[tuple[Kind, str]]:
+        overflow = reason is Reason.SCALER_SKIPPED
+        self._overflows = self._overflows + 1 if overflow else 0
+        finite = math.isfinite(norm)
+        if reason is Reason.TROUBLE_BUDGET:
+            yield "budget", reason.sentence
+        elif reason is Reason.TROUBLE_DIVERGENCE:
+            yield "divergence", reason.sentence
+        elif reason is Reason.TROUBLE_STATISTICS:
+            yield "statistics", reason.sentence
+        if overflow and self._overflows == _OVERFLOWS:
+            yield "nonfinite", f"The loss scaler has found overflows in {_OVERFLOWS} steps in a row."
+        elif not finite and not overflow:
+            what = "NaN" if math.isnan(norm) else "infinite"
+            known = f", while the loss is finite ({loss:.4g})" if math.isfinite(loss) else ""
+            yield "nonfinite", f"The norm is {what}{known}; the step was left out."
+        elif math.isinf(loss):
+            yield "nonfinite", "The loss is infinite, while the norm is finite." if finite else "The loss is infinite."
+        if reason is Reason.SKIPPED:
+            yield "skipped", reason.sentence
+        if finite and self._spikes(norm, usual):
+            yield (
+                "spike",
+                f"The norm is {norm / usual:.3g} times the median of the {len(self._norms)} before it ({usual:.4g}).",
+            )
+
+    def _spikes(self, norm: float, usual: float) -> bool:
+        if not norm > self._config.incident_spike * usual:  # False for NaN
+            return False
+        spread = 1.4826 * median(abs(math.log(n / usual)) for n in self._norms)
+        return math.log(norm / usual) > _SPREADS * spread
+
+    def _begins(self, kind: Kind, step: int) -> bool:
+        """Whether a step is among the first of a series of its kind."""
+        length = self._length.get(kind, 0) + 1 if self._last.get(kind) == step - 1 else 1
+        self._last[kind], self._length[kind] = step, length
+        return length <= _OF_A_SERIES
+
+    def _lasting(self, norm: float, threshold: float, static: float) -> Iterator[tuple[Kind, str]]:
+        if (growth := self._growth.feed(norm)) is not None:
+            yield "growth", growth
+        known = (static,) if self._split else (threshold, static)
+        self._at = self._at + 1 if any(abs(norm - t) <= _CLOSE * t < math.inf for t in known) else 0
+        if self._at == self._config.incident_steps:
+            yield (
+                "at_threshold",
+                f"The norm has been exactly the threshold ({norm:.6g}) for {self._at} steps: something else clips or scales gradients "
+                "before they are looked at, or the model has stopped learning.",
+            )
+
+
+class _Growth:
+    """Medians of blocks of steps that rise, one after another."""
+
+    def __init__(self, steps: int, times: float) -> None:
+        self._size, self._times = max(steps // 2, 1), times
+        self._block: list[float] = []
+        self._rising: list[float] = []
+        self._first: float | None = None
+        self._told = False
+
+    def feed(self, norm: float) -> str | None:
+        if not (math.isfinite(norm) and norm > 0):
+            return None
+        self._block.append(norm)
+        if len(self._block) < self._size:
+            return None
+        now, self._block = median(self._block), []
+        if self._first is None:
+            self._first = now
+        if self._rising and not now > self._rising[-1]:
+            self._rising, self._told = [], False
+        self._rising.append(now)
+        # Above where the run began, too: norms that have fallen far and come back a little are usual.
+        grown = now >= self._times * self._rising[0] and now > 2 * self._first
+        if self._told or len(self._rising) < _BLOCKS or not grown:
+            return None
+        self._told = True
+        steps = len(self._rising) * self._size
+        return f"The norm has grown over {steps} steps in a row, from {self._rising[0]:.4g} to {now:.4g} (medians of {self._size})."
+
+
+class _Losses:
+    """A loss that is 0 all at once, and one that had fallen and is above its beginning."""
+
+    def __init__(self, steps: int) -> None:
+        self._recent: deque[float] = deque(maxlen=steps)
+        self._start: float | None = None
+        self._best = math.inf
+        self._steps, self._zeros, self._positive = steps, 0, True
+        self._diverged = False
+
+    def feed(self, loss: float) -> Iterator[tuple[Kind, str]]:
+        if not math.isfinite(loss):
+            return
+        if len(self._recent) >= _FEWEST and abs(loss) <= _GONE * median(map(abs, self._recent)):
+            self._zeros += 1
+            if self._zeros == max(self._steps // 5, 1):
+                yield (
+                    "zero_loss",
+                    f"The loss has been {loss:.3g} for {self._zeros} steps, after a median of {median(self._recent):.4g}.",
+                )
+            return
+        self._zeros = 0
+        self._positive = self._positive and loss > 0  # others, such as those of policies, say nothing by their level
+        self._recent.append(loss)
+        if len(self._recent) < self._steps or not self._positive:
+            return
+        mean = math.fsum(self._recent) / self._steps
+        if self._start is None:
+            self._start = mean
+        self._best = min(self._best, mean)
+        # It must have fallen first: a loss that is a growing penalty begins near 0.
+        above = self._best < 0.9 * self._start and mean > max(1.1 * self._start, 1.5 * self._best)
+        if above and not self._diverged:
+            yield (
+                "divergence",
+                f"The loss, averaged over {self._steps} steps, is {mean:.4g}: above its beginning ({self._start:.4g}), after a best of "
+                f"{self._best:.4g}.",
+            )
+        self._diverged = above

@@ -1,0 +1,55 @@
+"""The words of a batch, for people: token ids decoded by whatever the training has for that."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from hf_adaclip.gradients.transfer import HOST, moved
+
+TEXT_FILE: Final = "text.jsonl"
+_MOST_LINES: Final = 256
+_LONGEST: Final = 20_000
+_IGNORED: Final = -100
+"""What labels hold where there is nothing to predict."""
+
+
+def texts_of(micro_batches: list[Any], processing_class: Any) -> Iterator[dict[str, Any]]:
+    """One entry per sample and field: the micro-batch, the sample, the field, and its text.
+
+    Args:
+        micro_batches: Mappings of token ids, shape `[batch, length]`; anything else has no text.
+        processing_class: A tokenizer, or a processor that has one; anything with `decode`.
+    """
+    decoder = getattr(processing_class, "tokenizer", processing_class)
+    decode = getattr(decoder, "decode", None)
+    if decode is None:
+        return
+    for number, batch in enumerate(micro_batches):
+        for field, ids in batch.items() if isinstance(batch, Mapping) else ():
+            if not _holds_tokens(field, ids):
+                continue
+            for sample, row in enumerate(moved(ids.detach(), HOST).tolist()):
+                text = decode([token for token in row if token >= 0 and token != _IGNORED])
+                yield {"micro_batch": number, "sample": sample, "field": field, "text": str(text)[:_LONGEST]}
+
+
+def _holds_tokens(field: Any, value: Any) -> bool:
+    named = isinstance(field, str) and (field == "labels" or field.endswith("_ids")) and "type" not in field
+    whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    return named and whole and value.dim() == 2 and "position" not in field and "image" not in field
+
+
+def write_texts(path: Path, micro_batches: list[Any], processing_class: Any) -> str | None:
+    """Write the words; returns the file's name, None where there are none."""
+    lines = []
+    for entry in texts_of(micro_batches, processing_class):
+        lines.append(json.dumps(entry, ensure_ascii=False))
+        if len(lines) == _MOST_LINES:
+            break
+    if not lines:
+        return None
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+    return path.name

@@ -1,0 +1,145 @@
+"""Incidents in a Trainer: it shows its own batches, and says which samples they are."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_adaclip import AdaptiveClipTrainer, attach
+from hf_adaclip.incidents.contents import load_batch
+from hf_adaclip.incidents.folder import find_incidents
+from tests.integrations.trainers import arguments, build, dataset, run
+
+
+class Told(TrainerCallback):
+    def __init__(self):
+        self.incidents = []
+
+    def on_clip_incident(self, args, state, control, *, incident, **kwargs):
+        self.incidents.append((state.global_step, incident.step))
+
+
+class Planted(Trainer):
+    """The loss of one step is multiplied; every batch that a loss was made of is remembered."""
+
+    at, factor = 30, float("nan")
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.__dict__.setdefault("fed", {}).setdefault(self.state.global_step, []).append(
+            {k: v.clone() for k, v in inputs.items()}
+        )
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        inputs.pop("labels")  # as label smoothing does
+        return loss * self.factor if self.state.global_step == self.at else loss
+
+
+class Ours(AdaptiveClipTrainer, Planted):
+    pass
+
+
+def check(trainer, step=30, micro_batches=1):
+    [incident] = trainer.clipper.incidents
+    assert incident.step == step
+    kept, fed = load_batch(incident.folder), trainer.fed[step]
+    assert len(kept) == len(fed) == micro_batches
+    for mine, theirs in zip(kept, fed, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+    places = incident.facts["batch"]["indices"]
+    rows = dataset()["input_ids"]
+    for mine, where in zip(kept, places, strict=True):
+        assert torch.equal(mine["input_ids"], torch.stack([rows[i] for i in where]))
+    return incident
+
+
+@pytest.mark.parametrize("way", ["class", "attach"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_batch_of_a_bad_step_is_kept(way, accumulation, lane, tmp_path):
+    told = Told()
+    args = arguments(tmp_path, gradient_accumulation_steps=accumulation, per_device_train_batch_size=8)
+    trainer = build(Ours if way == "class" else Planted, tmp_path, args=args, callbacks=[told])
+    if way == "attach":
+        attach(trainer)
+    run(trainer)
+    incident = check(trainer, micro_batches=accumulation)
+    assert incident.folder == tmp_path / "incidents/step-00030"
+    assert find_incidents(tmp_path)[0].facts == incident.facts
+    assert [step for _, step in told.incidents] == [30]
+    assert incident.facts["kind"] == "nonfinite"
+
+
+def test_a_spike_names_the_modules(lane, tmp_path):
+    trainer = build(Ours, tmp_path)
+    trainer.factor = 1e3
+    run(trainer)
+    incident = check(trainer)
+    assert incident.kind == "spike"
+    shares = incident.facts["modules"]
+    assert any("layers.0" in m["name"] for m in shares)
+    assert sum(m["share"] for m in shares) == pytest.approx(1, abs=1e-4)
+    assert len(incident.facts["tensors"]) == 10
+
+
+def test_a_healthy_run_leaves_nothing(lane, tmp_path):
+    trainer = build(AdaptiveClipTrainer, tmp_path)
+    run(trainer)
+    assert trainer.clipper.incidents == []
+    assert not (tmp_path / "incidents").exists()
+
+
+def test_switched_off_nothing_is_kept(lane, tmp_path):
+    trainer = build(Ours, tmp_path, clip={"incidents": False})
+    run(trainer)
+    assert not (tmp_path / "incidents").exists()
+
+
+def test_in_a_later_epoch_and_with_workers_the_samples_are_known(tmp_path):
+    args = arguments(tmp_path, max_steps=40, per_device_train_batch_size=32, dataloader_num_workers=2)
+    trainer = build(Ours, tmp_path, args=args)
+    run(trainer)
+    check(trainer)
+
+
+def test_after_a_resumption_within_an_epoch_no_wrong_samples_are_named(tmp_path):
+    args = arguments(tmp_path, max_steps=40, save_strategy="steps", save_steps=20)
+    first = build(Ours, tmp_path, args=args)
+    first.at = -1
+    run(first)
+    again = build(Ours, tmp_path, args=args)
+    run(again, resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    [incident] = again.clipper.incidents
+    assert incident.step == 30
+    assert "indices" not in incident.facts["batch"]
+    [kept] = load_batch(incident.folder)
+    assert torch.equal(kept["input_ids"], again.fed[30][0]["input_ids"])
+
+
+def test_the_text_is_decoded_where_somebody_can(tmp_path):
+    class Bytes:
+        """All of a tokenizer that matters here."""
+
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+        def save_pretrained(self, folder):
+            pass
+
+    def collate(rows):
+        return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+
+    trainer = build(Ours, tmp_path, processing_class=Bytes(), data_collator=collate)
+    run(trainer)
+    incident = check(trainer)
+    lines = (incident.folder / "text.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 16
+    assert incident.facts["batch"]["text"] == "text.jsonl"
+
+
+def test_weights_and_ledger_are_the_same_with_and_without(lane, tmp_path):
+    from tests.integrations.trainers import weights
+
+    left = []
+    for on in (True, False):
+        trainer = build(Ours, tmp_path / str(on), clip={"incidents": on})
+        run(trainer)
+        left.append(weights(trainer))
+    assert torch.equal(*left)
