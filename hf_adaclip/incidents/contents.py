@@ -77,7 +77,7 @@ class _Reader:
     def _tensor(self, value: Tensor, key: str) -> list[Any]:
         value = value.detach()
         if value.layout is not torch.strided:
-            value = value.to_sparse_coo().coalesce()
+            value = value.to_sparse().coalesce() if value.layout is not torch.sparse_coo else value.coalesce()
             indices, values = value.indices(), value.values()
             if values.dtype not in _KEPT:
                 return _other(value)

@@ -29,12 +29,12 @@ class SampleIndices:
             or any(kind.__name__ == "DataLoaderDispatcher" for kind in type(dataloader).__mro__)
         ):
             return
-        kind, notes = type(sampler), self
+        kind, begin, note = type(sampler), self._begin, self._note
 
         def draw(own: Any) -> Any:
-            notes._begin()
+            begin()
             for indices in kind.__iter__(own):
-                notes._note(indices)
+                note(indices)
                 yield indices
 
         try:

@@ -220,13 +220,15 @@ class AdaptiveClipMixin(_Base):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         check_max_grad_norm(self.args.max_grad_norm)  # a callback may have set it: at 0 the seam is not called
         self._awaits_inputs, self._shown_inputs = self.clip_config.incidents, False
+        given = kwargs.get("inputs", args[1] if len(args) > 1 else None)
+        given = dict(given) if isinstance(given, dict) else given  # of which a loss may take entries out
         loss = super().training_step(*args, **kwargs)
         self._losses.add(loss)
         self._awaits_inputs = False
         if (
             self.clip_config.incidents and not self._shown_inputs
         ):  # a `training_step` that prepares its inputs by itself
-            self._show_batch(kwargs.get("inputs", args[1] if len(args) > 1 else None))
+            self._show_batch(given)
         if not self.clip_config.nan_filter_on_device:
             return loss
         return self._losses.filtered(loss, self._globalstep_last_logged, self.state.global_step)

@@ -7,6 +7,7 @@ from transformers import Trainer, TrainerCallback
 from hf_adaclip import AdaptiveClipTrainer, attach
 from hf_adaclip.incidents.contents import load_batch
 from hf_adaclip.incidents.folder import find_incidents
+from tests.integrations import launching
 from tests.integrations.trainers import arguments, build, dataset, run
 
 
@@ -86,6 +87,20 @@ def test_a_healthy_run_leaves_nothing(lane, tmp_path):
     assert not (tmp_path / "incidents").exists()
 
 
+def test_a_training_step_that_prepares_nothing_shows_what_it_was_given(lane, tmp_path, monkeypatch):
+    class Bare(Planted):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            loss = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    trainer = attach(build(Bare, tmp_path))
+    monkeypatch.delattr(Trainer, "_prepare_inputs")
+    run(trainer)
+    check(trainer)
+
+
 def test_switched_off_nothing_is_kept(lane, tmp_path):
     trainer = build(Ours, tmp_path, clip={"incidents": False})
     run(trainer)
@@ -143,3 +158,24 @@ def test_weights_and_ledger_are_the_same_with_and_without(lane, tmp_path):
         run(trainer)
         left.append(weights(trainer))
     assert torch.equal(*left)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "lane"), [("trainer", "host"), ("loop", "host"), ("loop", "device")])
+def test_every_rank_keeps_its_own_batch(kind, lane, tmp_path):
+    ranks = launching.launch("tests.integrations.incidents_worker", [kind, lane], tmp_path)
+    assert [rank["found"] for rank in ranks] == [[[30, "nonfinite", "step-00030"]]] * 2
+    folder = tmp_path / "incidents/step-00030"
+    for file, rank in zip(("batch.safetensors", "batch-rank1.safetensors"), ranks, strict=True):
+        kept = [one["input_ids"] if kind == "trainer" else one[0] for one in load_batch(folder / file)]
+        assert [one.tolist() for one in kept] == rank["fed"]
+    assert ranks[0]["fed"] != ranks[1]["fed"]
+    [incident] = find_incidents(tmp_path)
+    assert incident.facts["world_size"] == 2
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        ["batch.safetensors", "batch-rank1.safetensors", "incident.json", "incident-rank1.json"]
+    )
+    if kind == "trainer":
+        rows = dataset()["input_ids"]
+        [places] = incident.facts["batch"]["indices"]
+        assert [rows[i].tolist() for i in places] == ranks[0]["fed"][0]
