@@ -40,6 +40,7 @@ _TEMPLATE = """<!doctype html>
   tr.marked td { background: var(--mark); }
   details { margin: 8px 0; } summary { cursor: pointer; color: var(--soft); }
   code { overflow-wrap: anywhere; } .plotly-graph-div { max-width: 100%; overflow: hidden; }
+  figure.images img { margin: 0 4px 4px 0; image-rendering: pixelated; }
   figure { margin: 8px 0 0; } figcaption { font-size: 0.85rem; color: var(--soft); display: flex; flex-wrap: wrap; gap: 2px 16px; }
   svg.chart { display: block; width: 100%; height: auto; } .chart text { fill: var(--soft); font: 13px system-ui, sans-serif; }
   .chart .grid { stroke: var(--line); } .chart polyline { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
@@ -163,6 +164,11 @@ def figure(chart: Chart, *, zoom: bool = False) -> Part:
     config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
     drawn = interactive(chart).to_html(full_html=False, include_plotlyjs=False, config=config)
     return Part("figure", str(drawn), interactive=True)
+
+
+def images(content: str) -> Part:
+    """Pictures beside each other; `content` is HTML that we made."""
+    return Part("figure", f'<figure class="images">{content}</figure>')
 
 
 def write_page(path: Path, title: str, subtitle: str, parts: Sequence[Part]) -> Path:

@@ -14,6 +14,8 @@ from hf_adaclip.controllers import CONTROLLERS, Reason
 from hf_adaclip.ledger.schema import plain
 from hf_adaclip.report import markdown as md
 from hf_adaclip.report import page
+from hf_adaclip.report.incidents import markdown_rows
+from hf_adaclip.report.incidents import section as incident_section
 from hf_adaclip.report.run_facts import RunReport, answer, applied_paces, left_out, load_run, shortly, summary
 from hf_adaclip.report.tables import keep_extremes
 from hf_adaclip.run.events import ClipEvent
@@ -72,6 +74,7 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
         page.table(["reason", "steps", "meaning"], reason_rows(series), words=["meaning"]),
     ]
     parts += [page.heading(f"Adjustments ({len(report.events)})"), *_event_table(report.events)]
+    parts += incident_section(Path(report.name))
     parts += [page.heading("Settings"), *_settings(header.get("config") or {})]
     return page.write_page(path, f"Run {report.name}", f"{header.get('created', '')} · {versions}", parts)
 
@@ -207,6 +210,10 @@ def write_markdown(report: RunReport, path: Path) -> Path:
     ]
     if len(report.events) > MAX_EVENTS:
         parts.append(f"{len(report.events) - MAX_EVENTS} more are in the JSON (`--format json`).")
+    labels, incidents = markdown_rows(Path(report.name))
+    if incidents:
+        rows = [[md.text(cell) for cell in row] for row in incidents]
+        parts += [f"## Incidents ({len(incidents)})", md.table(labels, rows)]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
 
