@@ -18,6 +18,12 @@ WINDOW: Final = 50
 _FEWEST: Final = 20
 _SPREADS: Final = 6.0
 """A spike is also this many spreads above the median, on a logarithmic scale: where norms scatter widely, a large one is usual."""
+_RECURRING: Final = 3
+"""Norms as large as this one, within `_MEMORY` steps, after which they are usual: another source of data, a schedule that restarts."""
+_MEMORY: Final = 1000
+_AS_LARGE: Final = 2.0
+_NEVER_USUAL: Final = 6.0
+"""Times `incident_spike` from which on a norm is an incident however often it comes."""
 _OF_A_SERIES: Final = 3
 """Steps of one kind in a row that are incidents; of those that follow the ledger tells."""
 _OVERFLOWS: Final = 10
@@ -52,6 +58,7 @@ class IncidentRules:
     def __init__(self, config: AdaptiveClipConfig, *, split: bool = False) -> None:
         self._config, self._split = config, split
         self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._outliers: deque[tuple[int, float]] = deque(maxlen=_MEMORY)
         self._last: dict[str, int] = {}
         self._length: dict[str, int] = {}
         self._overflows = 0
@@ -70,7 +77,7 @@ class IncidentRules:
         """
         norm, loss = row["norm"], row["loss"]
         usual = median(self._norms) if len(self._norms) >= _FEWEST else math.nan
-        found = list(self._single(norm, loss, reason, usual))
+        found = list(self._single(step, norm, loss, reason, usual))
         lasting = [*self._lasting(norm, row["threshold"], static), *self._losses.feed(loss)]
         if math.isfinite(norm) and norm > 0:
             self._norms.append(norm)
@@ -79,7 +86,7 @@ class IncidentRules:
             return Finding(kind, said, usual)
         return None
 
-    def _single(self, norm: float, loss: float, reason: Reason, usual: float) -> Iterator[tuple[Kind, str]]:
+    def _single(self, step: int, norm: float, loss: float, reason: Reason, usual: float) -> Iterator[tuple[Kind, str]]:
         overflow = reason is Reason.SCALER_SKIPPED
         self._overflows = self._overflows + 1 if overflow else 0
         finite = math.isfinite(norm)
@@ -99,14 +106,22 @@ class IncidentRules:
             yield "nonfinite", "The loss is infinite, while the norm is finite." if finite else "The loss is infinite."
         if reason is Reason.SKIPPED:
             yield "skipped", reason.sentence
-        if finite and self._spikes(norm, usual):
+        if finite and self._spikes(step, norm, usual):
             yield (
                 "spike",
                 f"The norm is {norm / usual:.3g} times the median of the {len(self._norms)} before it ({usual:.4g}).",
             )
 
-    def _spikes(self, norm: float, usual: float) -> bool:
+    def _spikes(self, step: int, norm: float, usual: float) -> bool:
         if not norm > self._config.incident_spike * usual:  # False for NaN
+            return False
+        while self._outliers and self._outliers[0][0] <= step - _MEMORY:
+            self._outliers.popleft()
+        alike = sum(_AS_LARGE * other >= norm for _, other in self._outliers)
+        self._outliers.append((step, norm))
+        if alike >= _RECURRING and norm <= _NEVER_USUAL * self._config.incident_spike * usual:
+            return False
+        if norm <= 1.5 * sorted(self._norms)[-1 - _RECURRING]:  # of two sources that take turns the median tells one
             return False
         spread = 1.4826 * median(abs(math.log(n / usual)) for n in self._norms)
         return math.log(norm / usual) > _SPREADS * spread
@@ -174,12 +189,13 @@ class _Losses:
     def feed(self, loss: float) -> Iterator[tuple[Kind, str]]:
         if not math.isfinite(loss):
             return
-        if len(self._recent) >= _FEWEST and abs(loss) <= _GONE * median(map(abs, self._recent)):
+        usual = median(map(abs, self._recent)) if len(self._recent) >= _FEWEST else 0.0
+        if usual > 0 and abs(loss) <= _GONE * usual:
             self._zeros += 1
             if self._zeros == max(self._steps // 5, 1):
                 yield (
                     "zero_loss",
-                    f"The loss has been {loss:.3g} for {self._zeros} steps, after a median of {median(self._recent):.4g}.",
+                    f"The loss has been {loss:.3g} for {self._zeros} steps, after a median of {usual:.4g}.",
                 )
             return
         self._zeros = 0
