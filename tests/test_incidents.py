@@ -297,6 +297,21 @@ def test_private_data_stays_out(lane, tmp_path):
     assert clipper.incidents[0].facts["batch"]["hashes"] == before
 
 
+def test_a_number_beside_the_samples_and_indices_of_others(lane, tmp_path):
+    model, optimizer = make()
+    clipper = AdaptiveClipper("adaptive", optimizer=optimizer, model=model, output_dir=tmp_path)
+    for count in (4, 8):
+        clipper.watch({"x": torch.ones(4, 8), "scale": torch.tensor(2.0)}, range(count))
+        (model(torch.ones(2, 8)).sum() * float("nan")).backward()
+        clipper.clip_(model.parameters())
+    clipper.close()
+    own, others = (incident.facts["batch"] for incident in clipper.incidents)
+    assert own["indices"] == [[0, 1, 2, 3]]
+    assert len(own["hashes"][0]["samples"]) == 4
+    assert len(set(own["hashes"][0]["samples"])) == 1
+    assert "indices" not in others
+
+
 def test_limits_on_size_and_number(lane, tmp_path):
     faults = {step: float("nan") for step in range(50, 74, 2)}
     clipper, _ = loop(tmp_path, faults=faults, incident_limit=8, incident_run_megabytes=0.0012)

@@ -123,7 +123,8 @@ class ClippingDriver:
         fold = self._apply_(seen, planned, checks=checks)
         self._arm(seen, planned, fold, measure=measure or checks)
         if self._incidents.on:
-            self._tell_of(seen)
+            kept = self._kept
+            self._incidents.made(seen.norms, seen.gradients.present, lambda: kept.names, self.guards.optimizers)
         self._run.step += 1
         return seen.total
 
@@ -197,12 +198,6 @@ class ClippingDriver:
             fold=fold,
         )
         self._kept.clipped(seen.gradients)
-
-    def _tell_of(self, seen: Seen) -> None:
-        names, present = self._kept.names, seen.gradients.present
-        if names is not None and len(present) != len(names):
-            names = [names[place] for place in present]
-        self._incidents.made(seen.norms, names, self.guards.optimizers)
 
     def _measure(self, gradients: list[Tensor]) -> None:
         assert self._run.recorder is not None

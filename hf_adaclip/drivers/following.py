@@ -45,7 +45,7 @@ class FollowingDriver:
             ops = self._run.begin(total.device)
             norm, seen_loss = to_value(total, ops), self._losses.observe(loss, total.device)
             self._run.decide(norm, norm, seen_loss, is_finite_norm(norm, ops), loss_scale=None)
-            self._incidents.made(None, None, ())  # the engine keeps gradients and rates to itself
+            self._incidents.made()
             self._run.step += 1
         return total
 

@@ -2,7 +2,7 @@
 collators take entries out of theirs."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor
@@ -21,7 +21,8 @@ class Step(NamedTuple):
         inputs: One entry per micro-batch, in order.
         indices: Positions in the dataset per micro-batch; None where they are not known.
         norms: Of every gradient, shape `[number of gradients]`; None where nobody knows them.
-        names: Of the parameters that these belong to; None likewise.
+        present: Places of the parameters that these belong to.
+        names: Gives the names of all places, None where they are not known: a list of thousands is not made in every step.
         rates: Learning rate of every group of the optimizers.
         static_threshold: Of the step.
     """
@@ -30,7 +31,8 @@ class Step(NamedTuple):
     inputs: list[Any]
     indices: list[Any]
     norms: Tensor | None
-    names: list[str] | None
+    present: Sequence[int]
+    names: Callable[[], Sequence[str] | None]
     rates: list[Any]
     static_threshold: float
 

@@ -89,22 +89,37 @@ class IncidentCapture:
         self._look()  # before anything is let go
         self._ring.add(inputs, indices)
 
-    def made(self, norms: Tensor | None, names: Sequence[str] | None, optimizers: Sequence[Any]) -> None:
+    def made(
+        self,
+        norms: Tensor | None = None,
+        present: Sequence[int] = (),
+        names: Callable[[], Sequence[str] | None] = lambda: None,
+        optimizers: Sequence[Any] = (),
+    ) -> None:
         """The newest step was decided on, and its row is complete.
 
         Args:
-            norms: Of every gradient.
-            names: Of the parameters that these belong to.
+            norms: Of every gradient; None where an engine keeps them to itself.
+            present: Places of the parameters that these belong to.
+            names: Gives the names of all places.
             optimizers: Those that are known.
         """
         if self.on:
-            self._safely(self._made, norms, names, optimizers)
+            self._safely(self._made, norms, present, names, optimizers)
 
-    def _made(self, norms: Tensor | None, names: list[str] | None, optimizers: Sequence[Any]) -> None:
+    def _made(
+        self,
+        norms: Tensor | None,
+        present: Sequence[int],
+        names: Callable[[], Sequence[str] | None],
+        optimizers: Sequence[Any],
+    ) -> None:
         run, step = self._run, self._run.step
         assert run.recorder is not None
         rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-        self._ring.close(step, norms=norms, names=names, rates=rates, static_threshold=run.static_threshold)
+        self._ring.close(
+            step, norms=norms, present=present, names=names, rates=rates, static_threshold=run.static_threshold
+        )
         row = run.recorder.newest
         if isinstance(row, Tensor):
             if self._copies is None:
@@ -201,7 +216,8 @@ class IncidentCapture:
         if held is not None:
             facts["learning_rates"] = [float(rate) for rate in held.rates]
             if held.norms is not None and len(held.norms):
-                facts |= shares_of(held.norms, held.names)
+                names = held.names()
+                facts |= shares_of(held.norms, None if names is None else [names[place] for place in held.present])
         return facts
 
     def _keep_batch(self, folder: Path, held: Step | None) -> dict[str, Any]:
@@ -220,8 +236,11 @@ class IncidentCapture:
             "bytes": contents.size,
             "hashes": self._tried("hashes", hashes, contents),
         }
-        if any(indices is not None for indices in held.indices):
-            facts["indices"] = [None if i is None else [int(place) for place in i] for i in held.indices]
+        indices = [
+            _of_these(*pair) for pair in zip(held.indices, facts["hashes"] or [{}] * len(held.inputs), strict=True)
+        ]
+        if any(places is not None for places in indices):
+            facts["indices"] = indices
         if self._config.incident_batch == "hash":
             return {**facts, "why": "`incident_batch` is 'hash'."}
         if (why := self._too_large(contents)) is not None:
@@ -267,6 +286,13 @@ class IncidentCapture:
         self._run.alerts.warn_once(
             f"{what} could not be recorded as a whole ({type(error).__name__}: {error}). Training goes on."
         )
+
+
+def _of_these(places: Any, hashed: dict[str, Any]) -> list[int] | None:
+    """The positions of samples, unless they are of more or fewer: a batch that was drawn for several steps, as for policies."""
+    if places is None or len(places) != len(hashed.get("samples", places)):
+        return None
+    return [int(place) for place in places]
 
 
 def _rank() -> int:

@@ -193,14 +193,16 @@ def hashes(contents: Contents) -> list[dict[str, Any]]:
     for node in contents.tree:
         whole = hashlib.sha256(json.dumps(_outline(node)).encode())
         keys = list(_tensors_in(node))
-        rows = {contents.tensors[key].shape[0] if contents.tensors[key].dim() else 0 for key in keys}
+        rows = {
+            contents.tensors[key].shape[0] for key in keys if contents.tensors[key].dim()
+        }  # a number is of all of them
         count = rows.pop() if len(rows) == 1 else 0
         samples = [hashlib.sha256() for _ in range(count if count <= _MOST_SAMPLES else 0)]
         for key in keys:
             value = moved(contents.tensors[key], HOST).contiguous()
             whole.update(f"{value.dtype} {list(value.shape)}".encode())
             whole.update(_bytes(value))
-            for sample, row in zip(samples, value, strict=False):
+            for sample, row in zip(samples, value, strict=True) if samples and value.dim() else ():
                 sample.update(_bytes(row.contiguous()))
         one = {"sha256": whole.hexdigest()}
         found.append({**one, "samples": [s.hexdigest()[:16] for s in samples]} if samples else one)

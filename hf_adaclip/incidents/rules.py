@@ -101,7 +101,7 @@ class IncidentRules:
         elif not finite and not overflow:
             what = "NaN" if math.isnan(norm) else "infinite"
             known = f", while the loss is finite ({loss:.4g})" if math.isfinite(loss) else ""
-            yield "nonfinite", f"The norm is {what}{known}; the step was left out."
+            yield "nonfinite", f"The norm is {what}{known}."
         elif math.isinf(loss):
             yield "nonfinite", "The loss is infinite, while the norm is finite." if finite else "The loss is infinite."
         if reason is Reason.SKIPPED:

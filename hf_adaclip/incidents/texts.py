@@ -12,15 +12,14 @@ from hf_adaclip.gradients.transfer import HOST, moved
 TEXT_FILE: Final = "text.jsonl"
 _MOST_LINES: Final = 256
 _LONGEST: Final = 20_000
-_IGNORED: Final = -100
-"""What labels hold where there is nothing to predict."""
 
 
 def texts_of(micro_batches: list[Any], processing_class: Any) -> Iterator[dict[str, Any]]:
     """One entry per sample and field: the micro-batch, the sample, the field, and its text.
 
     Args:
-        micro_batches: Mappings of token ids, shape `[batch, length]`; anything else has no text.
+        micro_batches: Mappings of token ids, shape `[batch, length]`; anything else has no text, and ids below 0 (of labels: nothing to
+            predict) have none.
         processing_class: A tokenizer, or a processor that has one; anything with `decode`.
     """
     decoder = getattr(processing_class, "tokenizer", processing_class)
@@ -28,12 +27,13 @@ def texts_of(micro_batches: list[Any], processing_class: Any) -> Iterator[dict[s
     if decode is None:
         return
     for number, batch in enumerate(micro_batches):
-        for field, ids in batch.items() if isinstance(batch, Mapping) else ():
-            if not _holds_tokens(field, ids):
-                continue
-            for sample, row in enumerate(moved(ids.detach(), HOST).tolist()):
-                text = decode([token for token in row if token >= 0 and token != _IGNORED])
-                yield {"micro_batch": number, "sample": sample, "field": field, "text": str(text)[:_LONGEST]}
+        fields = [(f, v) for f, v in batch.items() if _holds_tokens(f, v)] if isinstance(batch, Mapping) else []
+        rows = [(field, moved(ids.detach(), HOST).tolist()) for field, ids in fields]
+        for sample in range(max((len(ids) for _, ids in rows), default=0)):
+            for field, ids in rows:
+                if sample < len(ids):
+                    text = str(decode([token for token in ids[sample] if token >= 0]))[:_LONGEST]
+                    yield {"micro_batch": number, "sample": sample, "field": field, "text": text}
 
 
 def _holds_tokens(field: Any, value: Any) -> bool:

@@ -18,7 +18,7 @@ from hf_adaclip.report import page
 from hf_adaclip.report.thumbnails import thumbnails
 
 _MOST_SHOWN: Final = 50
-_TEXTS: Final = 4
+_TEXTS: Final = 8
 _LABELS: Final = ["step", "what", "norm", "usual", "loss", "batch", "why"]
 _TEXT_BYTES: Final = 1 << 20
 _LENGTH: Final = 300

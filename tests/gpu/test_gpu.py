@@ -16,6 +16,7 @@ from hf_adaclip.audit import verify_ledger
 from hf_adaclip.controllers import Observation, build_controller
 from hf_adaclip.controllers.numerics.fused import Fused, failures
 from hf_adaclip.controllers.numerics.ops import SCALAR, tensor_ops
+from hf_adaclip.incidents.contents import load_batch
 from hf_adaclip.run.plan import GlobalRule
 from hf_adaclip.run.ring import LOOK_EVERY
 from tests.integrations.launching import launch
@@ -242,3 +243,26 @@ def test_accelerate_at_world_size_one(tmp_path, kind):
         assert result["setup"] == {"ddp": "MULTI_GPU", "fsdp": "FSDP"}[kind]
     report = verify_ledger(tmp_path / "clip_ledger.jsonl")
     assert report.ok, report.findings
+
+
+def test_an_incident_keeps_its_batch_and_the_host_waits_for_nothing(tmp_path):
+    """The row of a step arrives by itself, before its batch is let go, as long as the host is no more than two steps ahead."""
+    model, optimizer = make()
+    model.to(DEVICE)
+    clipper = AdaptiveClipper(CONFIG, optimizer=optimizer, model=model, output_dir=tmp_path)
+    for step in range(60):
+        x, y = batch(step)
+        with no_sync() if 2 < step < 45 else contextlib.nullcontext():
+            clipper.watch({"x": x, "y": y})
+            loss = (model(x) - y).square().mean() * (float("nan") if step == 50 else 1.0)
+            loss.backward()
+            clipper.clip_(model.parameters(), loss=loss.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+        if step >= 45 and not DRY:
+            torch.cuda.synchronize()  # as a loop that logs does
+    clipper.close()
+    [incident] = clipper.incidents
+    assert (incident.step, incident.kind) == (50, "nonfinite")
+    [kept] = load_batch(incident.folder)
+    assert torch.equal(kept["x"], batch(50)[0].cpu())
