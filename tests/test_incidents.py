@@ -358,3 +358,45 @@ def test_a_watched_dataloader_is_the_same_and_shows_its_batches(lane, tmp_path):
     [kept] = load_batch(tmp_path / "incidents/step-00069")
     assert torch.equal(kept[0], fed[69][0])
     assert torch.equal(kept[1], fed[69][1])
+
+
+def test_a_run_goes_on_with_other_settings_of_incidents_and_back_within_itself(lane, tmp_path):
+    model, optimizer = make()
+    settings = {"controller": "adaptive", "ledger": str(tmp_path / "clip_ledger.jsonl")}
+    clipper = AdaptiveClipper(settings, optimizer=optimizer, model=model)
+
+    def step(number, factor=1.0):
+        clipper.watch(batch(number))
+        (torch.nn.functional.mse_loss(model(batch(number)["x"]), batch(number)["y"]) * factor).backward()
+        clipper.clip_(model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for number in range(10):
+        step(number)
+    clipper.save_state(tmp_path)
+    step(10, float("nan"))
+    assert clipper.load_state(tmp_path)
+    step(110, float("nan"))
+    clipper.close()
+    assert [i.folder.name for i in clipper.incidents] == ["step-00010", "step-00010-2"]
+    for incident, number in zip(clipper.incidents, (10, 110), strict=True):
+        same(load_batch(incident.folder), [batch(number)])
+    clipper = AdaptiveClipper({**settings, "incident_limit": 3, "incident_batch": "hash"}, optimizer=optimizer)
+    assert clipper.load_state(tmp_path)
+
+
+def test_a_clipper_that_is_dropped_lets_go_of_its_batches_and_of_the_loop(lane):
+    import gc
+
+    model, optimizer = make()
+    clipper = AdaptiveClipper("adaptive", optimizer=optimizer, model=model)
+    one = batch(0)
+    refs = [weakref.ref(one["x"]), weakref.ref(clipper)]
+    clipper.watch(one)
+    model(one["x"]).sum().backward()
+    clipper.clip_(model.parameters())
+    del one, clipper
+    optimizer.zero_grad()
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]

@@ -16,7 +16,7 @@ _SIDE: Final = 96
 
 def thumbnails(micro_batches: list[Any]) -> list[tuple[str, str]]:
     """Name and data URI of the first images of a batch, as far as there are any."""
-    found = []
+    found: list[tuple[str, str]] = []
     for name, image in _images(micro_batches):
         if len(found) == _MOST:
             break

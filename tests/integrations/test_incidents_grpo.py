@@ -1,5 +1,7 @@
 """A bad reward in GRPO: the incident holds what was generated for it."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -21,7 +23,7 @@ def tokenizer():
 
 
 def test_the_completions_and_advantages_of_a_bad_reward_are_kept(lane, tmp_path):
-    trl = pytest.importorskip("trl")
+    trl: Any = pytest.importorskip("trl")
     from datasets import Dataset
 
     class Ours(AdaptiveClipMixin, trl.GRPOTrainer):
@@ -31,9 +33,7 @@ def test_the_completions_and_advantages_of_a_bad_reward_are_kept(lane, tmp_path)
     set_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes, **special)  # type: ignore[arg-type]
-    )
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes, **special))
     calls = []
 
     def reward(completions, **kwargs):
