@@ -203,7 +203,6 @@ class AdaptiveClipConfig:
         "inputs",
         help="What is kept of the batch of an incident: its 'inputs' with their text, or only a 'hash' of each sample, for private data.",
         choices=("inputs", "hash"),
-        flag=True,
     )
     incident_limit: int = setting(20, help="Most incidents that are kept in a run.", range="[1, inf)")
     incident_megabytes: float = setting(
@@ -215,7 +214,7 @@ class AdaptiveClipConfig:
         512.0, help="Most that the batches of all incidents of a run may take, on every rank, in MB.", range="[0, inf)"
     )
     incident_spike: float = setting(
-        5.0,
+        6.0,
         help="A norm is an incident from this many times the median of the 50 before it on, where it is far outside their scatter too.",
         range="(1, inf)",
     )

@@ -22,7 +22,7 @@ _RECURRING: Final = 3
 """Norms as large as this one, within `_MEMORY` steps, after which they are usual: another source of data, a schedule that restarts."""
 _MEMORY: Final = 1000
 _AS_LARGE: Final = 2.0
-_NEVER_USUAL: Final = 6.0
+_NEVER_USUAL: Final = 5.0
 """Times `incident_spike` from which on a norm is an incident however often it comes."""
 _OF_A_SERIES: Final = 3
 """Steps of one kind in a row that are incidents; of those that follow the ledger tells."""
