@@ -216,8 +216,7 @@ class IncidentCapture:
         if held is not None:
             facts["learning_rates"] = [float(rate) for rate in held.rates]
             if held.norms is not None and len(held.norms):
-                names = held.names()
-                facts |= shares_of(held.norms, None if names is None else [names[place] for place in held.present])
+                facts |= self._tried("the shares of modules", _shares, held) or {}
         return facts
 
     def _keep_batch(self, folder: Path, held: Step | None) -> dict[str, Any]:
@@ -286,6 +285,12 @@ class IncidentCapture:
         self._run.alerts.warn_once(
             f"{what} could not be recorded as a whole ({type(error).__name__}: {error}). Training goes on."
         )
+
+
+def _shares(held: Step) -> dict[str, Any]:
+    names = held.names()
+    assert held.norms is not None
+    return shares_of(held.norms, None if names is None else [names[place] for place in held.present])
 
 
 def _of_these(places: Any, hashed: dict[str, Any]) -> list[int] | None:
