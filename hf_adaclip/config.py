@@ -97,7 +97,6 @@ class AdaptiveClipConfig:
         help="Clip the singular values of each hidden matrix's gradient softly at this many times their root mean square, and give the "
         "matrix its norm back: 0 makes them equal, 'inf' changes nothing. Unset: off.",
         range="[0, inf]",
-        flag=True,
     )
     spectral_every: int = setting(
         1, help="Steps from one in which the spectral range acts to the next.", range="[1, inf)"
@@ -106,7 +105,6 @@ class AdaptiveClipConfig:
         False,
         help="Take back, after each step of the optimizer, what of it goes against the sign of the present gradient, and make the rest "
         "larger by as much. Needs the optimizer.",
-        flag=True,
     )
     ledger: str | None = setting(
         "auto",

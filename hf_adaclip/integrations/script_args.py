@@ -17,6 +17,7 @@ from accelerate import PartialState
 from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import ParallelMode
 from transformers.utils import logging as transformers_logging
 
 from hf_adaclip.config import AdaptiveClipConfig, run_settings
@@ -128,6 +129,9 @@ def make_trainer(clip: ClipArguments, args: TrainingArguments, **ingredients: An
         args: The Trainer's arguments; `--clip none` trains with a copy whose `max_grad_norm` is 0.
         ingredients: What else the Trainer takes.
 
+    Raises:
+        UnsupportedSetupError: Several processes were launched, and each would train by itself into the same folder.
+
     Example:
         >>> from transformers import HfArgumentParser, TrainingArguments
         >>> from hf_adaclip import ClipArguments, make_trainer
@@ -137,6 +141,7 @@ def make_trainer(clip: ClipArguments, args: TrainingArguments, **ingredients: An
         'zscore'
         >>> trainer = make_trainer(clip, args, model=model, train_dataset=rows)  # doctest: +SKIP
     """
+    _check_launch(args)
     chosen = clip.resolve()
     if chosen is not None:
         trainer: Trainer = AdaptiveClipTrainer(args=args, clip=chosen, **ingredients)
@@ -147,6 +152,16 @@ def make_trainer(clip: ClipArguments, args: TrainingArguments, **ingredients: An
         trainer = Trainer(args=args, **ingredients)
     trainer.add_callback(ConvergenceCallback(args.output_dir))
     return trainer
+
+
+def _check_launch(args: TrainingArguments) -> None:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    count = torch.distributed.get_world_size() if together else 1
+    if count > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UnsupportedSetupError(
+            f"`parallel_mode` must be distributed where {count} processes are launched, but is {args.parallel_mode.value}: each would "
+            "train by itself into the same folder. On CPUs add `--use_cpu`."
+        )
 
 
 def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = TrainingArguments) -> tuple[Any, ...]:

@@ -5,11 +5,12 @@ import json
 import re
 
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_adaclip import AdaptiveClipConfig, ConfigError
+from hf_adaclip import AdaptiveClipConfig, ConfigError, UnsupportedSetupError
 from hf_adaclip.config import run_settings
-from hf_adaclip.integrations.script_args import ClipArguments, parse_arguments, run_script
+from hf_adaclip.integrations.script_args import ClipArguments, make_trainer, parse_arguments, run_script
 
 
 def parse(*argv):
@@ -136,3 +137,11 @@ def test_a_wrong_setting_ends_a_script_without_a_traceback(capsys):
         run_script(main)
     assert caught.value.code == 2
     assert "zclip is here" in capsys.readouterr().err
+
+
+def test_processes_that_would_each_train_by_themselves_are_refused(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UnsupportedSetupError, match=r"2 processes .* add `--use_cpu`"):
+        make_trainer(ClipArguments(), args, model=torch.nn.Linear(2, 2))
