@@ -204,6 +204,8 @@ class AdaptiveClipConfig:
         run = {s.name: values.pop(s.name, s.default) for s in run_settings()}
         if isinstance(run["parameter_rules"], str):
             run["parameter_rules"] = json_or_text(run["parameter_rules"])
+        if run["ledger"] == "none":  # as a flag says it
+            run["ledger"] = None
         # As `to_dict` writes it, because JSON has no infinity.
         run |= {key: math.inf for key in _MAY_BE_INFINITE if run[key] == "inf"}
         chosen = choose(controller, values, run["parameter_rules"], run)
