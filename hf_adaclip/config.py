@@ -97,7 +97,6 @@ class AdaptiveClipConfig:
         help="Clip the singular values of each hidden matrix's gradient softly at this many times their root mean square, and give the "
         "matrix its norm back: 0 makes them equal, 'inf' changes nothing. Unset: off.",
         range="[0, inf]",
-        flag=True,
     )
     spectral_every: int = setting(
         1, help="Steps from one in which the spectral range acts to the next.", range="[1, inf)"
@@ -106,7 +105,6 @@ class AdaptiveClipConfig:
         False,
         help="Take back, after each step of the optimizer, what of it goes against the sign of the present gradient, and make the rest "
         "larger by as much. Needs the optimizer.",
-        flag=True,
     )
     ledger: str | None = setting(
         "auto",
@@ -241,6 +239,8 @@ class AdaptiveClipConfig:
         run = {s.name: values.pop(s.name, s.default) for s in run_settings()}
         if isinstance(run["parameter_rules"], str):
             run["parameter_rules"] = json_or_text(run["parameter_rules"])
+        if run["ledger"] == "none":  # as a flag says it
+            run["ledger"] = None
         # As `to_dict` writes it, because JSON has no infinity.
         run |= {key: math.inf for key in _MAY_BE_INFINITE if run[key] == "inf"}
         chosen = choose(controller, values, run["parameter_rules"], run)

@@ -180,6 +180,8 @@ def _of_another(name: str, value: Any, controller: str) -> str:
 
 
 def _unknown(name: str, kind: type | None, controller: str, run: Iterable[str]) -> str:
+    if kind is not None and (same := settings_of(kind).get(name)) is not None:
+        return f"`{name}` must be given once, but is given as `{same.key}` too, its name in files. Leave one of the two out."
     if kind is not None and (others := _named_by(name)):
         have = " and ".join(f"'{other}'" for other in others)
         return f"`{name}` must be left out with controller '{controller}', which has no such setting: it belongs to controller {have}."
@@ -191,8 +193,13 @@ def _unknown(name: str, kind: type | None, controller: str, run: Iterable[str]) 
     return f"`{name}` must be a field of AdaptiveClipConfig, but is unknown instead.{hint}"
 
 
+_AS_PYTHON: Final = {"True": True, "False": False, "None": None}
+
+
 def json_or_text(text: str) -> Any:
-    """The value that a flag's text stands for: JSON, or else the text itself, for the checks of types to report."""
+    """The value that a flag's text stands for: JSON, a word of Python, or else the text itself, for the checks of types to report."""
+    if text in _AS_PYTHON:
+        return _AS_PYTHON[text]
     try:
         return json.loads(text)
     except ValueError:

@@ -91,6 +91,8 @@ def near_clip(clip: object, names: Iterable[str]) -> str:
         return near_controller(clip.partition(":")[0], names)
     if clip is None:
         return near_controller(clip, names)
+    if isinstance(clip, type):
+        return f" Write {clip.__name__}()."
     if hasattr(clip, "param_groups"):
         return " Pass the optimizer as `optimizer=`."
     return ""

@@ -407,6 +407,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--task")
     chosen, rest = before.parse_known_args(argv)
+    if chosen.task is None and {"-h", "--help"} & set(rest):
+        print(
+            f"usage: no_trainer.py --task {{{','.join(TASKS)}}} FLAGS\n\n`--task TASK --help` lists the flags of a task."
+        )
+        raise SystemExit(0)
     if chosen.task not in TASKS:
         given = "not given" if chosen.task is None else repr(chosen.task)
         raise ConfigError(f"`--task` must be one of {', '.join(TASKS)}, but is {given}.")

@@ -47,6 +47,10 @@ def test_metadata_has_every_result_and_validates_offline():
     assert any("steps to target, median of 3 seeds, arm adaptive-pace" in n for n in names)
     assert all(math.isfinite(r.metric_value) for r in data.eval_results)
     assert "co2_eq_emissions" not in data.to_dict()  # the energy was estimated, not measured
+    assert (data.license, data.language) == ("apache-2.0", "en")
+    own = card_metadata({**comparison, "script": ["train.py"], "seeds": 1})
+    assert (own.license, own.language) == (None, None)  # nothing is known of somebody else's
+    assert "of 1 seed, arm" in own.eval_results[0].metric_name
     comparison["energy"] = {"source": "nvml", "measured": True}
     measured = card_metadata(comparison).co2_eq_emissions
     spent = [float(r["energy_wh"]) for t in comparison["tasks"] for e in t["arms"] for r in e["seeds"]]

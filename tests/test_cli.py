@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from hf_adaclip.cli import build_parser, main
-from tests.audit.test_ledger import write_run
+from tests.audit.test_ledger import CONFIG, write_run
 
 
 def test_exit_codes_of_verify(tmp_path, capsys):
@@ -87,12 +87,17 @@ def test_the_gauntlet_with_settings_noise_and_a_picture(tmp_path, capsys):
 
 
 def test_the_gauntlet_on_norms_of_ones_own(tmp_path, capsys):
-    write_run(tmp_path / "clip_ledger.jsonl")
+    write_run(tmp_path / "clip_ledger.jsonl", CONFIG.replace(static_threshold=0.25))
     stream = ["--stream", str(tmp_path / "clip_ledger.jsonl")]
     assert main(["gauntlet", "--controllers", "static", "adaptive", *stream, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["stream"].endswith("clip_ledger.jsonl")
     assert set(found["verdicts"]) == {"static", "adaptive"}
+    altered = found["verdicts"]["static"]["altered"]
+    assert main(["replay", stream[1], "--controller", "static", "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)
+    assert replayed["static_threshold"] == 0.25  # that of the run, for both
+    assert replayed["outcomes"]["static"]["altered"] == altered
     assert main(["gauntlet", "--controllers", "static", *stream, "--max-grad-norm", "0"]) == 2
     assert "`--max-grad-norm` must be above 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -127,6 +132,8 @@ def test_mistyped_names_in_values_get_a_hint(tmp_path, capsys):
     assert "Did you mean `median_factor`?" in capsys.readouterr().err
     assert main(["replay", str(log), "--controller", "zscore", "--set", "median_factor=3"]) == 2
     assert "it belongs to controller 'median'" in capsys.readouterr().err
+    assert main(["replay", str(log), "--controller", "zscore:width=3", "--controller", "zscore:width=2"]) == 0
+    assert {"zscore:width=3", "zscore:width=2"} <= set(capsys.readouterr().out.split())
     assert main(["replay", str(log), "--set", "median_factor=3"]) == 0
     assert "median" in capsys.readouterr().out
     assert main(["gauntlet", "--controllers", "zclip"]) == 2

@@ -261,6 +261,22 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_field():
             make()
 
 
+def test_a_setting_under_two_names_is_told_as_such():
+    with pytest.raises(ConfigError, match=r"`width` must be given once, but is given as `z_threshold` too") as caught:
+        AdaptiveClipConfig(controller="zscore", z_threshold=3.0, width=2.0)
+    assert "no such setting" not in str(caught.value)
+
+
+def test_a_class_in_place_of_an_object_gets_a_hint():
+    with pytest.raises(ConfigError, match=r"is the class ZScoreController instead. Write ZScoreController\(\)\."):
+        AdaptiveClipConfig.resolve(CONTROLLERS["zscore"])
+
+
+def test_words_of_python_are_read_in_text():
+    config = AdaptiveClipConfig.resolve("static:shadow=True,self_test=False,ledger=None")
+    assert (config.shadow, config.self_test, config.ledger) == (True, False, None)
+
+
 @pytest.mark.parametrize(
     ("controller", "key", "name", "value"),
     [

@@ -67,7 +67,7 @@ def advise(series: Series, *, max_grad_norm: float | None = None) -> dict[str, A
         "controllers": arms,
         "recommended": {"controller": "adaptive", "static_threshold": threshold},
         "reasons": {r.name: n for r in Reason if (n := (series.reasons or []).count(r.name))},
-        "verdict": _verdict(series, len(spikes), static_share, always_on, kept, arms["adaptive"], max_grad_norm),
+        "verdict": _verdict(series, len(spikes), static_share, always_on, kept, arms, max_grad_norm),
         "uncertainty": _uncertainty(series, len(spikes)),
     }
 
@@ -78,9 +78,13 @@ def _verdict(
     static_share: float,
     always_on: bool,
     kept: bool,
-    adaptive: dict[str, Any],
+    arms: dict[str, dict[str, Any]],
     max_grad_norm: float,
 ) -> str:
+    def done(name: str) -> str:
+        others = arms[name]["altered"] - arms[name]["spikes_cut"]
+        return f"cut {arms[name]['spikes_cut']} of them and altered {others / max(len(series) - spikes, 1):.1%} of the other steps"
+
     parts = []
     bad = int((~np.isfinite(series.norms)).sum())
     if bad:
@@ -88,10 +92,8 @@ def _verdict(
     if spikes and always_on:
         parts.append(f"{spikes} spike(s) were found.")
     elif spikes:
-        others = adaptive["altered"] - adaptive["spikes_cut"]
         parts.append(
-            f"{spikes} spike(s) were found; adaptive clipping would have cut {adaptive['spikes_cut']} of them and altered "
-            f"{others / max(len(series), 1):.1%} of the other steps, its warm-up included."
+            f"{spikes} spike(s) were found; adaptive clipping would have {done('adaptive')}, its warm-up included."
         )
     elif not bad and not always_on:
         parts.append(
@@ -111,6 +113,8 @@ def _verdict(
         )
     elif static_share == 0:
         parts.append(f"A static {max_grad_norm:g} never acted.")
+    elif spikes:
+        parts.append(f"A static {max_grad_norm:g} would have {done('static')}.")
     else:
         parts.append(f"A static {max_grad_norm:g} altered {static_share:.1%} of the steps.")
     return " ".join(parts)

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
-from hf_adaclip.compare.present import heading, markdown_table, notes
+from hf_adaclip.compare.present import heading, markdown_table, notes, seeds_of
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.ledger.tail import find_tail
 from hf_adaclip.report import markdown as md
@@ -45,15 +45,16 @@ def card_metadata(comparison: dict[str, Any]) -> Any:
                         dataset_type=task["task"],
                         dataset_name=task["title"],
                         metric_type=metric,
-                        metric_name=f"{metric}, median of {comparison['seeds']} seeds, arm {entry['arm']}",
+                        metric_name=f"{metric}, median of {seeds_of(comparison)}, arm {entry['arm']}",
                         metric_value=round(float(value), 6),
                     )
                 )
+    # Of a script of somebody's own nothing is known of its language, nor under which terms its numbers go.
+    known = {} if comparison.get("script") else {"license": "apache-2.0", "language": "en"}
     data = ModelCardData(
         model_name="hf_adaclip comparison",
         library_name="transformers",
-        license="apache-2.0",
-        language="en",
+        **known,
         datasets=[task["task"] for task in comparison["tasks"]],
         tags=["hf_adaclip", "gradient-clipping", "time-to-convergence"],
         eval_results=results or None,

@@ -24,6 +24,11 @@ COLUMNS: Final = (
 MAX_TITLE: Final = 90
 
 
+def seeds_of(comparison: dict[str, Any]) -> str:
+    """How many seeds each arm has, in words."""
+    return "1 seed" if comparison["seeds"] == 1 else f"{comparison['seeds']} seeds"
+
+
 def title_of(task: dict[str, Any]) -> str:
     """The task's title, short enough for a picture: comparisons of before it was one held a whole command line there."""
     title = " ".join(str(task["title"]).split())
@@ -118,7 +123,7 @@ def notes(comparison: dict[str, Any]) -> list[str]:
         ]
     )
     lines += [
-        f"Medians over {comparison['seeds']} seeds; a run that never reaches the target counts as infinite. 'vs stock': median of the "
+        f"Medians over {seeds_of(comparison)}; a run that never reaches the target counts as infinite. 'vs stock': median of the "
         "ratios seed by seed, with a 95 % bootstrap interval; below 1 is sooner.",
         "Seconds are training time without evaluation; the method's own overhead, its ledger included, is in them.",
     ]
@@ -132,7 +137,8 @@ def notes(comparison: dict[str, Any]) -> list[str]:
             "(steps do not vary); for timing use `--jobs 1` on an idle machine."
         )
     if comparison["seeds"] < 5:
-        lines.append(f"{comparison['seeds']} seeds show the direction; a claim needs at least 5 (`--seeds 5`).")
+        show = "shows" if comparison["seeds"] == 1 else "show"
+        lines.append(f"{seeds_of(comparison)} {show} the direction; a claim needs at least 5 (`--seeds 5`).")
     if energy is None:
         lines.append("Energy: no sensor could be read and codecarbon is not installed, so nothing is said.")
     elif energy.get("shared"):

@@ -31,6 +31,8 @@ from hf_adaclip.telemetry.progress import Progress
 MODULE: Final = "-m"
 RESULT_FILE: Final = "result.json"
 LOG_FILE: Final = "log.txt"
+CAME_LATER: Final = {"spectral_width": None, "spectral_every": 1, "agreement": False}
+"""Settings younger than recorded runs, with the default that leaves a run what it was before there were any: only another one counts."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,14 @@ def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
         return {}
     chosen = (name or "").partition(":")[0]
     if chosen in CONTROLLERS and not any("parameter_rules" in argument.replace("-", "_") for argument in arguments):
-        return AdaptiveClipConfig(controller=chosen).to_dict()
+        return _defaults_of(chosen)
     # A file of settings, or rules, may name any controller.
-    return {other: AdaptiveClipConfig(controller=other).to_dict() for other in CONTROLLERS}
+    return {other: _defaults_of(other) for other in CONTROLLERS}
+
+
+def _defaults_of(controller: str) -> dict[str, Any]:
+    values = AdaptiveClipConfig(controller=controller).to_dict()
+    return {name: value for name, value in values.items() if name not in CAME_LATER or value != CAME_LATER[name]}
 
 
 def _clip_of(arguments: Sequence[str]) -> str | None:

@@ -82,7 +82,7 @@ _SENTENCES = {
     Reason.NONFINITE: "The norm is NaN or infinite; nothing was learned from it.",
     Reason.TROUBLE_STATISTICS: "Trouble: the controller's threshold is not a positive number.",
     Reason.TROUBLE_DIVERGENCE: "Trouble: the training loss has stayed far above its best for `divergence_steps` steps.",
-    Reason.TROUBLE_BUDGET: "Trouble: more steps were left out than `max_skipped` allows.",
+    Reason.TROUBLE_BUDGET: "Trouble: more steps had no finite norm than `max_skipped` allows.",
     Reason.SKIPPED: "The norm is at or above the threshold, and such a step is left out.",
 }
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients.pacing import decouples
 from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
-from hf_adaclip.gradients.transfer import moved
+from hf_adaclip.gradients.transfer import HOST, moved
 
 SMALLEST_SHARE: Final = 0.1
 """Where less agrees, the step is not made larger any more: no component moves more than ten times as far as the optimizer would."""
@@ -194,7 +194,7 @@ def _agreeing(
     sums = [m.sum(dtype=wide) for m in mask] if on_cpu else torch._foreach_norm(mask, 1, wide)
     counts = _over_ranks(parameters, torch.stack(sums).to(torch.float32))
     numbers = 2 if parameters[0].is_complex() else 1
-    return mask, counts, torch.tensor([numbers * p.numel() for p in parameters], dtype=torch.float32)
+    return mask, counts, torch.tensor([numbers * p.numel() for p in parameters], dtype=torch.float32, device=HOST)
 
 
 def _shares(agreeing: Tensor, sizes: Tensor) -> Tensor:
@@ -204,7 +204,8 @@ def _shares(agreeing: Tensor, sizes: Tensor) -> Tensor:
 def _factors(values: Tensor, dtype: torch.dtype) -> Any:
     """One factor for each tensor of a list, as what a pass over tensors of this dtype takes best."""
     if dtype in (torch.float32, torch.float64):
-        return list(values.to(dtype).unbind())  # of numbers torch makes tensors like these anew in every pass
+        wide = values if dtype is torch.float32 else values.to(torch.float64)
+        return list(wide.unbind())  # of numbers torch makes tensors like these anew in every pass
     return values.tolist() if values.device.type == "cpu" else list(values.to(torch.float32).unbind())
 
 

@@ -2,11 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_adaclip.controllers.elementwise import FineController
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
@@ -14,15 +15,6 @@ from hf_adaclip.gradients.sharding import is_sharded, real_view
 from hf_adaclip.gradients.transfer import HOST, copy_into, moved
 
 _TOGETHER: Final = 1 << 22  # numbers
-
-
-class Bound(Protocol):
-    """The part of a `FineController` that is needed here."""
-
-    looks_at: ClassVar[Literal["weights", "second moment"]]
-
-    def bound(self, reference: Tensor) -> Tensor: ...
-    def bounds(self, references: list[Tensor]) -> list[Tensor]: ...
 
 
 class FineClip:
@@ -36,7 +28,7 @@ class FineClip:
         ConfigError: No optimizer is given for a bound that follows from its state.
     """
 
-    def __init__(self, rule: Bound, optimizers: Sequence[Any]) -> None:
+    def __init__(self, rule: FineController, optimizers: Sequence[Any]) -> None:
         self._rule = rule
         self._moments: SecondMoments | None = None
         if rule.looks_at == "second moment":

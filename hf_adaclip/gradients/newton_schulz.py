@@ -129,7 +129,7 @@ def clipped_directly(stack: Tensor, width: float, dtype: torch.dtype = torch.bfl
     shift = smallest / math.sqrt(1 - smallest * smallest)
     bound = math.sqrt(1 + shift * shift) * _SAFETY
     below = torch.eye(side, dtype=dtype, device=stack.device).mul_(shift / bound).expand(count, side, side)
-    x = torch.cat([(stack / bound).to(dtype), below], dim=1)
+    x = torch.cat([(stack / bound).type(dtype), below], dim=1)
     for a, b, c in quintics(smallest / _SAFETY):
         gram = torch.bmm(x.mT, x)
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

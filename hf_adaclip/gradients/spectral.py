@@ -71,7 +71,9 @@ class SpectralRange:
         if not hidden:
             return None
         if self.width == math.inf:
-            return Effect(torch.zeros((), device=hidden[0].device), global_norm(tensor_norms(hidden)))
+            return Effect(
+                torch.zeros((), dtype=torch.float32, device=hidden[0].device), global_norm(tensor_norms(hidden))
+            )
         sums = []
         for batch in _batches(hidden):
             sums.append(moved(_clip_batch_(batch, self.width, change=change), hidden[0].device))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from accelerate import PartialState
 from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import ParallelMode
 from transformers.utils import logging as transformers_logging
 
 from hf_adaclip.config import AdaptiveClipConfig, run_settings
 from hf_adaclip.controllers import CONTROLLERS
-from hf_adaclip.controllers.settings import Setting, keys_of
+from hf_adaclip.controllers.settings import Setting, keys_of, settings_of
 from hf_adaclip.errors import ConfigError, LedgerError, StateError, UnsupportedSetupError
 from hf_adaclip.hints import near, near_clip, near_flag
 from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
@@ -35,9 +37,14 @@ PREFIX: Final = "clip_"
 """What the flags of a run's settings begin with, so that none is one of a script's own."""
 
 
+_SAID: Final = "%(default).0s"
+"""Nothing, for argparse: help that has its own words for the default gets no "(default: None)" behind them."""
+
+
 def _flag(s: Setting) -> tuple[str, Any, Any]:
     """The field of a setting of the run, None where its flag is not given."""
-    metadata: dict[str, Any] = {"help": f"{s.help} Default: {s.default}."}
+    default = "unset" if s.default is None else s.default
+    metadata: dict[str, Any] = {"help": f"{s.help.replace('%', '%%')} Default: {default}.{_SAID}"}
     if s.choices:
         metadata["choices"] = list(s.choices)
     if s.kind is bool:
@@ -69,7 +76,7 @@ class ClipArguments(_Flags):  # type: ignore[misc]  # made of the settings of th
         metadata={
             "help": "'stock': the plain Trainer with --max_grad_norm; 'none': the plain Trainer without clipping; or a controller ("
             + ", ".join(CONTROLLERS)
-            + "); or one with settings, as NAME:FIELD=VALUE,...; or the path of a config's JSON. A --clip_ flag wins over either."
+            + "); or one with settings, as NAME:FIELD=VALUE,...; or the path of a config's JSON. A --clip_ flag wins over those."
         },
     )
 
@@ -122,6 +129,9 @@ def make_trainer(clip: ClipArguments, args: TrainingArguments, **ingredients: An
         args: The Trainer's arguments; `--clip none` trains with a copy whose `max_grad_norm` is 0.
         ingredients: What else the Trainer takes.
 
+    Raises:
+        UnsupportedSetupError: Several processes were launched, and each would train by itself into the same folder.
+
     Example:
         >>> from transformers import HfArgumentParser, TrainingArguments
         >>> from hf_adaclip import ClipArguments, make_trainer
@@ -131,6 +141,7 @@ def make_trainer(clip: ClipArguments, args: TrainingArguments, **ingredients: An
         'zscore'
         >>> trainer = make_trainer(clip, args, model=model, train_dataset=rows)  # doctest: +SKIP
     """
+    _check_launch(args)
     chosen = clip.resolve()
     if chosen is not None:
         trainer: Trainer = AdaptiveClipTrainer(args=args, clip=chosen, **ingredients)
@@ -141,6 +152,16 @@ def make_trainer(clip: ClipArguments, args: TrainingArguments, **ingredients: An
         trainer = Trainer(args=args, **ingredients)
     trainer.add_callback(ConvergenceCallback(args.output_dir))
     return trainer
+
+
+def _check_launch(args: TrainingArguments) -> None:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    count = torch.distributed.get_world_size() if together else 1
+    if count > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UnsupportedSetupError(
+            f"`parallel_mode` must be distributed where {count} processes are launched, but is {args.parallel_mode.value}: each would "
+            "train by itself into the same folder. On CPUs add `--use_cpu`."
+        )
 
 
 def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = TrainingArguments) -> tuple[Any, ...]:
@@ -160,7 +181,10 @@ def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = Training
     parser = HfArgumentParser((*kinds, schedule, ClipArguments))  # type: ignore[arg-type]
     names = [f.name for kind in (*kinds, schedule, ClipArguments) for f in dataclasses.fields(kind) if f.init]
     flags = [flag for action in require(parser, "_actions") for flag in action.option_strings]
-    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+    is_file = bool(argv) and argv[0].endswith((".json", ".yaml", ".yml"))
+    if is_file and len(argv) > 1:
+        raise ConfigError(f"{argv[0]} must be the only argument, but {argv[1]} follows. Write that into the file.")
+    if is_file:
         values = _read_settings(Path(argv[0]))
         unknown = [
             f"`{key}` in {argv[0]} is no setting of this script.{_moved(key) or near(key, names)}"
@@ -187,6 +211,8 @@ def parse_arguments(argv: Sequence[str], *kinds: type, schedule: type = Training
         training_args.disable_tqdm = training_args.disable_tqdm or schedule is TrainingArguments
     level = training_args.get_process_log_level() if schedule is TrainingArguments else logging.INFO
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        logging.getLogger(__name__).warning("Nothing will be trained or evaluated without --do_train or --do_eval.")
     set_seed(training_args.seed)
     return parsed
 
@@ -199,11 +225,17 @@ def _moved(given: str) -> str:
         return ""
     if name in {s.name for s in FLAGS}:
         return f" Write `{'--' if flag else ''}{PREFIX}{name}`."
+    name = name.removeprefix(PREFIX)
     owner = next((c for c, kind in CONTROLLERS.items() if name in keys_of(kind)), None)
     owner = "NAME" if name in {s.name for s in run_settings()} else owner
+    if owner is None and any(name in settings_of(kind) for kind in CONTROLLERS.values()):
+        owner = "NAME"  # a name that several controllers have, or another one in a file
     if owner is None:
         return ""
     return f" It is set with the controller: `{f'--clip {owner}:{name}=VALUE' if flag else f'clip: {owner}:{name}=VALUE'}`."
+
+
+_EXPONENT: Final = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
 def _without_bars() -> None:
@@ -222,7 +254,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
         else:
             import yaml  # type: ignore[import-untyped]
 
-            values = yaml.safe_load(text)
+            class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+                """YAML 1.1 takes 3e-3, without a point, for text."""
+
+            Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-0123456789"))
+            values = yaml.load(text, Loader=Loader)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} must be a readable file of settings, but is not: {error}.") from error
     except Exception as error:  # yaml has errors of its own, and need not be there for JSON

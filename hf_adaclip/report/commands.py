@@ -74,7 +74,8 @@ def _add_replay(commands: Commands) -> None:
         "--controller",
         action="append",
         default=None,
-        help="controller to replay; may be given several times (default: all)",
+        metavar="NAME[:FIELD=VALUE,...]",
+        help="controller to replay, with settings where they differ from the defaults; may be given several times (default: all)",
     )
     parser.add_argument(
         "--set",
@@ -147,7 +148,7 @@ def _add_gauntlet(commands: Commands) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="streams of each story (default: %(default)s)")
     parser.add_argument("--stream", type=Path, default=None, metavar="LOG", help=f"norms of your own: {_LOGS}")
     parser.add_argument(
-        "--max-grad-norm", type=float, default=1.0, help="static threshold of the run (default: %(default)s)"
+        "--max-grad-norm", type=float, default=None, help="static threshold (default: the run's, or 1.0)"
     )
     parser.add_argument(
         "--plot",
@@ -201,29 +202,30 @@ def _replay(arguments: argparse.Namespace) -> int:
     from hf_adaclip.audit.ingest import load_series
     from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, recorded_name, replay
     from hf_adaclip.config import AdaptiveClipConfig
-    from hf_adaclip.flat import own_settings
+    from hf_adaclip.flat import fields_of_text, own_settings
     from hf_adaclip.report.tables import COUNTERFACTUAL, draw_replay, outcome_table
 
     changes = dict(_setting(text) for text in arguments.set)
-    names = arguments.controller or list(REPLAYABLE)
+    texts = arguments.controller or list(REPLAYABLE)
+    named = {text: fields_of_text(text, "--controller") or {"controller": text} for text in texts}
     # Of several controllers, a setting counts for those that it belongs to.
-    own = {name: own_settings(name, changes) for name in names}
+    own = {text: own_settings(fields["controller"], changes) for text, fields in named.items()}
     taken = {key for values in own.values() for key in values}
-    configs = [
-        AdaptiveClipConfig.from_dict({"controller": name, **(own[name] if taken == set(changes) else changes)})
-        for name in names
-    ]
+    configs = {
+        text: AdaptiveClipConfig.from_dict({**fields, **(own[text] if taken == set(changes) else changes)})
+        for text, fields in named.items()
+    }
     series = load_series(arguments.log)
     static = _positive(arguments.max_grad_norm, (series.header or {}).get("static_threshold"))
     spikes = find_spikes(series.norms)
     rows: dict[str, Any] = {}
     if series.coefficients is not None:
         rows[recorded_name(series)] = outcome(series, series.coefficients, series.reasons, spikes)
-    replays = [replay(series, config, static_threshold=static) for config in configs]
-    for done in replays:
-        rows[done.config.controller] = outcome(series, done.coefficients, done.reasons, spikes)
+    replays = [replay(series, config, static_threshold=static) for config in configs.values()]
+    for text, done in zip(configs, replays, strict=True):
+        rows[text] = outcome(series, done.coefficients, done.reasons, spikes)
     if arguments.plot is not None:
-        draw_replay(series, replays, arguments.plot)
+        draw_replay(series, replays, arguments.plot, titles=list(configs))
     if arguments.json:
         settings = {
             "path": series.path,
@@ -265,8 +267,9 @@ def _gauntlet(arguments: argparse.Namespace) -> int:
     if arguments.seeds < 1:
         raise ConfigError(f"`--seeds` must be at least 1, but is {arguments.seeds} instead.")
     configs = {text: gauntlet.parse_controller(text) for text in arguments.controllers or REPLAYABLE}
-    static = _positive(arguments.max_grad_norm, None)
     own = None if arguments.stream is None else load_series(arguments.stream)
+    recorded = None if own is None else (own.header or {}).get("static_threshold")
+    static = _positive(arguments.max_grad_norm, recorded)
     found: dict[str, Any] = {}
     width = max(24, *(len(text) for text in configs))
     if own is not None:

@@ -142,9 +142,12 @@ def _facts(report: RunReport) -> dict[str, Any]:
         "max_grad_norm": shortly(n["max_grad_norm"])
         if isinstance(n["max_grad_norm"], int | float)
         else n["max_grad_norm"],
-        "max_pace": n["max_pace"],
-        "pace": f"largest {n['largest_pace']:.3g}, mean {n['mean_pace']:.3g}{shadow if n['largest_pace'] > 1 else ''}",
     }
+    if n["max_pace"] is not None:  # a controller without a pace has none to tell of
+        facts["max_pace"] = n["max_pace"]
+        facts["pace"] = (
+            f"largest {n['largest_pace']:.3g}, mean {n['mean_pace']:.3g}{shadow if n['largest_pace'] > 1 else ''}"
+        )
     if n["effective_rate"] is not None:
         facts["effective learning rate"] = (
             f"at most {n['effective_rate']:.3g} in a logged step (the schedule's rate times the pace)"

@@ -87,12 +87,15 @@ def _ceiling(rule: AdaptiveController, static_threshold: float, held: bool | Non
     share, static = rule.ceiling_share, f"{static_threshold:g}"
     if share >= 1:
         return f"none for the range as a whole (`ceiling_share` is 1), static threshold {static}{beyond}"
+    grows = f"; beyond {static} the range follows norms only while the loss makes progress"
     release = f"until it cuts less than {share * RELEASE:.0%} of recent steps" if share else "for good"
     if held is None:
-        return f"the static threshold {static}, if it cuts more than {share:.0%} of the warm-up, {release}{beyond}"
+        return (
+            f"the static threshold {static}, if it cuts more than {share:.0%} of the warm-up, {release}{grows}{beyond}"
+        )
     if held:
         return f"the static threshold {static}, which cut more than {share:.0%} of the warm-up, {release}"
-    return f"none for the range as a whole: the static threshold {static} cuts few steps{beyond}"
+    return f"none for the range as a whole: the static threshold {static} cuts few steps{grows}{beyond}"
 
 
 def _shaping(config: AdaptiveClipConfig) -> list[str]:

@@ -205,6 +205,8 @@ def test_advice_on_a_run_with_spikes(tmp_path):
     assert advice["controllers"]["adaptive"]["largest_applied_spike_over_median"] < 1.4
     assert not advice["static_always_on"]
     assert advice["uncertainty"] == "Every step is known."
+    # Both shares are of the steps that are no spike.
+    assert advice["verdict"].count("would have cut 2 of them and altered") == 2
     assert AdaptiveClipConfig(**advice["recommended"])
     assert 0.4 < advice["recommended"]["static_threshold"] < 0.5
 

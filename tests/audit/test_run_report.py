@@ -314,6 +314,8 @@ def test_the_card_says_threshold_pace_and_effective_rate(tmp_path):
 
     assert "| max_grad_norm | 1 |" in section
     assert "| max_pace | 2.0 |" in section
+    write_run(tmp_path / "z" / "clip_ledger.jsonl", AdaptiveClipConfig(controller="zscore"))
+    assert "pace |" not in clipping_section(load_run(tmp_path / "z"), "abc")
     assert (
         f"| effective learning rate | at most {1e-3 * pace:.3g}: the given 0.001 times a pace of at most {pace:.3g} |"
         in section

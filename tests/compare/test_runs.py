@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from hf_adaclip.compare.runs import ScriptRun, defaults_behind
+from hf_adaclip.compare.runs import CAME_LATER, ScriptRun, defaults_behind
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.controllers.adaptive import AdaptiveController
@@ -51,3 +51,9 @@ def test_the_digest_is_of_what_decides(tmp_path, monkeypatch):
     assert {clip for clip in before if before[clip] != after[clip]} == {"adaptive", str(tmp_path / "clip.json")}
     AdaptiveClipConfig(decay=0.8).to_json(tmp_path / "clip.json")
     assert after != digests(), "the file counts, not only its name"
+
+
+def test_settings_that_came_later_count_only_where_they_say_something_else():
+    assert not set(CAME_LATER) & set(defaults_behind(["train.py", "--clip", "adaptive"]))
+    defaults = AdaptiveClipConfig().to_dict()
+    assert {name: defaults[name] for name in CAME_LATER} == CAME_LATER

@@ -130,6 +130,7 @@ def test_it_is_said_once_recorded_and_verified(tmp_path, caplog):
     with caplog.at_level("INFO", logger="hf_adaclip"):
         steps_under_a_ceiling(clipper, model, optimizer, WARMUP)
         assert "if it cuts more than 50% of the warm-up" in clipper.explain()
+        assert "the range follows norms only while the loss makes progress" in clipper.explain()
         steps_under_a_ceiling(clipper, model, optimizer, 40, start=WARMUP)
         ceiling = "the static threshold 0.001, which cut more than 50% of the warm-up, until it cuts less than 10%"
         assert f"ceiling     {ceiling}" in clipper.explain()

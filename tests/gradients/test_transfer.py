@@ -12,7 +12,7 @@ import hf_adaclip
 from hf_adaclip.controllers.numerics.ops import SCALAR, TensorOps
 from hf_adaclip.gradients.observe import to_value
 from hf_adaclip.gradients.transfer import HOST, copy_into, moved
-from hf_adaclip.run.ring import HostRing
+from hf_adaclip.run.ring import COLUMNS, HostRing
 
 PACKAGE = Path(hf_adaclip.__file__).parent
 TRANSFER = PACKAGE / "gradients" / "transfer.py"
@@ -126,7 +126,7 @@ def test_a_number_for_an_accelerator_is_brought_there():
 
 def test_a_measured_norm_is_fetched_too():
     ring = HostRing(4)
-    ring.append((np.float32(1),) * 8)
+    ring.append((np.float32(1),) * (len(COLUMNS) - 1))
     there: Any = Elsewhere()
     ring.set_applied(there)
     assert ring.drain().values[0][-1] == 3.0

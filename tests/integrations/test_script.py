@@ -5,11 +5,12 @@ import json
 import re
 
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_adaclip import AdaptiveClipConfig, ConfigError
+from hf_adaclip import AdaptiveClipConfig, ConfigError, UnsupportedSetupError
 from hf_adaclip.config import run_settings
-from hf_adaclip.integrations.script_args import ClipArguments, parse_arguments, run_script
+from hf_adaclip.integrations.script_args import ClipArguments, make_trainer, parse_arguments, run_script
 
 
 def parse(*argv):
@@ -26,6 +27,8 @@ def parse(*argv):
         (["--shadow"], "`--shadow` is no flag of this script. Write `--clip_shadow`."),
         (["--max_pace", "3"], "It is set with the controller: `--clip adaptive:max_pace=VALUE`."),
         (["--z-threshold=3"], "It is set with the controller: `--clip zscore:z_threshold=VALUE`."),
+        (["--clip_max_pace", "3"], "It is set with the controller: `--clip adaptive:max_pace=VALUE`."),
+        (["--clip_width", "3"], "It is set with the controller: `--clip NAME:width=VALUE`."),
         (["--fold", "never"], "It is set with the controller: `--clip NAME:fold=VALUE`."),
         (["--clip", "zclip"], "zclip is here 'zscore'"),
         (["--clip", "adaptve"], "Did you mean 'adaptive'?"),
@@ -88,6 +91,10 @@ def test_flags_of_a_run_have_a_name_of_their_own_and_the_help_of_their_setting()
     for name, setting in known.items():
         assert setting.help in helps[name], name
         assert f"--{name}" in parser.format_help()
+        assert f"Default: {'unset' if setting.default is None else setting.default}." in helps[name]
+    ours = parser.format_help().partition("--clip_granularity")[2].partition("--clip_granularity")[2]
+    assert ours
+    assert "(default: None)" not in " ".join(ours.split())
 
 
 @pytest.mark.parametrize("name", ["s.json", "s.yaml"])
@@ -103,12 +110,23 @@ def test_a_file_of_flags(tmp_path, name):
     path.write_text(json.dumps({"output_dir": "x", "median_factor": 3.0, "shadow": True}))
     with pytest.raises(ConfigError, match=r"`clip: median:median_factor=VALUE`.*\n.*Write `clip_shadow`"):
         parse_arguments([str(path)])
+    with pytest.raises(ConfigError, match=r"must be the only argument, but --max_steps follows"):
+        parse_arguments([str(path), "--max_steps", "3"])
     path.write_text("[1")
     with pytest.raises(ConfigError, match="must be"):
         parse_arguments([str(path)])
     path.write_text("[1]")
     with pytest.raises(ConfigError, match="must hold settings by name"):
         parse_arguments([str(path)])
+
+
+def test_a_learning_rate_in_yaml_may_be_written_without_a_point(tmp_path, caplog):
+    path = tmp_path / "s.yaml"
+    path.write_text("output_dir: x\nlearning_rate: 3e-3\nadam_epsilon: 1.5E-8\nrun_name: '3e-3'\n")
+    args, _ = parse_arguments([str(path)])
+
+    assert (args.learning_rate, args.adam_epsilon, args.run_name) == (3e-3, 1.5e-8, "3e-3")
+    assert "without --do_train or --do_eval" in caplog.text
 
 
 def test_a_wrong_setting_ends_a_script_without_a_traceback(capsys):
@@ -119,3 +137,11 @@ def test_a_wrong_setting_ends_a_script_without_a_traceback(capsys):
         run_script(main)
     assert caught.value.code == 2
     assert "zclip is here" in capsys.readouterr().err
+
+
+def test_processes_that_would_each_train_by_themselves_are_refused(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UnsupportedSetupError, match=r"2 processes .* add `--use_cpu`"):
+        make_trainer(ClipArguments(), args, model=torch.nn.Linear(2, 2))
