@@ -84,7 +84,7 @@ def test_flags_of_a_run_have_a_name_of_their_own_and_the_help_of_their_setting()
     names = [f.name for f in dataclasses.fields(ClipArguments)]
     assert names[0] == "clip"
     assert all(name.startswith("clip_") for name in names[1:])
-    assert 10 <= len(names) <= 17
+    assert 10 <= len(names) <= 15
     known = {f"clip_{s.name}": s for s in run_settings() if s.flag}
     assert names[1:] == list(known)
     helps = {a.dest: a.help for a in parser._actions}
