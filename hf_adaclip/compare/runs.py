@@ -104,7 +104,9 @@ def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _defaults_of(controller: str) -> dict[str, Any]:
     values = AdaptiveClipConfig(controller=controller).to_dict()
-    return {name: value for name, value in values.items() if name not in CAME_LATER or value != CAME_LATER[name]}
+    # What is kept of incidents changes no run.
+    decides = {name: value for name, value in values.items() if not name.startswith("incident")}
+    return {name: value for name, value in decides.items() if name not in CAME_LATER or value != CAME_LATER[name]}
 
 
 def _clip_of(arguments: Sequence[str]) -> str | None:
