@@ -282,6 +282,7 @@ def test_the_readme_has_a_row_for_every_setup():
         assert ("refused" in row) == (entry.how is None), name
 
 
+@pytest.mark.slow
 def test_the_script_runs_as_the_readme_has_it(tmp_path):
     from pydoc_data.topics import topics
 

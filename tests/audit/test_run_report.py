@@ -171,6 +171,7 @@ def test_a_million_steps_stay_a_page(tmp_path):
     assert len(svg(chart)) < 60_000
 
 
+@pytest.mark.slow
 def test_live_in_trackio(tmp_path):
     pytest.importorskip("trackio")
     code = (

@@ -115,6 +115,7 @@ def test_no_sensor_means_no_meter(tmp_path, monkeypatch):
     assert open_meter() is None
 
 
+@pytest.mark.slow
 def test_codecarbon_estimates_and_says_so(tmp_path, monkeypatch):
     pytest.importorskip("codecarbon")
     monkeypatch.setattr("hf_adaclip.telemetry.energy._RAPL", tmp_path)

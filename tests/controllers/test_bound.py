@@ -139,6 +139,7 @@ def test_a_source_beyond_the_bound_is_cut_to_the_bound_and_not_to_the_level(shar
     assert (coefficient[50:][~which[50:]] == 1).all(), "and teaches nothing of what is usual"
 
 
+@pytest.mark.slow
 def test_a_training_that_the_static_threshold_keeps_alive_is_not_lost_where_no_loss_is_known():
     """As under `install`: at these rates the norms grow as soon as more than the static threshold is let through."""
 

@@ -9,6 +9,8 @@ from hf_adaclip.controllers.numerics.ops import SCALAR
 from hf_adaclip.gauntlet.trials import TRIALS, run_trials
 from hf_adaclip.gauntlet.verdict import BURN_IN, CALM_LEVEL, NOISES, judge, run_stream
 
+pytestmark = pytest.mark.slow
+
 SEEDS = 24
 # (altered when calm %, applied spike x calm level, steps to accept a lasting 3x rise, altered during decay %)
 BARS = {"normal": (0.1, 1.35, 10, 0.1), "student": (0.5, 1.5, 10, 0.5)}

@@ -104,6 +104,7 @@ def bits(tree):
     return [np.nan_to_num(t.float().numpy(), nan=12345.0).tobytes() for t in leaves(tree)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (3,)], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_one_launch_gives_the_bits_of_tensor_operations(settings, shape, rng):

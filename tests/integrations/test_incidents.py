@@ -10,6 +10,8 @@ from hf_adaclip.incidents.folder import find_incidents
 from tests.integrations import launching
 from tests.integrations.trainers import arguments, build, dataset, run
 
+pytestmark = pytest.mark.slow
+
 
 class Told(TrainerCallback):
     def __init__(self):

@@ -7,6 +7,8 @@ import pytest
 from hf_adaclip.audit import verify_ledger
 from tests.integrations.launching import launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("layout", "optimizer", "ranks"),

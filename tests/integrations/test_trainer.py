@@ -23,6 +23,8 @@ from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
 from hf_adaclip.telemetry.point import read_points
 from tests.integrations.trainers import STEPS, arguments, build, dataset, run, stock, weights
 
+pytestmark = pytest.mark.slow
+
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
 
 

@@ -16,6 +16,8 @@ from hf_adaclip.integrations.launch import portable
 from tests.integrations import trainers
 from tests.plugins.launched import PYTHON, RUN, TIGHT, environment, verified
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_script_is_attached_without_being_edited_and_the_weights_show_it(start, tmp_path):
     done = start(*RUN, "--clip", TIGHT, "--", PYTHON, "train.py")
