@@ -6,6 +6,8 @@ import pty
 import subprocess
 import sys
 
+import pytest
+
 from hf_adaclip.telemetry.progress import Progress
 
 CODE = """
@@ -43,6 +45,7 @@ def test_a_log_gets_a_line_a_minute():
     assert "600/600" in text.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_no_carriage_return_in_a_file_whatever_is_done_with_the_bar():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300, check=True)
 
@@ -59,6 +62,7 @@ def test_a_disabled_bar_writes_nothing():
     assert stream.getvalue() == ""
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar():
     leader, follower = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", CODE], stderr=follower, stdout=subprocess.DEVNULL)

@@ -95,6 +95,7 @@ def test_a_module_is_a_script_too_and_the_perplexity_follows_from_the_loss(scrip
     assert starts() == 12, "the module's text decides as a script's does"
 
 
+@pytest.mark.slow
 def test_a_second_call_only_makes_what_is_missing(script):
     assert compare(script, "--arms", "stock,adaptive", "--target", "0.3") == 0
     assert starts() == 6
@@ -119,6 +120,7 @@ def test_a_failed_run_is_shown_and_made_again(script, capsys):
     assert starts() == before + 2
 
 
+@pytest.mark.slow
 def test_the_baseline_is_tuned_coordinate_by_coordinate_on_other_seeds(script):
     assert compare(script, "--arms", "stock,tuned,adaptive-tuned", flags=["--learning_rate", "1e-3"]) == 0
     tuned = json.loads(Path("study/script_tuned.json").read_text())

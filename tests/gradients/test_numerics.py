@@ -39,6 +39,7 @@ def test_eight_threads_take_a_hundred_norms_each(dtype):
             assert found == pytest.approx([want] * 100, rel=3e-5)
 
 
+@pytest.mark.slow
 def test_runs_in_threads_are_the_runs_one_after_another(lane):
     def work(seed):
         return repr(decisions("adaptive", torch.bfloat16, seed=seed, size=20_000, steps=32))

@@ -11,6 +11,8 @@ from hf_adaclip.support import check_capture
 from tests.integrations.trainers import arguments, dataset, model
 from tests.loops import HostReads, make
 
+pytestmark = pytest.mark.slow
+
 
 class Poisoned(AdaptiveClipTrainer):
     """One batch in twelve has a loss of NaN."""
