@@ -262,6 +262,11 @@ class AdaptiveClipConfig:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     @property
+    def ledger_path(self) -> str | None:
+        """Where the ledger goes; None where there is none, which 'auto' comes to in a loop."""
+        return None if self.ledger == "auto" else self.ledger
+
+    @property
     def max_pace(self) -> float:
         """Largest multiplier on the learning rate of a step; 1.0 with a controller that has no pace."""
         return float(getattr(self.settings, "max_pace", 1.0))
@@ -435,6 +440,11 @@ def as_written_now(values: dict[str, Any]) -> dict[str, Any]:
 def run_settings() -> tuple[Any, ...]:
     """What is set for the run as a whole, whatever the controller: all fields but `controller`."""
     return tuple(s for s in settings_of(AdaptiveClipConfig).values() if s.name != "controller")
+
+
+def incident_settings() -> tuple[str, ...]:
+    """Names of those that say what is kept of a step that goes wrong, and decide nothing."""
+    return tuple(s.name for s in run_settings() if s.name.startswith("incident"))
 
 
 def as_number(value: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from hf_adaclip.compare import fork_server
-from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.config import AdaptiveClipConfig, incident_settings
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.ledger.schema import LEDGER_FILE
@@ -104,8 +104,7 @@ def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _defaults_of(controller: str) -> dict[str, Any]:
     values = AdaptiveClipConfig(controller=controller).to_dict()
-    # What is kept of incidents changes no run.
-    decides = {name: value for name, value in values.items() if not name.startswith("incident")}
+    decides = {name: value for name, value in values.items() if name not in incident_settings()}
     return {name: value for name, value in decides.items() if name not in CAME_LATER or value != CAME_LATER[name]}
 
 

@@ -25,7 +25,7 @@ from hf_adaclip.incidents.rules import Finding, IncidentRules
 from hf_adaclip.incidents.shares import shares_of
 from hf_adaclip.incidents.texts import TEXT_FILE, write_texts
 from hf_adaclip.ledger.schema import number, number_or_null
-from hf_adaclip.run.ranks import world_size
+from hf_adaclip.run.ranks import rank, world_size
 from hf_adaclip.run.ring import COLUMNS
 from hf_adaclip.run.run import Run
 from hf_adaclip.run.versions import environment
@@ -73,8 +73,8 @@ class IncidentCapture:
         if self._settled:
             return
         self._settled, self.on = True, self._config.incidents
-        ledger = self._config.ledger
-        beside = Path(ledger).parent if ledger not in (None, "none", "auto") else Path(".")
+        ledger = self._config.ledger_path
+        beside = Path(".") if ledger is None else Path(ledger).parent
         self._root = (beside if folder is None else Path(folder)) / FOLDER
         self.processing_class = processing_class
 
@@ -170,14 +170,14 @@ class IncidentCapture:
             return
         assert self._root is not None
         self._by_kind[finding.kind] += 1
-        folder = make_folder(self._root, step, _rank())
+        folder = make_folder(self._root, step, rank())
         facts = self._facts(step, row, reason, finding, held, static)
         facts["batch"] = self._keep_batch(folder, held)
-        write_facts(folder / of_rank(INCIDENT_FILE, _rank()), facts)
+        write_facts(folder / of_rank(INCIDENT_FILE, rank()), facts)
         incident = Incident(step, finding.kind, finding.sentence, folder, facts)
         self.found.append(incident)
         logger.log(
-            logging.WARNING if _rank() == 0 else logging.DEBUG,
+            logging.WARNING if rank() == 0 else logging.DEBUG,
             "Adaptive clipping, incident at step %d (%s): %s It is kept in %s.",
             *(step, finding.kind.replace("_", " "), finding.sentence, folder),
         )
@@ -209,7 +209,7 @@ class IncidentCapture:
             "decision_in_words": reason.sentence,
             "controller": self._config.controller,
             "shadow": self._config.shadow,
-            "rank": _rank(),
+            "rank": rank(),
             "world_size": world_size(),
             "versions": environment(),
         }
@@ -244,14 +244,14 @@ class IncidentCapture:
             return {**facts, "why": "`incident_batch` is 'hash'."}
         if (why := self._too_large(contents)) is not None:
             return {**facts, "why": why}
-        path = folder / of_rank(BATCH_FILE, _rank())
+        path = folder / of_rank(BATCH_FILE, rank())
         try:
             write_batch(path, contents)
         except Exception as error:  # the rest of the incident is worth keeping
             self._excuse(error)
             return {**facts, "why": f"It could not be written ({type(error).__name__}: {error})."}
         self._bytes += contents.size
-        text = of_rank(TEXT_FILE, _rank())
+        text = of_rank(TEXT_FILE, rank())
         facts["text"] = self._tried("the text", write_texts, folder / text, held.inputs, self.processing_class)
         return {**facts, "file": path.name}
 
@@ -298,7 +298,3 @@ def _of_these(places: Any, hashed: dict[str, Any]) -> list[int] | None:
     if places is None or len(places) != len(hashed.get("samples", places)):
         return None
     return [int(place) for place in places]
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if world_size() > 1 else 0

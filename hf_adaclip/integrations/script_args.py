@@ -28,6 +28,7 @@ from hf_adaclip.hints import near, near_clip, near_flag
 from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
 from hf_adaclip.integrations.transformers import AdaptiveClipTrainer
 from hf_adaclip.reliance import require
+from hf_adaclip.run.ranks import world_size
 from hf_adaclip.telemetry.progress import is_terminal
 
 STOCK: Final = ("stock", "none")
@@ -155,8 +156,7 @@ def make_trainer(clip: ClipArguments, args: TrainingArguments, **ingredients: An
 
 
 def _check_launch(args: TrainingArguments) -> None:
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    count = torch.distributed.get_world_size() if together else 1
+    count = world_size()
     if count > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UnsupportedSetupError(
             f"`parallel_mode` must be distributed where {count} processes are launched, but is {args.parallel_mode.value}: each would "

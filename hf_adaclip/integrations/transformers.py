@@ -391,7 +391,7 @@ def pace_start(steps: int, warmup_steps: float) -> int:
 
 def _in_one_line(config: AdaptiveClipConfig) -> str:
     threshold = f"static threshold {config.static_threshold:g}"
-    ledger = config.ledger or "none"
+    ledger = config.ledger_path or "none"
     return (
         f"Adaptive clipping by `{config.controller}`{' in shadow' if config.shadow else ''}, {threshold}; ledger {ledger}. "
         "`trainer.clipper.explain()` says more."

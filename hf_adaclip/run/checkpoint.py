@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_adaclip.config import AdaptiveClipConfig
+from hf_adaclip.config import AdaptiveClipConfig, incident_settings
 from hf_adaclip.controllers import build_controller
 from hf_adaclip.controllers.numerics.ops import SCALAR
 from hf_adaclip.errors import ConfigError, StateError
@@ -29,14 +29,7 @@ _TRAINER_FOLDER: Final = re.compile(r"checkpoint-(\d{1,15})")
 # Settings that may change between a checkpoint and its resumption without changing what is decided.
 _FREE_FIELDS: Final = (
     "fold",
-    "incident_batch",
-    "incident_growth",
-    "incident_limit",
-    "incident_megabytes",
-    "incident_run_megabytes",
-    "incident_spike",
-    "incident_steps",
-    "incidents",
+    *incident_settings(),
     "ledger",
     "ledger_required",
     "nan_filter_on_device",

@@ -76,7 +76,7 @@ def describe(
     )
     lines.append(f"pace        {_pace(config)}")
     lines += _shaping(config)
-    lines.append(f"ledger      {'none' if config.ledger in (None, 'none', 'auto') else config.ledger}")
+    lines.append(f"ledger      {config.ledger_path or 'none'}")
     return "\n".join(lines)
 
 

@@ -89,8 +89,7 @@ class PerParameter:
             self._follow(gradients, change)
         else:
             return gradients, norms
-        trained = [p for p in gradients.parameters if p.requires_grad]
-        self.why_not_folded = why_not_folded(self._config, self._guards, trained, self._run.ops)
+        self._see_whether_to_fold(gradients)
         return gradients, norms
 
     def look_again(self, gradients: Gradients) -> None:
@@ -98,6 +97,9 @@ class PerParameter:
         self._look_around(gradients)
         if self.reach is not None:
             self.reach.optimizers = self._guards.optimizers
+        self._see_whether_to_fold(gradients)
+
+    def _see_whether_to_fold(self, gradients: Gradients) -> None:
         trained = [p for p in gradients.parameters if p.requires_grad]
         self.why_not_folded = why_not_folded(self._config, self._guards, trained, self._run.ops)
 

@@ -93,26 +93,21 @@ class Decided(NamedTuple):
     kept: Value
 
 
-@dataclass(frozen=True)
-class GlobalRule:
-    """All that is decided on a step by its global norm, as one function: on an accelerator one launch.
+@dataclass(frozen=True, kw_only=True)
+class _StepRule:
+    """What follows from a decision on the step as a whole.
 
     Args:
-        controller: Who decides.
         shadow, leaves_out, paced: As for `plan`.
     """
 
-    controller: Controller[Any]
     shadow: bool
     leaves_out: bool
     paced: bool
 
-    def __call__(self, state: Any, seen: Observation) -> tuple[Any, Decided]:
-        """The state after the step, and what was decided."""
-        norm = seen.norm
+    def planned(self, decision: Decision, norm: Value, finite: Value, seen: Observation) -> tuple[StepPlan, Value]:
+        """The plan, and what ranks compare; of `seen`, the static threshold and `left`."""
         ops = ops_of(norm)
-        finite = is_finite_norm(norm, ops)
-        decision, after = self.controller.update(state, seen._replace(step_finite=finite))
         planned = plan(
             decision,
             decision.pace,
@@ -126,8 +121,28 @@ class GlobalRule:
             ops=ops,
         )
         kept = ops.where(finite & (norm > ops(0.0)), decision.coefficient, ops(-1.0))
+        return planned if ops.on_host else _told(planned, ops), kept
+
+
+@dataclass(frozen=True)
+class GlobalRule(_StepRule):
+    """All that is decided on a step by its global norm, as one function: on an accelerator one launch.
+
+    Args:
+        controller: Who decides.
+        shadow, leaves_out, paced: As for `plan`.
+    """
+
+    controller: Controller[Any]
+
+    def __call__(self, state: Any, seen: Observation) -> tuple[Any, Decided]:
+        """The state after the step, and what was decided."""
+        ops = ops_of(seen.norm)
+        finite = is_finite_norm(seen.norm, ops)
+        decision, after = self.controller.update(state, seen._replace(step_finite=finite))
+        planned, kept = self.planned(decision, seen.norm, finite, seen)
         if not ops.on_host:
-            planned = _told(planned, ops)._replace(fold=scale_of(planned.coefficient, ops))
+            planned = planned._replace(fold=scale_of(planned.coefficient, ops))
         return after, Decided(decision, planned, kept)
 
 
@@ -150,40 +165,20 @@ class GroupRule:
 
 
 @dataclass(frozen=True)
-class WholeRule:
-    """What follows for the step as a whole.
+class WholeRule(_StepRule):
+    """What follows for the step as a whole where groups are judged apart.
 
     Args:
         shadow, leaves_out, paced: As for `plan`.
     """
-
-    shadow: bool
-    leaves_out: bool
-    paced: bool
 
     def __call__(
         self, _: Any, norm: Value, squares: Value, worst: Value, altered: Value, slowest: Value, seen: Observation
     ) -> tuple[Summary, StepPlan, Value]:
         """Summary, plan (but for the coefficients of the groups), and what ranks compare; of `seen`, the static threshold and `left`."""
         ops = ops_of(norm)
-        finite = is_finite_norm(norm, ops)
         summary = whole(norm, squares, worst, altered, slowest, ops=ops)
-        planned = plan(
-            Decision(*summary),
-            summary.pace,
-            norm,
-            finite,
-            static=seen.static_threshold,
-            shadow=self.shadow,
-            bounded=seen.left is not None,
-            leaves_out=self.leaves_out,
-            paced=self.paced,
-            ops=ops,
-        )
-        if not ops.on_host:
-            planned = _told(planned, ops)
-        kept = ops.where(finite & (norm > ops(0.0)), summary.coefficient, ops(-1.0))
-        return summary, planned, kept
+        return summary, *self.planned(Decision(*summary), norm, is_finite_norm(norm, ops), seen)
 
 
 def rules_of(

@@ -24,6 +24,11 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if known else 1
 
 
+def rank() -> int:
+    """Which of them this one is; 0 where it is the only one."""
+    return torch.distributed.get_rank() if world_size() > 1 else 0
+
+
 class RankCheck:
     """Compares decisions over ranks.
 

@@ -21,6 +21,7 @@ from hf_adaclip.ledger.schema import APPLIED_TOLERANCE, SHAPE_FIELDS, plain
 from hf_adaclip.ledger.writer import Ledger
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent, EventTracker
+from hf_adaclip.run.ranks import rank, world_size
 from hf_adaclip.run.ring import COLUMNS, DeviceRing, HostRing, Ring, Rows
 from hf_adaclip.run.versions import environment
 
@@ -197,8 +198,7 @@ class Recorder:
 
 def is_rank_zero() -> bool:
     """Whether this process writes for all: the only one, or rank 0."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
+    return rank() == 0
 
 
 def start_recorder(config: AdaptiveClipConfig, *, writes: bool, ops: Ops, **run: Any) -> Recorder:
@@ -266,7 +266,6 @@ def ledger_header(
         statistics: Counts so far, which the footer goes on from.
         parent: For a resumed run, hash and step of the ledger's seal that its checkpoint refers to.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": environment(),
@@ -276,7 +275,7 @@ def ledger_header(
         "exact": True,  # of schema 1: a replay gives the same bits, with every controller
         "static_threshold": plain(static_threshold),
         "device": device.type,
-        "world_size": torch.distributed.get_world_size() if distributed else 1,
+        "world_size": world_size(),
         "seed": torch.initial_seed(),
         "num_tensors": num_tensors,
         "groups": list(groups),

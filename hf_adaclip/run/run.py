@@ -63,7 +63,7 @@ class Run:
         self._parameters: tuple[str, ...] | None = None
         self.loaded_parameters: tuple[str, ...] | None = None  # names of those that a loaded state was kept for
         self._scaled = scaled
-        self._writes = writes_ledger and config.ledger not in (None, "auto")
+        self._writes = writes_ledger and config.ledger_path is not None
         # Made at the first step, when device and number of tensors are known.
         self._state: tuple[Value, ...] | None = None
         self._ops: Ops | None = None

@@ -106,39 +106,21 @@ def test_a_damaged_file_is_kept_under_another_name(tmp_path, caplog):
 
 def test_a_resumed_run_goes_on_and_a_new_one_starts_over(tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=20, **EVAL)
-    run(
-        build(
-            AdaptiveClipTrainer,
-            tmp_path,
-            args=args,
-            eval_dataset=dataset().select(range(16)),
-            callbacks=[ConvergenceCallback()],
-        )
-    )
+
+    def trainer():
+        few = dataset().select(range(16))
+        return build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset=few, callbacks=[ConvergenceCallback()])
+
+    run(trainer())
     first = read_points(tmp_path / "convergence.jsonl")
-    again = build(
-        AdaptiveClipTrainer,
-        tmp_path,
-        args=args,
-        eval_dataset=dataset().select(range(16)),
-        callbacks=[ConvergenceCallback()],
-    )
-    run(again, resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    run(trainer(), resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     second = read_points(tmp_path / "convergence.jsonl")
 
     assert [p.step for p in second] == [10, 20, 30, 40]
     assert second[:2] == first[:2]
     assert second[2].train_seconds > second[1].train_seconds
     assert [p.metrics["eval_loss"] for p in second] == [p.metrics["eval_loss"] for p in first]
-    run(
-        build(
-            AdaptiveClipTrainer,
-            tmp_path,
-            args=args,
-            eval_dataset=dataset().select(range(16)),
-            callbacks=[ConvergenceCallback()],
-        )
-    )
+    run(trainer())
     assert [p.step for p in read_points(tmp_path / "convergence.jsonl")] == [10, 20, 30, 40]
 
 
