@@ -85,7 +85,8 @@ def file_of(script: Sequence[str]) -> Path | None:
 
 
 def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
-    """Defaults of this package that a run goes by: none for the stock Trainer, those of a config, or of several by controller.
+    """Defaults of this package that a run goes by, with the revision of the rule: none for the stock Trainer, those of a config, or of
+    several by controller.
 
     Args:
         arguments: All flags of the run; of several `--clip` the last one counts.
@@ -95,9 +96,13 @@ def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
         return {}
     chosen = (name or "").partition(":")[0]
     if chosen in CONTROLLERS and not any("parameter_rules" in argument.replace("-", "_") for argument in arguments):
-        return AdaptiveClipConfig(controller=chosen).to_dict()
+        return _defaults_of(chosen)
     # A file of settings, or rules, may name any controller.
-    return {other: AdaptiveClipConfig(controller=other).to_dict() for other in CONTROLLERS}
+    return {other: _defaults_of(other) for other in CONTROLLERS}
+
+
+def _defaults_of(controller: str) -> dict[str, Any]:
+    return {**AdaptiveClipConfig(controller=controller).to_dict(), "revision": CONTROLLERS[controller].revision}
 
 
 def _clip_of(arguments: Sequence[str]) -> str | None:

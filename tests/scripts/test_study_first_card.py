@@ -1,4 +1,4 @@
-"""The study's card: what it computes, checked on made-up results, and that the one in the repository is made of the results beside it."""
+"""The first study's card, checked on made-up results, and that the one in the repository is made of the results beside it."""
 
 import math
 import shutil
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from scripts.docs.readme_section import README, read_section
-from scripts.study.card import card, goals, main, section
+from scripts.study.card import main
+from scripts.study.first_card import card, goals, section
 from scripts.study.plots import draw_curves, draw_ranges
 from scripts.study.results import (
     LOSS,
@@ -16,7 +17,7 @@ from scripts.study.results import (
     STUDY,
     TaskResults,
     interval,
-    load_study,
+    load_first,
     rates_of_range,
     stable_range,
 )
@@ -170,6 +171,6 @@ def test_a_folder_of_ones_own_gets_a_card_and_pictures_and_leaves_the_readme(tmp
 
 
 def test_the_card_and_the_readme_are_those_of_the_raw_results():
-    results = load_study()
+    results = load_first()
     assert (STUDY / "README.md").read_text(encoding="utf-8") == card(results)
     assert read_section("study") == section(results)
