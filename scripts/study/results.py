@@ -6,7 +6,7 @@ Everything is computed from model_cards/study/*.jsonl, which `study.run` writes,
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def load_study(folder: Path = STUDY) -> list[TaskResults]:
 
 def load_first(folder: Path = STUDY) -> list[TaskResults]:
     """The tasks of the first study, as they were recorded."""
-    tasks = [TASKS.get(name) or RETIRED[name] for name in FIRST]
+    tasks = [replace(TASKS.get(name) or RETIRED[name], rates=rates) for name, rates in FIRST.items()]
     found = [TaskResults(t, [x for x in recorded_lines(folder, t) if "study" not in x]) for t in tasks]
     return [results for results in found if STOCK in results.arms]
 

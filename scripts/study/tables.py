@@ -98,7 +98,10 @@ def chosen(results: Sequence[TaskResults], arms: Sequence[str]) -> str:
             words = line["flags"].split() if line else []
             values = dict(zip(words[::2], words[1::2], strict=False))
             text = ", ".join(values.get(flag, "?") for flag in flags)
-            cells.append(f"{text} ({r.tuning_runs(arm)} runs)" if line else "-")
+            # Beyond the end of the grid a better one may lie: that baseline, or that arm, may be weak.
+            end = values.get("--learning_rate") in {f"{rate:g}" for rate in (r.task.rates[0], r.task.rates[-1])}
+            note = f"{r.tuning_runs(arm)} runs{', rate at an end of the grid' if end else ''}"
+            cells.append(f"{text} ({note})" if line else "-")
         rows.append(cells)
     return rows_of(["task", "rate as it comes", *(f"`{arm}`" for arm in arms)], rows)
 
