@@ -145,15 +145,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=STUDY, help="raw results (default: model_cards/study)")
     folder = parser.parse_args(argv).folder
-    results = load_study(folder)
-    if results:
+    results, first = load_study(folder), load_first(folder)
+    if any(r.task.group != "gpu" for r in results) or (results and not first):
         page, summary = card(results), section(results)
         draw_curves(results, folder / "curves.png")
         draw_ranges(results, folder / "ranges.png")
-    elif results := load_first(folder):
-        page, summary = first_card.card(results), first_card.section(results)
-        draw_curves(results, folder / "curves.png", first_card.CURVES)
-        draw_ranges(results, folder / "ranges.png", first_card.RANGES)
+    elif first:
+        page, summary = first_card.card([*first, *results]), first_card.section(first)
+        draw_curves(first, folder / "curves.png", first_card.CURVES)
+        draw_ranges(first, folder / "ranges.png", first_card.RANGES)
     else:
         parser.error(
             f"`folder` must hold raw results that `study.run --record` wrote, but {folder} has none of a stock arm."

@@ -1,6 +1,7 @@
 """The card of the first study (revision 1 of the rule of `adaptive`) and the README's table, from the raw results of it.
 
-`python -m scripts.study.card` makes it, as long as model_cards/study holds these results; to be removed with them.
+`python -m scripts.study.card` makes it, as long as model_cards/study holds no results of the new study; to be removed, with `RETIRED` and
+`FIRST` in tasks.py and `load_first` in results.py, when these take their place.
 """
 
 import math

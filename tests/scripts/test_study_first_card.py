@@ -1,5 +1,6 @@
 """The first study's card, checked on made-up results, and that the one in the repository is made of the results beside it."""
 
+import json
 import math
 import shutil
 
@@ -168,6 +169,16 @@ def test_a_folder_of_ones_own_gets_a_card_and_pictures_and_leaves_the_readme(tmp
     main([str(tmp_path)])
     assert {p.name for p in tmp_path.iterdir()} == {"cifar-10.jsonl", "README.md", "curves.png", "ranges.png"}
     assert README.read_text(encoding="utf-8") == before
+
+
+def test_results_of_a_gpu_do_not_take_the_place_of_the_first_card(tmp_path):
+    shutil.copy(STUDY / "cifar-10.jsonl", tmp_path)
+    gpu = {**line("stock", 0, STOCK), "study": 2}
+    (tmp_path / "vit-s16-bf16.jsonl").write_text(json.dumps(gpu) + "\n")
+    main([str(tmp_path)])
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Eight small tasks" in text
+    assert "vit-s16-bf16" in text
 
 
 def test_the_card_and_the_readme_are_those_of_the_raw_results():

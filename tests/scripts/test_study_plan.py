@@ -54,7 +54,8 @@ def test_an_arm_is_tuned_before_it_is_run_and_every_arm_with_the_same_number_of_
 
 
 def test_the_tuning_takes_as_many_runs_as_the_plan_says(tmp_path, monkeypatch):
-    task, made = TASKS["mrpc"], set()
+    task = TASKS["mrpc"]
+    made: set[tuple[str, int]] = set()
 
     def sweep(runs, output, **_):
         made.update((run.arm, run.seed) for run in runs)
