@@ -116,7 +116,7 @@ def test_the_range_shares_its_runs_with_the_tuning(tmp_path, monkeypatch):
 
 
 def test_costs_are_those_of_the_runs_that_are_there(tmp_path):
-    tasks = [TASKS["mrpc"], TASKS["cifar-10"]]
+    tasks = [TASKS["mrpc"], TASKS["sst-2"], TASKS["cifar-10"]]
 
     def finish(task, arm, seconds):
         run = ScriptRun("t", arm, 0, (), ("x.py",), ())
@@ -130,7 +130,8 @@ def test_costs_are_those_of_the_runs_that_are_there(tmp_path):
     finish("mrpc", "tuning/muon-tuned/learning_rate=1", 30.0)
     seconds = Measured(tasks, tmp_path, None)
     assert (seconds("mrpc", "tuned~72"), seconds("mrpc", "muon")) == (0.2, 0.3)
-    assert seconds("cifar-10", "muon-tuned~72") == pytest.approx(1.5 * TASKS["cifar-10"].step_seconds)
+    assert seconds("sst-2", "muon-tuned~72") == pytest.approx(1.5 * TASKS["sst-2"].step_seconds)
+    assert seconds("cifar-10", "muon-tuned~72") == pytest.approx(1.43 * TASKS["cifar-10"].step_seconds)
 
 
 def test_the_plan_prints_runs_minutes_hours_and_the_runs_of_a_tuned_arm():
