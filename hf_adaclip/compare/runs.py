@@ -87,7 +87,8 @@ def file_of(script: Sequence[str]) -> Path | None:
 
 
 def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
-    """Defaults of this package that a run goes by: none for the stock Trainer, those of a config, or of several by controller.
+    """Defaults of this package that a run goes by, with the revision of the rule: none for the stock Trainer, those of a config, or of
+    several by controller.
 
     Args:
         arguments: All flags of the run; of several `--clip` the last one counts.
@@ -105,7 +106,8 @@ def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
 def _defaults_of(controller: str) -> dict[str, Any]:
     values = AdaptiveClipConfig(controller=controller).to_dict()
     decides = {name: value for name, value in values.items() if name not in incident_settings()}
-    return {name: value for name, value in decides.items() if name not in CAME_LATER or value != CAME_LATER[name]}
+    kept = {name: value for name, value in decides.items() if name not in CAME_LATER or value != CAME_LATER[name]}
+    return {**kept, "revision": CONTROLLERS[controller].revision}
 
 
 def _clip_of(arguments: Sequence[str]) -> str | None:
