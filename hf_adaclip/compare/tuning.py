@@ -87,12 +87,17 @@ def sweep(study: Study, arm: str, settings: Sequence[dict[str, float]]) -> list[
     """
     runs = []
     for chosen in settings:
-        name = f"tuning/{arm}/" + ",".join(f"{k.lstrip('-')}={v:g}" for k, v in sorted(chosen.items()))
+        name = f"tuning/{arm}/{setting_name(chosen)}"
         flags = (*study.flags_of(arm), *as_flags(chosen))
         runs += [study.run(name, flags, seed) for seed in TUNING_SEEDS]
     finals = [_final(study, result) for result in run_scripts(runs, study.output, **study.pooling)]
     size = len(TUNING_SEEDS)
     return [median(finals[i * size : (i + 1) * size]) for i in range(len(settings))]
+
+
+def setting_name(settings: dict[str, float]) -> str:
+    """Values by flag, as part of the name of a run."""
+    return ",".join(f"{flag.lstrip('-')}={value:g}" for flag, value in sorted(settings.items()))
 
 
 def set_target(study: Study, tuned: tuple[str, ...] | None) -> float:

@@ -15,7 +15,7 @@ COORDINATES: Final = ("--learning_rate", "--max_grad_norm", "--warmup_steps", "-
 UNTUNED: Final = {"--max_grad_norm": 1.0, "--warmup_steps": 0.0, "--adam_beta2": 0.999}
 """Where the range of learning rates is measured, as values that the tuning begins with."""
 
-OFF: Final = {"max_pace": "1", "spectral_width": "inf", "agreement": "false"}
+OFF: Final = {"max_pace": "1", "spectral_width": "None", "agreement": "false"}
 """The range alone, whatever the default is made of."""
 
 
@@ -37,16 +37,20 @@ ARMS: Final[dict[str, Arm]] = {
 """Arms of the study's own; `stock`, `adaptive` (the default), `zscore` and `percentile` are those of `hf-adaclip compare`."""
 
 ABLATIONS: Final = ("spectral", "agreement", "spectral-agreement", "pace")
-CORE: Final = (
-    *(STOCK, "adaptive", "guard", TUNED, "adaptive@tuned", "adaptive-tuned", "spectral-agreement-tuned"),
-    *("tuned~72", "adaptive@tuned~72", "adaptive-tuned~72", "spectral-agreement-tuned~72"),
+CORE_WAVES: Final = (
+    (STOCK, TUNED, "adaptive", f"adaptive{AT}"),
+    ("adaptive-tuned", "spectral-agreement-tuned", "guard"),
+    ("tuned~72", "adaptive@tuned~72", "adaptive-tuned~72", "spectral-agreement-tuned~72"),
 )
-"""What the goals are judged by; run first, on all tasks."""
-REST: Final = (
-    *(*ABLATIONS, "zscore", "percentile", "muon", "cautious"),
-    *(f"{arm}{AT}" for arm in ABLATIONS),
-    *("muon-tuned", "cautious-tuned", "muon-tuned~72", "cautious-tuned~72"),
+"""What the goals are judged by. A wave is run on all tasks before the next one begins."""
+REST_WAVES: Final = (
+    ABLATIONS,
+    ("muon-tuned", "cautious-tuned", "muon-tuned~72", "cautious-tuned~72"),
+    tuple(f"{arm}{AT}" for arm in ABLATIONS),
+    ("zscore", "percentile", "muon", "cautious"),
 )
+CORE: Final = tuple(arm for wave in CORE_WAVES for arm in wave)
+REST: Final = tuple(arm for wave in REST_WAVES for arm in wave)
 RANGE_ARMS: Final = (STOCK, "adaptive")
 
 

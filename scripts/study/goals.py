@@ -7,7 +7,7 @@ from typing import NamedTuple
 from hf_adaclip.compare.statistics import median
 from scripts.study.arms import AT, SHORT
 from scripts.study.results import LOSS, SECONDS, STEP, TaskResults, same_points
-from scripts.study.tables import number
+from scripts.study.tables import comparable, number
 
 DEFAULT = "adaptive"
 COMBINED = "spectral-agreement"
@@ -163,12 +163,9 @@ def _wider(results: Sequence[TaskResults]) -> Verdict:
 def _cost(results: Sequence[TaskResults]) -> Verdict:
     shares = {}
     for r in results:
-        ours, stock = (
-            r.seconds_per_step(COMBINED) or r.seconds_per_step(f"{COMBINED}-tuned"),
-            r.seconds_per_step("stock"),
-        )
-        if ours is not None and stock is not None:
-            shares[r.task.name] = ours / stock
+        share = r.step_ratio(COMBINED) or r.step_ratio(f"{COMBINED}-tuned")
+        if share is not None:
+            shares[r.task.name] = share
     if not shares:
         return Verdict(NOT_RUN, None)
     above = [f"{task} {share - 1:+.0%}" for task, share in shares.items() if share > COST]
@@ -182,7 +179,7 @@ def ratios_of(results: Sequence[TaskResults], arm: str, baseline: str, column: i
     found = {}
     for r in results:
         target = r.target(baseline)
-        if target is not None and arm in r.arms and baseline in r.arms:
+        if target is not None and comparable(r, arm, baseline, column):
             found[r.task.name] = r.ratio(arm, baseline, target, column).median
     return found
 

@@ -6,7 +6,7 @@ results are recorded, and between two of them the budget may end the study.
 
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,7 +16,7 @@ import numpy as np
 from hf_adaclip.compare.arms import STOCK, TUNED
 from hf_adaclip.compare.runs import RESULT_FILE
 from hf_adaclip.compare.tuning import TUNING_SEEDS, tuning_runs
-from scripts.study.arms import COORDINATES, CORE, REST, SHORT, base_of, needs, short_steps
+from scripts.study.arms import COORDINATES, CORE, CORE_WAVES, REST, REST_WAVES, SHORT, base_of, needs, short_steps
 from scripts.study.records import recorded_lines
 from scripts.study.results import rates_of_range
 from scripts.study.tasks import StudyTask
@@ -24,6 +24,8 @@ from scripts.study.tasks import StudyTask
 Kind: TypeAlias = Literal["seeds", "target", "tuning", "range"]
 Seconds: TypeAlias = Callable[[str, str], float]
 """Seconds per step, everything included, of a task and an arm."""
+AT_ONCE = 2
+"""Seeds that an arm gets before the next arm's turn."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ class Stage:
 
     Attributes:
         task, arm: For which task and arm.
-        kind: Its runs on the seeds; those that set a target; its tuning; its range of learning rates.
+        kind: Its runs on some seeds; those that set a target; its tuning; its range of learning rates.
         runs: How many there are.
         steps: Steps of each.
+        wave: Its place among what is done on all tasks before the next is begun, from 1.
+        first: The first of the seeds.
     """
 
     task: str
@@ -42,52 +46,86 @@ class Stage:
     kind: Kind
     runs: int
     steps: int
+    wave: int = 1
+    first: int = 0
 
     @property
     def label(self) -> str:
         """For people."""
         words = {"seeds": "", "target": "target of ", "tuning": "tuning of ", "range": "range of "}
-        return f"{self.task}: {words[self.kind]}{self.arm}"
+        last = self.first + self.runs - 1
+        seeds = f", seed{f's {self.first} to' if self.runs > 1 else ''} {last}" if self.kind == "seeds" else ""
+        return f"{self.task}: {words[self.kind]}{self.arm}{seeds}"
+
+    @property
+    def seeds(self) -> range:
+        """Of its runs, where it is those of an arm."""
+        return range(self.first, self.first + self.runs)
+
+
+def in_order(tasks: Iterable[StudyTask]) -> list[StudyTask]:
+    """From scratch first, then fine-tuning of what is small, then the encoders, whose steps cost most."""
+    return sorted(tasks, key=lambda task: (task.kind == "glue", not task.scratch))
 
 
 def stages(
     tasks: Sequence[StudyTask], arms: Sequence[str], range_arms: Sequence[str], seeds: int, steps: int | None = None
 ) -> list[Stage]:
-    """All stages: on all tasks what the goals are judged by, then on all tasks the rest.
+    """All stages, wave by wave: on all tasks what the goals are judged by, then on all tasks the rest.
+
+    Within a wave all arms of all tasks get their first seeds before any gets more, so that what is there can be compared whenever it ends.
 
     Args:
         tasks: The tasks, in the order in which they are run.
-        arms: What is wanted; the order is that of `CORE` and `REST`, and an arm of neither comes last.
-        range_arms: Arms of the range of learning rates, with `CORE`.
+        arms: What is wanted; the order is that of the waves, and an arm of none comes last.
+        range_arms: Arms of the range of learning rates, after those that the goals are judged by.
         seeds: Seeds per arm.
         steps: Steps of each run, if not the task's own.
     """
-    first = [arm for arm in CORE if arm in arms]
-    later = [arm for arm in (*REST, *arms) if arm in arms and arm not in first]
-    found = [s for task in tasks for s in _of(task, first, range_arms, seeds, steps)]
-    tuned = {(s.task, s.arm) for s in found if s.kind == "tuning"}
-    rest = [s for task in tasks for s in _of(task, list(dict.fromkeys(later)), (), seeds, steps)]
-    return [*found, *(s for s in rest if s.kind != "tuning" or (s.task, s.arm) not in tuned)]
+    other = tuple(arm for arm in dict.fromkeys(arms) if arm not in (*CORE, *REST))
+    found: list[Stage] = []
+    tuned: set[tuple[str, str]] = set()
+    waves = [*(("seeds", wave) for wave in CORE_WAVES), ("range", tuple(range_arms))]
+    waves += [("seeds", wave) for wave in (*REST_WAVES, other)]
+    number = 0
+    for kind, wave in waves:
+        chosen = [arm for arm in wave if kind == "range" or arm in arms]
+        number += bool(chosen)
+        if kind == "range":
+            found += [
+                _range(task, arm, steps, number, (task.name, tuned_name(arm)) in tuned)
+                for task in tasks
+                for arm in chosen
+            ]
+            continue
+        for first in range(0, seeds, AT_ONCE):
+            for task in tasks:
+                found += _of(task, chosen, range(first, min(seeds, first + AT_ONCE)), steps, number, tuned)
+    return found
 
 
-def _of(task: StudyTask, arms: Sequence[str], range_arms: Sequence[str], seeds: int, steps: int | None) -> list[Stage]:
+def _of(
+    task: StudyTask, arms: Sequence[str], seeds: range, steps: int | None, wave: int, tuned: set[tuple[str, str]]
+) -> list[Stage]:
+    """Some seeds of some arms of a task; with the first of them what has to be tuned before, and the targets."""
     whole = steps or task.steps
     found: list[Stage] = []
-    tuned: set[str] = set()
     for arm in arms:
         first = needs(arm)
-        if first is not None and first not in tuned:
-            found.append(Stage(task.name, first, "tuning", tuning_runs(COORDINATES, len(task.rates)), whole))
-            tuned.add(first)
+        if first is not None and (task.name, first) not in tuned:
+            found.append(Stage(task.name, first, "tuning", tuning_runs(COORDINATES, len(task.rates)), whole, wave))
+            tuned.add((task.name, first))
         length = short_steps(whole) if arm.endswith(SHORT) else whole
-        found.append(Stage(task.name, arm, "seeds", seeds, length))
-        if arm in (STOCK, TUNED):
-            found.append(Stage(task.name, arm, "target", len(TUNING_SEEDS), whole))
-    extra = len(rates_of_range(task)) - len(task.rates)
-    for arm in range_arms:
-        shared = extra if tuned_name(arm) in tuned else extra + len(task.rates)
-        found.append(Stage(task.name, arm, "range", shared * len(TUNING_SEEDS), whole))
+        found.append(Stage(task.name, arm, "seeds", len(seeds), length, wave, seeds.start))
+        if arm in (STOCK, TUNED) and seeds.start == 0:
+            found.append(Stage(task.name, arm, "target", len(TUNING_SEEDS), whole, wave))
     return found
+
+
+def _range(task: StudyTask, arm: str, steps: int | None, wave: int, shared: bool) -> Stage:
+    """The rates of the tuning are there already where the arm was tuned."""
+    rates = len(rates_of_range(task)) - (len(task.rates) if shared else 0)
+    return Stage(task.name, arm, "range", rates * len(TUNING_SEEDS), steps or task.steps, wave)
 
 
 def tuned_name(arm: str) -> str:
@@ -106,11 +144,18 @@ class Measured:
 
     def __init__(self, tasks: Sequence[StudyTask], output: Path, record: Path | None) -> None:
         self._tasks = {task.name: task for task in tasks}
-        found: dict[tuple[str, str], list[float]] = {}
+        self._output, self._record = output, record
+        self._seconds: dict[tuple[str, str], float] = {}
         for task in tasks:
-            for run in (*_results(output / task.name), *([] if record is None else _recorded(record, task))):
-                found.setdefault((task.name, base_of(run[0])), []).append(run[1])
-        self._seconds = {place: float(np.median(values)) for place, values in found.items()}
+            self.read(task)
+
+    def read(self, task: StudyTask) -> None:
+        """See what runs of a task there are now."""
+        found: dict[tuple[str, str], list[float]] = {}
+        recorded = [] if self._record is None else _recorded(self._record, task)
+        for arm, seconds in (*_results(self._output / task.name), *recorded):
+            found.setdefault((task.name, base_of(arm)), []).append(seconds)
+        self._seconds.update({place: float(np.median(values)) for place, values in found.items()})
 
     def __call__(self, task: str, arm: str) -> float:
         """Seconds per step; of a task without any run, what `StudyTask.step_seconds` says."""
@@ -153,6 +198,25 @@ def _seconds_of(run: dict[str, Any], arm_of: Callable[[dict[str, Any]], str]) ->
     return [(name, wall / (last["step"] if isinstance(last, dict) else last[0]))]
 
 
+def order(planned: Sequence[Stage], seconds: Seconds, done: Callable[[Stage], int] = lambda stage: 0) -> str:
+    """In which order it is run and what it takes: a line per wave, task and arm with its tuning and targets, and the sum so far."""
+    parts: dict[tuple[int, str, str], list[Stage]] = {}
+    for stage in planned:
+        parts.setdefault((stage.wave, stage.task, stage.arm), []).append(stage)
+    lines = [f"{'wave':<4} {'task':<18} {'arm':<28} {'runs':>5} {'there':>5} {'CPU h':>7} {'left':>7} {'sum left':>8}"]
+    so_far = 0.0
+    for (wave, task, arm), ours in parts.items():
+        whole = sum(_hours(stage, seconds) for stage in ours)
+        left = sum(_hours(stage, seconds, done(stage)) for stage in ours)
+        so_far += left
+        name = f"{arm}: range" if ours[0].kind == "range" else arm
+        lines.append(
+            f"{wave:<4} {task:<18} {name:<28} {sum(s.runs for s in ours):>5} {sum(map(done, ours)):>5} {whole:>7.2f} {left:>7.2f} "
+            f"{so_far:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
 def table(
     planned: Sequence[Stage], seconds: Seconds, jobs: int, done: Callable[[Stage], int] = lambda stage: 0
 ) -> str:
@@ -164,31 +228,33 @@ def table(
         jobs: Runs at a time.
         done: How many runs of a stage are there already.
     """
-    names = list(dict.fromkeys(stage.task for stage in planned))
     lines = [f"{'task':<20} {'runs':>6} {'there':>6} {'s/step':>8} {'CPU min':>8} {'left':>8}"]
     whole = left = 0.0
-    for name in names:
+    for name in dict.fromkeys(stage.task for stage in planned):
         ours = [stage for stage in planned if stage.task == name]
-        cost = sum(stage.runs * stage.steps * seconds(name, stage.arm) for stage in ours)
-        there = sum(done(stage) for stage in ours)
-        rest = sum((stage.runs - done(stage)) * stage.steps * seconds(name, stage.arm) for stage in ours)
+        cost = sum(_hours(stage, seconds) for stage in ours)
+        rest = sum(_hours(stage, seconds, done(stage)) for stage in ours)
         lines.append(
-            f"{name:<20} {sum(s.runs for s in ours):>6} {there:>6} {seconds(name, STOCK):>8.3f} {cost / 60:>8.0f} {rest / 60:>8.0f}"
+            f"{name:<20} {sum(s.runs for s in ours):>6} {sum(map(done, ours)):>6} {seconds(name, STOCK):>8.3f} {60 * cost:>8.0f} "
+            f"{60 * rest:>8.0f}"
         )
         whole, left = whole + cost, left + rest
-    core = sum(
-        s.runs * s.steps * seconds(s.task, s.arm) for s in planned if s.kind == "range" or s.arm in _core_arms()
-    )
+    core = sum(_hours(s, seconds) for s in planned if s.kind == "range" or s.arm in _core_arms())
     counts = sorted({stage.runs for stage in planned if stage.kind == "tuning"})
     tuned = list(dict.fromkeys(stage.arm for stage in planned if stage.kind == "tuning"))
     lines += [
-        f"{sum(stage.runs for stage in planned):,} runs; {whole / 3600:.1f} CPU hours, {left / 3600:.1f} of them left; "
-        f"{left / 3600 / jobs:.1f} hours with {jobs} runs at a time. What the goals need: {core / 3600:.1f} CPU hours, first.",
+        f"{sum(stage.runs for stage in planned):,} runs; {whole:.1f} CPU hours, {left:.1f} of them left; "
+        f"{left / jobs:.1f} hours with {jobs} run{'s' if jobs > 1 else ''} at a time. What the goals need: {core:.1f} CPU hours, first.",
     ]
     if tuned:
         each = " or ".join(map(str, counts))
         lines.append(f"Tuned by {each} runs each on every task (rate, threshold, warm-up, beta2): {', '.join(tuned)}.")
     return "\n".join(lines)
+
+
+def _hours(stage: Stage, seconds: Seconds, there: int = 0) -> float:
+    """Of one thread, for what is missing of a stage."""
+    return (stage.runs - there) * stage.steps * seconds(stage.task, stage.arm) / 3600
 
 
 def _core_arms() -> Collection[str]:

@@ -15,7 +15,14 @@ from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.audit.replay import replay
 from hf_adaclip.compare.arms import ARMS as KNOWN
 from hf_adaclip.compare.arms import Study
-from hf_adaclip.compare.runs import RESULT_FILE, ScriptRun, defaults_behind, finished_result, write_result
+from hf_adaclip.compare.runs import (
+    RESULT_FILE,
+    ScriptRun,
+    defaults_behind,
+    finished_result,
+    revision_that_counts,
+    write_result,
+)
 from hf_adaclip.compare.tuning import TUNED_FILE
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS, Reason
@@ -28,6 +35,9 @@ STUDY_NUMBER: Final = 2
 """Which study a line belongs to. Lines of the first one do not say."""
 PEERS_REVISION: Final = 1
 """Of scripts/optimizers.py: to be raised with every change of what these optimizers do."""
+CPU: Final = "cpu"
+WALL: Final = "wall"
+"""The clocks: processor time of the run's process, or the time that passed; both in training only, without evaluations."""
 NOT_ROUNDING = 1 - 1e-5
 FROM_RECORD = "restored from the raw results"
 
@@ -112,21 +122,36 @@ def foreign(task: StudyTask, line: Mapping[str, Any], steps: int | None = None) 
     """Why a run would be another one today: of another study, revision or settings. None: it would be the same."""
     if line.get("study") != STUDY_NUMBER:
         return "of the first study"
-    then, now = line.get("revision"), revision_of(line["flags"].split())
+    flags = line["flags"].split()
+    then, now = revision_of(flags, line.get("revision")), revision_of(flags)
     if then is not None and now is not None and then != now:
         return f"of revision {then} (now {now})"
     known = {**KNOWN, **ARMS}.get(base_of(line["arm"].split("/")[1] if "/" in line["arm"] else line["arm"]))
-    if known is None or tuple(line["flags"].split())[: len(known.flags)] != known.flags:
+    if known is None or tuple(flags[: len(known.flags)]) != known.flags:
         return "of other settings"
     return None if line.get("key") == key(task, line, steps) else "of other settings"
 
 
-def revision_of(flags: Sequence[str]) -> int | None:
-    """Which version of its rule the arm has here: of the controller, or of a peer's optimizer; None for the stock arm."""
+UNKNOWN: Final = -1
+
+
+def revision_of(flags: Sequence[str], recorded: int | None = UNKNOWN) -> int | None:
+    """Which version of its rule the arm has: of the controller, or of a peer's optimizer; None for the stock arm.
+
+    Args:
+        flags: Of the arm.
+        recorded: The version that a run had; that of today where it is not given. Found is the latest up to it that changed the run.
+    """
+    if recorded is None:
+        return None
     if "--optimizer" in flags:
-        return PEERS_REVISION
-    name = flags[flags.index("--clip") + 1].partition(":")[0] if "--clip" in flags else None
-    return CONTROLLERS[name].revision if name in CONTROLLERS else None
+        return PEERS_REVISION if recorded == UNKNOWN else recorded
+    clip = flags[flags.index("--clip") + 1] if "--clip" in flags else ""
+    name = clip.partition(":")[0]
+    if name not in CONTROLLERS:
+        return None
+    revision = CONTROLLERS[name].revision if recorded == UNKNOWN else recorded
+    return revision_that_counts(name, revision, paced=AdaptiveClipConfig.resolve(clip).max_pace != 1)
 
 
 def key(task: StudyTask, line: Mapping[str, Any], steps: int | None = None) -> str:
@@ -167,6 +192,7 @@ def _line(
     task: StudyTask, folder: Path, result: dict[str, Any], steps: int | None, base: str | None
 ) -> dict[str, Any]:
     spec, points = result["spec"], result.get("points", [])
+    clock = _clock(task, points)
     ledger = result.get("ledger")
     line = {
         "study": STUDY_NUMBER,
@@ -175,8 +201,10 @@ def _line(
         "seed": spec["seed"],
         "flags": " ".join(spec["flags"]),
         "error": result.get("error"),
+        "clock": clock,
+        "jobs": result.get("jobs"),
         "points": [
-            [p["step"], round(p["train_seconds"], 2), *(_short(p["metrics"].get(m)) for m in _metrics(task))]
+            [p["step"], _seconds(p, clock), *(_short(p["metrics"].get(m)) for m in _metrics(task))]
             for p in (points[-1:] if spec["arm"].startswith("tuning/") else points)
         ],
         "clipped": result.get("clipped"),
@@ -195,8 +223,9 @@ def _line(
 def _result(task: StudyTask, run: ScriptRun, line: dict[str, Any]) -> dict[str, Any]:
     """`result.json` as far as the line tells."""
     unknown = dict.fromkeys(("samples", "tokens", "energy_wh", "energy_source", "energy_measured"))
+    seconds_of = "cpu_seconds" if line.get("clock") == CPU else "train_seconds"
     points = [
-        {"step": step, "train_seconds": seconds, **unknown, "metrics": _measured(task, values)}
+        {"step": step, "train_seconds": None, **unknown, "metrics": _measured(task, values), seconds_of: seconds}
         for step, seconds, *values in line["points"]
     ]
     verified = line["verified"]
@@ -209,10 +238,22 @@ def _result(task: StudyTask, run: ScriptRun, line: dict[str, Any]) -> dict[str, 
         "revision": line.get("revision"),
         "departures": line.get("departures"),
         "wall_seconds": line.get("wall_seconds"),
+        "jobs": line.get("jobs"),
         "skipped": line["skipped"],
         "ledger": None if verified is None else {"file": LEDGER_FILE, "verified": verified, "summary": FROM_RECORD},
         "device": None,
     }
+
+
+def _clock(task: StudyTask, points: Sequence[Mapping[str, Any]]) -> str:
+    """By which clock the seconds of a run are recorded: of the processor where the training is done there and the run knows it."""
+    known = bool(points) and all(p.get("cpu_seconds") is not None for p in points)
+    return CPU if known and task.group != "gpu" else WALL
+
+
+def _seconds(point: Mapping[str, Any], clock: str) -> float | None:
+    seconds = point["cpu_seconds" if clock == CPU else "train_seconds"]
+    return None if seconds is None else round(seconds, 2)
 
 
 def _measured(task: StudyTask, values: Sequence[float | None]) -> dict[str, float]:

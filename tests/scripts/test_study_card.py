@@ -12,7 +12,8 @@ from scripts.study.arms import ARMS
 from scripts.study.card import card, main, section, unexplained
 from scripts.study.goals import verdicts
 from scripts.study.records import STUDY_NUMBER, key
-from scripts.study.results import TaskResults, load_study, rates_of_range, same_points
+from scripts.study.results import SECONDS, STEP, TaskResults, load_study, rates_of_range, same_points
+from scripts.study.tables import against
 from scripts.study.tasks import TASKS
 
 STOCK = [1.0, 0.8, 0.6, 0.5, 0.45]
@@ -126,6 +127,24 @@ def test_the_tuned_trainer_and_the_horizon_stand_in_the_tables():
     assert "tuned Trainer, over the Trainer as it comes" in readme
     assert "default, tuned, over the *tuned* Trainer" in readme
     assert "10 of 10 runs of the untuned default reach the target of the *tuned* Trainer." in readme
+
+
+def test_seconds_are_compared_only_where_they_were_measured_alike():
+    [r] = study(("cifar-10",))
+    for (arm, _), run in r.runs.items():
+        run["clock"], run["jobs"] = "cpu", 2 if arm in ("stock", "target/stock", "spectral-agreement") else 1
+    assert r.step_ratio("spectral-agreement") == pytest.approx(1.1)
+    assert r.step_ratio("adaptive") is None
+    target = r.target("stock")
+    assert against(r, "adaptive", "stock", STEP) != "-"
+    assert against(r, "adaptive", "stock", SECONDS) == "-"
+    assert r.ratio("spectral-agreement", "stock", target, SECONDS).ratios
+    with pytest.raises(ValueError, match="must pair up"):
+        r.ratio("adaptive", "stock", target, SECONDS)
+    r.runs["adaptive", 0]["jobs"] = 2
+    assert len(r.ratio("adaptive", "stock", target, SECONDS).ratios) == 1
+    assert "processor time" in card([r])
+    assert "Runs were made 1 or 2 at a time." in card([r])
 
 
 def test_what_the_tuning_chose_says_where_the_grid_ended():

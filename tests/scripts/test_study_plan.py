@@ -1,18 +1,20 @@
 """The plan of the study: what it would run, in which order, with how many runs for each tuned arm, and what that costs."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from hf_adaclip.compare.arms import Study
 from hf_adaclip.compare.runs import ScriptRun, write_result
-from hf_adaclip.compare.tuning import TUNED_FILE, tuning_runs
+from hf_adaclip.compare.tuning import TUNED_FILE, setting_name, tuning_runs
 from scripts.study import run as run_study
-from scripts.study.arms import ARMS, COORDINATES, CORE, RANGE_ARMS, REST, UNTUNED, base_of, is_arm, needs
-from scripts.study.plan import Measured, stages, table
+from scripts.study.arms import ABLATIONS, ARMS, COORDINATES, CORE, RANGE_ARMS, REST, UNTUNED, base_of, is_arm, needs
+from scripts.study.plan import Measured, in_order, order, stages, table
 from scripts.study.results import rates_of_range
 from scripts.study.tasks import TASKS, Place
+from scripts.study.watch import Watch
 
 ALL = (*CORE, *REST)
 
@@ -37,6 +39,100 @@ def test_what_the_goals_need_comes_first_on_all_tasks():
     assert found[: len(core)] == core
     assert {stage.task for stage in core} == {stage.task for stage in found} == set(TASKS)
     assert len(found) == len(set(found))
+
+
+def test_from_scratch_comes_before_fine_tuning_and_the_encoders_last():
+    names = [task.name for task in in_order(TASKS.values())]
+    scratch = [TASKS[name].scratch for name in names]
+    assert scratch == sorted(scratch, reverse=True)
+    assert {TASKS[name].kind for name in names[-3:]} == {"glue"}
+    _, tasks = run_study.parse([])
+    assert list(tasks) == names
+
+
+def test_both_baselines_and_the_default_are_run_on_all_tasks_before_any_ablation():
+    found = planned()
+    waves = [stage.wave for stage in found]
+    assert waves == sorted(waves)
+    first = [stage for stage in found if stage.wave == 1]
+    assert {(s.task, s.arm) for s in first if s.kind == "seeds"} == {
+        (task, arm) for task in TASKS for arm in ("stock", "tuned", "adaptive", "adaptive@tuned")
+    }
+    assert not {s.arm for s in first} & {*ABLATIONS, "muon", "cautious"}
+
+
+def test_all_arms_of_a_wave_get_their_first_seeds_before_any_gets_more():
+    found = [s for s in planned(seeds=5) if s.kind == "seeds"]
+    for wave in {s.wave for s in found}:
+        ours = [s for s in found if s.wave == wave]
+        assert [s.first for s in ours] == sorted(s.first for s in ours)
+        for first in (0, 2, 4):
+            assert {(s.task, s.arm) for s in ours if s.first == first} == {(s.task, s.arm) for s in ours}
+    seeds = {}
+    for stage in found:
+        seeds.setdefault((stage.task, stage.arm), []).extend(stage.seeds)
+    assert all(each == [0, 1, 2, 3, 4] for each in seeds.values())
+    assert {s.runs for s in planned(seeds=1) if s.kind == "seeds"} == {1}
+
+
+def test_the_order_is_printed_with_cpu_hours_and_their_sum():
+    found = planned("mrpc", "cifar-10")
+
+    def seconds(task, arm):
+        return 0.1 if task == "mrpc" else 0.05
+
+    heads, *rows = [
+        line.split() for line in order(found, seconds, lambda s: s.runs if s.arm == "stock" else 0).splitlines()
+    ]
+    assert heads[-4:] == ["h", "left", "sum", "left"]
+    assert [row[1:3] for row in rows[:4]] == [
+        ["mrpc", arm] for arm in ("stock", "tuned", "adaptive", "adaptive@tuned")
+    ]
+    hours = sum(s.runs * s.steps * seconds(s.task, s.arm) for s in found if s.arm != "stock") / 3600
+    assert float(rows[-1][-1]) == pytest.approx(hours, abs=0.01)
+    assert rows[0][-5:] == ["7", "7", f"{7 * 160 * 0.1 / 3600:.2f}", "0.00", "0.00"]
+    assert any(row[2:4] == ["stock:", "range"] for row in rows)
+
+
+def test_what_is_there_is_counted_by_stage(tmp_path):
+    task = TASKS["mrpc"]
+    found = {(s.kind, s.arm, s.first): s for s in planned("mrpc")}
+
+    def finish(arm, seed):
+        run = ScriptRun("run_glue", arm, seed, (), ("run_glue.py",), ())
+        (tmp_path / "mrpc" / run.folder).mkdir(parents=True)
+        write_result(tmp_path / "mrpc" / run.folder, {})
+
+    rates = rates_of_range(task)
+    for arm, seed in (("stock", 0), ("stock", 3), ("target/stock", 100), ("tuning/tuned/learning_rate=1", 100)):
+        finish(arm, seed)
+    for rate in rates[:-1]:
+        for seed in (100, 101):
+            finish(f"tuning/tuned/{setting_name({**UNTUNED, '--learning_rate': rate})}", seed)
+
+    def there(*place):
+        return run_study._there(found[place], task, tmp_path)
+
+    assert [there("seeds", "stock", first) for first in (0, 2, 4)] == [1, 1, 0]
+    assert (there("target", "stock", 0), there("tuning", "tuned", 0), there("seeds", "guard", 0)) == (1, 17, 0)
+    assert there("range", "stock", 0) == found["range", "stock", 0].runs - 2
+
+
+def test_it_says_where_it_is_once_a_minute(tmp_path, capsys):
+    found = planned("mrpc", arms=("stock", "guard"), range_arms=())
+    seconds = Measured([TASKS["mrpc"]], tmp_path, None)
+    with Watch(found, seconds, lambda stage: 0, jobs=1, every=0.05) as watch:
+        watch.begin(2)
+        time.sleep(0.4)
+    lines = capsys.readouterr().out.splitlines()
+    assert 3 <= len(lines) <= 9
+    assert f"stage 3 of {len(found)} (wave 1): {found[2].label}, 0 of {found[2].runs} runs. About" in lines[-1]
+
+
+def test_a_run_on_the_cpu_has_one_thread_however_many_there_are_at_a_time(tmp_path):
+    for jobs in ("1", "2"):
+        arguments, tasks = run_study.parse(["--output", str(tmp_path), "--tasks", "mrpc", "--jobs", jobs])
+        assert run_study.make_study(tasks["mrpc"], Place(None, tmp_path), arguments).pooling["threads"] == 1
 
 
 def test_an_arm_is_tuned_before_it_is_run_and_every_arm_with_the_same_number_of_runs():
