@@ -7,9 +7,10 @@
     python -m scripts.study.run --device cuda --budget 25m --record model_cards/study      larger models in bf16 and fp16, on a GPU
     python -m scripts.study.run --tasks fashion-mnist --arms stock,adaptive --seeds 2 --steps 40 --range-arms ''
 
-First, on all tasks, what the goals are judged by: the stock arm and the default as they come, tuned, at the settings of the tuned stock
-arm, and in 0.72 of the steps; then, on all tasks, ablations and peers (scripts/study/arms.py). `python -m scripts.study.card FOLDER`
-makes the card of what is recorded.
+Wave by wave on all tasks, from scratch first: the stock arm as it comes and tuned, and the default at both settings; then what else the
+goals are judged by; then ablations and peers (scripts/study/arms.py). Within a wave every arm gets its first two seeds before any gets
+more; `--seeds 2` gets through all waves sooner, and `--seeds 5` goes on from there. A run that was cut off is made again, and no other.
+`python -m scripts.study.card FOLDER` makes the card of what is recorded.
 
 `make reproduce-glue`, `make reproduce-vit` and `make reproduce-clm` run it by kind.
 """
@@ -229,6 +230,7 @@ def prepare_base(place: Place, device: str = "cpu") -> None:
     if (place.base / "config.json").is_file():
         return
     unfinished = place.base.with_name(f"{BASE}.part")
+    print(f"The Llama that tasks begin with is trained first; what it says is in {place.base}.log.", flush=True)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *base_command(place), *_device_flags(device), "--output_dir", str(unfinished)]

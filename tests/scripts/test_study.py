@@ -184,7 +184,7 @@ def images(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_arm_changes_the_weights_and_the_range_alone_does_not_where_nothing_happens(images, here, tmp_path):
-    script, *flags = TASKS["fashion-mnist"].command(Place(images, tmp_path), steps=8, evaluations=1)
+    script, *flags = TASKS["fashion-mnist"].command(Place(images, tmp_path), steps=30, evaluations=1)
 
     def weights(arm):
         own = run_study.flags_of(Study(tmp_path, (script,), (), dict(ARMS), 1, 1, ()), arm, TASKS["fashion-mnist"])

@@ -68,7 +68,7 @@ def test_all_arms_of_a_wave_get_their_first_seeds_before_any_gets_more():
         assert [s.first for s in ours] == sorted(s.first for s in ours)
         for first in (0, 2, 4):
             assert {(s.task, s.arm) for s in ours if s.first == first} == {(s.task, s.arm) for s in ours}
-    seeds = {}
+    seeds: dict[tuple[str, str], list[int]] = {}
     for stage in found:
         seeds.setdefault((stage.task, stage.arm), []).extend(stage.seeds)
     assert all(each == [0, 1, 2, 3, 4] for each in seeds.values())
