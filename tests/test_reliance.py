@@ -165,6 +165,15 @@ def of_the_commands(monkeypatch):
     parser.error("unrecognized arguments: --nonsense")
 
 
+def from_the_replay(monkeypatch):
+    from hf_adaclip.incidents.replay import Request
+    from hf_adaclip.integrations.incident_replay import _Answering
+
+    monkeypatch.delattr(Trainer, "_load_from_checkpoint")
+    request: Any = mock.Mock(spec=Request)
+    _Answering(mock.Mock(spec=Trainer, args=None), request).prepare()
+
+
 TAKEN = {
     **{name: without(torch, name) for name in ROWS if name.startswith("_foreach_") and name != "_foreach_utils"},
     "_foreach_utils": without(torch.utils, "_foreach_utils"),
@@ -184,6 +193,7 @@ TAKEN = {
     "_models": from_accelerator("_models"),
     "accelerator_state": from_its_optimizer,
     **{n: from_the_trainer(n) for n, row in ROWS.items() if row.owner == "Trainer" and n != "_prepare_inputs"},
+    "_load_from_checkpoint": from_the_replay,
     "_globalstep_last_logged": from_all_its_methods,
     "_global_grad_norm": from_the_engine("_global_grad_norm"),
     "clip_grad": from_the_engine("clip_grad"),
@@ -309,6 +319,7 @@ OWN = {
     "gradients/distance.py": {"other", "estimate"},
     "gradients/guards.py": {"guards"},
     "integrations/attaching.py": {"AdaptiveClipMixin"},
+    "integrations/incident_replay.py": {"trainer"},
     "integrations/launch.py": {"trainer"},
     "integrations/watch.py": {"self._trainer"},
     "ports/accelerate.py": {"slot", "other"},
