@@ -124,7 +124,7 @@ def _add_run(commands: Any) -> None:
     parser.add_argument(
         "--clip",
         default="adaptive",
-        help="a controller, NAME:FIELD=VALUE,..., or the path of a config's JSON (default: %(default)s)",
+        help="a controller or preset (rl), NAME:FIELD=VALUE,..., or the path of a config's JSON (default: %(default)s)",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="program and arguments")
     parser.set_defaults(run=_run)
