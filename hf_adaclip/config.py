@@ -333,8 +333,8 @@ class AdaptiveClipConfig:
         """Turn what users pass as `clip=` into a config.
 
         Args:
-            clip: The name of a controller, or of a preset (`rl`); `NAME:FIELD=VALUE,FIELD=VALUE`; a controller; a config; its fields; or the path of its JSON. A
-                value with a comma in it (`parameter_rules`) needs one of the latter three.
+            clip: The name of a controller, or of a preset (`rl`); `NAME:FIELD=VALUE,FIELD=VALUE`; a controller; a config; its fields; or the
+                path of its JSON. A value with a comma in it (`parameter_rules`) needs one of the latter three.
 
         Raises:
             ConfigError: `clip` is none of these, or a setting is wrong.
@@ -355,8 +355,9 @@ class AdaptiveClipConfig:
                 return cls.from_json(path)
         names = ", ".join(sorted(CONTROLLERS))
         raise ConfigError(
-            f"`clip` must be a controller ({names}) by name or as an object, a preset ({', '.join(PRESETS)}), NAME:FIELD=VALUE,..., an `AdaptiveClipConfig`, a dict of its "
-            f"fields, or the path of its JSON file, but is {shown(clip)} instead.{near_clip(clip, clip_names())}"
+            f"`clip` must be a controller ({names}) by name or as an object, a preset ({', '.join(PRESETS)}), NAME:FIELD=VALUE,..., an "
+            f"`AdaptiveClipConfig`, a dict of its fields, or the path of its JSON file, but is {shown(clip)} instead."
+            f"{near_clip(clip, clip_names())}"
         )
 
     @classmethod

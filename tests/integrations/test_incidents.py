@@ -119,9 +119,7 @@ def test_in_a_later_epoch_and_with_workers_the_samples_are_known(tmp_path):
 @pytest.mark.parametrize(
     ("batch", "accumulation", "saved", "workers"), [(16, 1, 20, 0), (32, 2, 20, 2), (32, 2, 16, 0), (24, 5, 13, 0)]
 )
-def test_after_a_resumption_within_an_epoch_the_right_samples_are_named(
-    batch, accumulation, saved, workers, tmp_path
-):
+def test_after_a_resumption_within_an_epoch_the_right_samples_are_named(batch, accumulation, saved, workers, tmp_path):
     # Of 512 rows, epochs of 32, 8, 8 and 5 steps: the last of them within an epoch whose last window is short, the third at a beginning.
     changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     args = arguments(
