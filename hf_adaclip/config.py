@@ -333,8 +333,8 @@ class AdaptiveClipConfig:
         """Turn what users pass as `clip=` into a config.
 
         Args:
-            clip: The name of a controller, or of a preset (`rl`); `NAME:FIELD=VALUE,FIELD=VALUE`; a controller; a config; its fields; or the
-                path of its JSON. A value with a comma in it (`parameter_rules`) needs one of the latter three.
+            clip: The name of a controller, or of a preset (`rl`); `NAME:FIELD=VALUE,FIELD=VALUE`; a controller; a config; its fields; or
+                the path of its JSON. A value with a comma in it (`parameter_rules`) needs one of the latter three.
 
         Raises:
             ConfigError: `clip` is none of these, or a setting is wrong.

@@ -105,6 +105,10 @@ RELIANCES: Final[tuple[Reliance, ...]] = (
     _trainer("_prepare_inputs", "the batch of an incident is what its loss was made of"),
     _trainer("_load_from_checkpoint", "the batch of an incident goes through the weights before it"),
     _trainer("_globalstep_last_logged", "losses that are not finite are filtered as the Trainer does it"),
+    Reliance(
+        *("trl", "GRPOTrainer", "_logs", "1.0 and 1.16", "the rewards of an incident are kept with it"),
+        "Without it there are the completions and their advantages",
+    ),
     _deepspeed("_global_grad_norm", "a step that is not finite is left out in bfloat16"),
     _deepspeed("clip_grad", "the engine is told its threshold"),
     Reliance(

@@ -207,7 +207,16 @@ TAKEN = {
 # Rows that are done without where they are missing, by the test that shows how.
 KERNEL = "tests/controllers/test_kernel.py::test_without_a_kernel_the_training_is_the_same_and_one_line_says_so"
 SHOWN = "tests/integrations/test_incidents.py::test_a_training_step_that_prepares_nothing_shows_what_it_was_given"
-DONE_WITHOUT = {"_prepare_inputs": SHOWN, "_utils": KERNEL, "_get_nvrtc_library": KERNEL, "_cuda_load_module": KERNEL}
+REWARDS = (
+    "tests/integrations/test_incidents_grpo.py::test_without_the_logs_of_the_trainer_there_are_no_rewards_and_no_harm"
+)
+DONE_WITHOUT = {
+    "_prepare_inputs": SHOWN,
+    "_logs": REWARDS,
+    "_utils": KERNEL,
+    "_get_nvrtc_library": KERNEL,
+    "_cuda_load_module": KERNEL,
+}
 
 
 def test_every_row_is_tried():

@@ -1,4 +1,4 @@
-"""Settings under one name, for a kind of training: `clip="rl"`, and with changes `clip="rl:width=6"`."""
+"""Settings under one name, for a kind of training: `clip="rl"`, and with changes `clip="rl:accept_after=60"`."""
 
 from typing import Any, Final, NamedTuple
 
@@ -18,14 +18,24 @@ class Preset(NamedTuple):
 PRESETS: Final[dict[str, Preset]] = {
     "rl": Preset(
         {
-            # Rewards make norms that scatter over a decade: on the logarithmic scale that is usual, and a broken reward is not. A step that
-            # is broken points nowhere, so it is left out; cut to size it would be one full step into the wrong direction.
-            "controller": "log_zscore",
-            "log_width": 5.0,
-            # Runs of a few hundred steps, in which the policy, and with it the norm, is another one after a hundred.
-            "log_decay": 0.99,
+            # A broken reward gives a step that points nowhere, and often several: a generation is trained on more than once. Cut to
+            # size, each would be a full step into the wrong direction; left out, none is made.
+            "controller": "adaptive",
+            "on_spike": "skip",
+            # Longer than any generation is trained on: what lasts is the policy's own, and becomes the new level.
+            "accept_after": 30,
+            # Healthy norms scatter over a decade, and a rare success is large: only what is 9 times the level is left out.
+            "far_width": 8.0,
+            "min_far_width": 8.0,
+            "max_far_width": 10.0,
+            "max_edge": 1.6,
+            # Below that, what `max_grad_norm` has cut in the warm-up it goes on to cut, as in the stock Trainer.
+            "ceiling_share": 0.0,
+            # Runs of a few hundred steps.
             "warmup_observations": 20,
-            # A policy with broken weights generates for minutes per step; ten in a row are no accident.
+            # The loss of a policy says nothing of its progress.
+            "max_pace": 1.0,
+            # A policy with broken weights generates for minutes; ten steps in a row are no accident.
             "max_consecutive_nonfinite": 10,
         },
         "for policies, such as by GRPO: a step with a broken reward leaves no trace",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from hf_adaclip.incidents.folder import Incident
+from hf_adaclip.integrations.generations import Generations
 from hf_adaclip.run.events import ALARMING, ClipEvent
 
 EVERY: Final = 100
@@ -80,11 +81,16 @@ class Telling:
     Args:
         trainer: Whose callbacks, and whose reporters.
         clipper: Is listened to.
+
+    Attributes:
+        generations: What a policy has written, for the incidents.
     """
 
     def __init__(self, trainer: Any, clipper: Any) -> None:
         self._trainer, self._keeps_incidents = trainer, clipper.config.incidents
         self._reporters = Reporters(self._reporting, clipper.alerts.warn_once)
+        private = clipper.config.incident_batch == "hash"
+        self.generations = Generations(trainer, private=private, excuse=clipper.alerts.warn_once)
         clipper.on_event(self._event)
         clipper.on_incident(self._incident)
 
@@ -95,6 +101,7 @@ class Telling:
             self._alert(event.step, event.kind, f"{event.change}. {event.sentences}")
 
     def _incident(self, incident: Incident) -> None:
+        self.generations.write(incident)
         self._call("on_clip_incident", incident=incident)
         text = f"{incident.reason} `hf-adaclip incident {incident.folder.parent.parent} {incident.step}` shows it."
         self._alert(incident.step, incident.kind, text)

@@ -206,7 +206,7 @@ class AdaptiveClipMixin(_Base):
                 model=self.model,
                 output_dir=self._run_folder(),
             )
-            Telling(self, self.clipper)
+            self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
             if self.is_world_process_zero():
                 _shown.warning(_in_one_line(self.clipper.config))
@@ -242,7 +242,9 @@ class AdaptiveClipMixin(_Base):
     def _show_batch(self, inputs: Any) -> None:
         self._shown_inputs = True
         processing_class = getattr(self, "processing_class", None)
-        self._ready_clipper().watch(inputs, self._samples.next(), processing_class=processing_class)
+        clipper = self._ready_clipper()
+        self._telling.generations.note(clipper.step)
+        clipper.watch(inputs, self._samples.next(), processing_class=processing_class)
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         dataloader = super().get_train_dataloader(*args, **kwargs)
