@@ -266,6 +266,10 @@ class AdaptiveClipper:
         self._driver.sees(batch)
         return batch
 
+    def unwatch(self) -> None:
+        """The batches since the last step belong to none: a loop has given it up."""
+        self._capture.drop()
+
     def watched(self, dataloader: Any, *, processing_class: Any = None) -> "Watched":
         """The same dataloader, of which every batch is shown to [`watch`]: `for batch in clipper.watched(dataloader)`.
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias
 
 from hf_adaclip.controllers import CONTROLLERS, Controller, name_of
 from hf_adaclip.controllers.percentile import from_autoclip, from_bitsandbytes_percentile
+from hf_adaclip.controllers.presets import PRESETS
 from hf_adaclip.controllers.settings import by_key, setting, settings_of
 from hf_adaclip.controllers.zscore import from_zclip
 from hf_adaclip.errors import ConfigError
-from hf_adaclip.flat import carried, choose, fields_of_text, flat_names, json_or_text, keyed, lost
+from hf_adaclip.flat import carried, choose, clip_names, fields_of_text, flat_names, json_or_text, keyed, lost
 from hf_adaclip.hints import near_clip, shown
 from hf_adaclip.validation import (
     controller_problem,
@@ -344,8 +345,8 @@ class AdaptiveClipConfig:
         """Turn what users pass as `clip=` into a config.
 
         Args:
-            clip: The name of a controller; `NAME:FIELD=VALUE,FIELD=VALUE`; a controller; a config; its fields; or the path of its JSON. A
-                value with a comma in it (`parameter_rules`) needs one of the latter three.
+            clip: The name of a controller, or of a preset (`rl`); `NAME:FIELD=VALUE,FIELD=VALUE`; a controller; a config; its fields; or
+                the path of its JSON. A value with a comma in it (`parameter_rules`) needs one of the latter three.
 
         Raises:
             ConfigError: `clip` is none of these, or a setting is wrong.
@@ -366,8 +367,9 @@ class AdaptiveClipConfig:
                 return cls.from_json(path)
         names = ", ".join(sorted(CONTROLLERS))
         raise ConfigError(
-            f"`clip` must be a controller ({names}) by name or as an object, NAME:FIELD=VALUE,..., an `AdaptiveClipConfig`, a dict of its "
-            f"fields, or the path of its JSON file, but is {shown(clip)} instead.{near_clip(clip, CONTROLLERS)}"
+            f"`clip` must be a controller ({names}) by name or as an object, a preset ({', '.join(PRESETS)}), NAME:FIELD=VALUE,..., an "
+            f"`AdaptiveClipConfig`, a dict of its fields, or the path of its JSON file, but is {shown(clip)} instead."
+            f"{near_clip(clip, clip_names())}"
         )
 
     @classmethod

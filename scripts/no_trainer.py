@@ -39,6 +39,7 @@ from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.transfer import HOST, moved
+from hf_adaclip.incidents.replay import replay_if_asked
 from hf_adaclip.integrations.script_args import ClipArguments, Ingredients, parse_arguments, run_script
 from hf_adaclip.integrations.transformers import pace_start
 from hf_adaclip.ledger.schema import LEDGER_FILE
@@ -163,6 +164,10 @@ class Loop:
         )
 
     def train(self) -> dict[str, float]:
+        # Does nothing but for `hf-adaclip incident OUTPUT_DIR STEP --replay scripts/no_trainer.py FLAGS`.
+        replay_if_asked(
+            self.model, lambda model, batch: model(**batch).loss, self._accelerator.load_state, self._parts.processor
+        )
         step = self._resume()
         offset = 0 if self._clipper is None else step - self._clipper.step
         try:
@@ -189,6 +194,8 @@ class Loop:
             self._watch.run()
             loss_of_step = norm = None
             for batch in batches:
+                if self._clipper is not None:
+                    self._clipper.watch(batch, processing_class=self._parts.processor)
                 with self._accelerator.accumulate(self.model):
                     loss = self.model(**batch).loss
                     self._accelerator.backward(loss)

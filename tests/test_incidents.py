@@ -400,3 +400,21 @@ def test_a_clipper_that_is_dropped_lets_go_of_its_batches_and_of_the_loop(lane):
     optimizer.zero_grad()
     gc.collect()
     assert [ref() for ref in refs] == [None, None]
+
+
+def test_batches_of_a_step_that_is_given_up_belong_to_no_other(lane, tmp_path):
+    model, optimizer = make()
+    clipper = AdaptiveClipper("adaptive", optimizer=optimizer, model=model, output_dir=tmp_path)
+    for step in range(40):
+        if step == 30:
+            clipper.watch({"x": torch.zeros(1)})
+            clipper.unwatch()
+        one = clipper.watch(batch(step))
+        loss = torch.nn.functional.mse_loss(model(one["x"]), one["y"]) * (float("nan") if step == 30 else 1.0)
+        loss.backward()
+        clipper.clip_(model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    clipper.close()
+    [incident] = clipper.incidents
+    same(load_batch(incident.folder), [batch(30)])

@@ -95,8 +95,13 @@ def setting(
         {'width': '`width` must be in (0, inf), but is -1.0 instead.'}
     """
     metadata = {
-        "help": help, "range": range, "choices": tuple(choices), "words": tuple(words),
-        "key": key, "check": check, "flag": flag,
+        "help": help,
+        "range": range,
+        "choices": tuple(choices),
+        "words": tuple(words),
+        "key": key,
+        "check": check,
+        "flag": flag,
     }
     return dataclasses.field(default=default, metadata={name: said for name, said in metadata.items() if said})
 

@@ -18,7 +18,6 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
-from hf_adaclip.incidents.folder import Incident
 from hf_adaclip.integrations.model_card import add_section
 from hf_adaclip.integrations.sample_indices import SampleIndices
 from hf_adaclip.integrations.seam import (
@@ -30,10 +29,10 @@ from hf_adaclip.integrations.seam import (
     warn_of_own_clipping,
 )
 from hf_adaclip.integrations.step_losses import StepLosses
+from hf_adaclip.integrations.telling import Telling
 from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.run.counts import for_reporters
-from hf_adaclip.run.events import ClipEvent
 from hf_adaclip.support import (
     check_accelerator,
     check_device,
@@ -207,8 +206,7 @@ class AdaptiveClipMixin(_Base):
                 model=self.model,
                 output_dir=self._run_folder(),
             )
-            self.clipper.on_event(self._tell_callbacks)
-            self.clipper.on_incident(self._tell_of_incident)
+            self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
             if self.is_world_process_zero():
                 _shown.warning(_in_one_line(self.clipper.config))
@@ -244,7 +242,9 @@ class AdaptiveClipMixin(_Base):
     def _show_batch(self, inputs: Any) -> None:
         self._shown_inputs = True
         processing_class = getattr(self, "processing_class", None)
-        self._ready_clipper().watch(inputs, self._samples.next(), processing_class=processing_class)
+        clipper = self._ready_clipper()
+        self._telling.generations.note(clipper.step)
+        clipper.watch(inputs, self._samples.next(), processing_class=processing_class)
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         dataloader = super().get_train_dataloader(*args, **kwargs)
@@ -285,18 +285,6 @@ class AdaptiveClipMixin(_Base):
         logger.error("%s A checkpoint of the weights as they are now is kept.", error)
         self.control.should_save = True
         self.control.should_training_stop = True
-
-    def _tell_callbacks(self, event: ClipEvent) -> None:
-        for callback in self.callback_handler.callbacks:
-            hook = getattr(callback, "on_clip_event", None)
-            if hook is not None:
-                hook(self.args, self.state, self.control, event=event)
-
-    def _tell_of_incident(self, incident: Incident) -> None:
-        for callback in self.callback_handler.callbacks:
-            hook = getattr(callback, "on_clip_incident", None)
-            if hook is not None:
-                hook(self.args, self.state, self.control, incident=incident)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1

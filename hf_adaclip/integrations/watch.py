@@ -40,7 +40,7 @@ class SeamWatch(TrainerCallback):
         self._offset = state.global_step - clipper.step  # above 0 when the stock Trainer made the checkpoint
         self._decided, self._looked = clipper.step, False
         if state.global_step and not args.ignore_data_skip:
-            self._trainer._samples.begin_midway()
+            self._trainer._samples.begin_midway(_skipped(args, state, kwargs.get("train_dataloader")))
         if self._trainer.clip_config.self_test:
             clipper.self_test(model.parameters())
         self._count_steps(self._trainer.optimizer)
@@ -118,6 +118,17 @@ class SeamWatch(TrainerCallback):
 
     def _count(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._stepped += 1
+
+
+def _skipped(args: Any, state: Any, dataloader: Any) -> int | None:
+    """Micro-batches of the present epoch that a resumed Trainer passes over; None where an epoch has no known length."""
+    try:
+        batches = len(dataloader)
+    except (TypeError, AttributeError):
+        return None
+    accumulated = int(args.gradient_accumulation_steps)
+    within = int(state.global_step) % max(-(-batches // accumulated), 1)
+    return within * accumulated
 
 
 def _hooks_of_a_step(kind: type) -> int:

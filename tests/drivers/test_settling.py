@@ -33,10 +33,18 @@ def test_by_default_all_parts_are_on():
 @pytest.mark.parametrize(
     ("given", "expected", "words"),
     [
-        ({"kind": None}, (1.0, None, False), {"pace": "no optimizer", "spectral": "no optimizer", "agreement": "no optimizer"}),
+        (
+            {"kind": None},
+            (1.0, None, False),
+            {"pace": "no optimizer", "spectral": "no optimizer", "agreement": "no optimizer"},
+        ),
         ({"known": False}, (64.0, None, True), {"spectral": "no model is known"}),
         ({"kind": torch.optim.SGD, "lr": 0.1}, (64.0, None, False), {"spectral": "is SGD", "agreement": "is SGD"}),
-        ({"kind": torch.optim.LBFGS}, (1.0, None, False), {"pace": "LBFGS", "spectral": "LBFGS", "agreement": "LBFGS"}),
+        (
+            {"kind": torch.optim.LBFGS},
+            (1.0, None, False),
+            {"pace": "LBFGS", "spectral": "LBFGS", "agreement": "LBFGS"},
+        ),
         ({"in_engine": True}, (1.0, None, False), dict.fromkeys(("pace", "spectral", "agreement"), "DeepSpeed")),
         ({"clip": {"shadow": True}}, (1.0, None, False), dict.fromkeys(("pace", "spectral", "agreement"), "shadow")),
         (
