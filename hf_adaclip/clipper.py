@@ -36,7 +36,7 @@ from hf_adaclip.run.losses import LossObserver
 from hf_adaclip.run.recorder import is_rank_zero
 from hf_adaclip.run.run import Run
 from hf_adaclip.run.selftest import check_on_a_copy
-from hf_adaclip.run.spectral_cost import SpectralCost
+from hf_adaclip.run.shape_gate import ShapeGate
 from hf_adaclip.support import check_optimizer_given
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class AdaptiveClipper:
         models = [] if model is None else [model]
         port: Port = PlainLoop(models) if accelerator is None else AcceleratorPort(accelerator)
         engine = port if isinstance(port, AcceleratorPort) and port.steps_in_engine else None
-        config, self._off, by_cost = settle(config, optimizers, models or port.models, in_engine=engine is not None)
+        config, self._off, by_itself = settle(config, optimizers, models or port.models, in_engine=engine is not None)
         check_optimizer_given(config, optimizers, accelerator)
         if config.max_pace > 1:
             check_rates(optimizers)
@@ -136,7 +136,7 @@ class AdaptiveClipper:
         if engine is None:
             self._driver = ClippingDriver(
                 *(config, self._run, port, optimizers, lambda: models or port.models, self._losses, self._capture),
-                cost=SpectralCost() if by_cost else None,
+                gate=ShapeGate(by_itself) if by_itself else None,
             )
         else:
             self._driver = FollowingDriver(self._run, engine, self._losses, self._capture)
@@ -366,7 +366,7 @@ class AdaptiveClipper:
         driver, threshold = self._driver, self._run.static_threshold
         return describe(
             *(self.config, threshold, driver.why_skipping, self._port.how, driver.why_scaling, self._run.ceiling_held),
-            self._off,
+            {**self._off, **driver.off},
         )
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------

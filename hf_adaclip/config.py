@@ -280,7 +280,7 @@ class AdaptiveClipConfig:
         return float(getattr(self.settings, "max_pace", None) or 1.0)
 
     @property
-    def width(self) -> float | None:
+    def spectral(self) -> float | None:
         """The spectral width as a number; None where it is off, and where nobody has said yet."""
         return None if self.spectral_width in (None, "auto") else float(self.spectral_width)
 

@@ -17,7 +17,7 @@ from hf_adaclip.hints import FIELDS_ELSEWHERE, near
 COMMON: Final = frozenset({"warmup_observations", "pace_start"})
 """Settings that no controller minds: there is a warm-up or there is none, and a Trainer sets the start of a pace by itself."""
 
-_NEVER: Final = (("ceiling_share", 1), ("max_pace", 1))
+_NEVER: Final = (("ceiling_share", 1), ("max_pace", 1), ("pace_growth", 1.1))
 """What is so with every controller but `adaptive`, and was written into ledgers of earlier versions."""
 
 

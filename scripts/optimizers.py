@@ -43,7 +43,9 @@ class OptimizerArguments:
         }
         if self.optimizer == "cautious_adamw":
             return {"optimizer_cls_and_kwargs": (CautiousAdamW, settings)}
-        hidden = [p for p in hidden_matrices([model]) if p.dim() == 2]
+        # As in its source the head is AdamW's: what makes outputs of features stands outside of the base model.
+        body = {id(p) for p in getattr(model, getattr(model, "base_model_prefix", ""), model).parameters()}
+        hidden = [p for p in hidden_matrices([model]) if p.dim() == 2 and id(p) in body]
         return {"optimizer_cls_and_kwargs": (MuonAdamW, {**settings, "hidden": hidden})}
 
 

@@ -100,7 +100,7 @@ def test_watching_reads_nothing_and_copies_no_batch(lane):
     counts = []
     for watch in (False, True):
         model, optimizer = make()
-        clipper = AdaptiveClipper("adaptive", optimizer=optimizer, model=model)
+        clipper = AdaptiveClipper("guard", optimizer=optimizer, model=model)
         reads, before = 0, [batch(0)]
         for step in range(40):
             one = batch(step)
@@ -382,7 +382,9 @@ def test_a_run_goes_on_with_other_settings_of_incidents_and_back_within_itself(l
     assert [i.folder.name for i in clipper.incidents] == ["step-00010", "step-00010-2"]
     for incident, number in zip(clipper.incidents, (10, 110), strict=True):
         same(load_batch(incident.folder), [batch(number)])
-    clipper = AdaptiveClipper({**settings, "incident_limit": 3, "incident_batch": "hash"}, optimizer=optimizer)
+    clipper = AdaptiveClipper(
+        {**settings, "incident_limit": 3, "incident_batch": "hash"}, optimizer=optimizer, model=model
+    )
     assert clipper.load_state(tmp_path)
 
 

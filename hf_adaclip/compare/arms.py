@@ -6,13 +6,12 @@ from typing import Any, Final
 
 from hf_adaclip.compare.runs import MODULE, ScriptRun, python_launcher
 from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.controllers.presets import PRESETS
 
 STOCK: Final = "stock"
 TUNED: Final = "tuned"
 SUFFIX: Final = f"-{TUNED}"
 DEFAULT_LEARNING_RATE: Final = 5e-5
-PACE: Final = 64.0
-"""`max_pace` of the arm `adaptive-pace`: room for the pace to find a rate far above the given one."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ ARMS: Final[dict[str, Arm]] = {
     STOCK: Arm("stock Trainer, the flags as they were given", ("--clip", "stock")),
     "none": Arm("stock Trainer without clipping", ("--clip", "none")),
     "stable_adamw": Arm("stock Trainer with optim=stable_adamw", ("--clip", "stock", "--optim", "stable_adamw")),
-    "adaptive-pace": Arm(f"adaptive clipping with max_pace {PACE:g}", ("--clip", f"adaptive:max_pace={PACE:g}")),
+    **{name: Arm(f"preset {preset.use}", ("--clip", name)) for name, preset in PRESETS.items()},
     **{name: Arm(f"{kind.idea} ({kind.source})", ("--clip", name)) for name, kind in CONTROLLERS.items()},
 }
 

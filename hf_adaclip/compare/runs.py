@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from hf_adaclip.compare import fork_server
-from hf_adaclip.config import AdaptiveClipConfig, incident_settings
+from hf_adaclip.config import SHAPE_OFF, AdaptiveClipConfig, incident_settings
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError, LedgerError
 from hf_adaclip.ledger.schema import LEDGER_FILE
@@ -121,12 +121,14 @@ def _behind(controller: str, clip: str) -> dict[str, Any]:
     except ConfigError:  # the run will say so
         return found
     given = {part.partition("=")[0].strip() for part in clip.partition(":")[2].split(",")}
-    paced, width = config.max_pace != 1, config.spectral_width
-    ranged = width is not None and not math.isinf(width)
+    ours = controller == "adaptive"  # to which alone 'auto' gives anything
+    paced, width = getattr(config.settings, "max_pace", 1) != 1, config.spectral_width
+    ranged = ours if width == "auto" else config.spectral is not None and not math.isinf(config.spectral)
+    agreed = ours if config.agreement == "auto" else config.agreement is True
     off = [*([] if paced else ["pace_"]), *([] if ranged else ["spectral_"])]
     kept = {name: v for name, v in found.items() if name not in given and not name.startswith(tuple(off))}
     kept["revision"] = revision_that_counts(controller, found["revision"], paced=paced)
-    return {**kept, **_revisions_of_parts(ranged, config.agreement)}
+    return {**kept, **_revisions_of_parts(ranged, agreed)}
 
 
 def _revisions_of_parts(ranged: bool, agreed: bool) -> dict[str, int]:
@@ -137,7 +139,7 @@ def _revisions_of_parts(ranged: bool, agreed: bool) -> dict[str, int]:
 
 
 def _defaults_of(controller: str) -> dict[str, Any]:
-    values = AdaptiveClipConfig(controller=controller).to_dict()
+    values = AdaptiveClipConfig(controller=controller).to_dict() | ({} if controller == "adaptive" else SHAPE_OFF)
     decides = {name: value for name, value in values.items() if name not in incident_settings()}
     kept = {name: value for name, value in decides.items() if name not in CAME_LATER or value != CAME_LATER[name]}
     return {**kept, "revision": CONTROLLERS[controller].revision}

@@ -1,7 +1,7 @@
 """A run that clips by itself, between the backward pass and the optimizer's step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor
@@ -23,8 +23,8 @@ from hf_adaclip.run.per_parameter import PerParameter
 from hf_adaclip.run.plan import StepPlan
 from hf_adaclip.run.run import Run
 from hf_adaclip.run.selftest import FirstStepCheck
+from hf_adaclip.run.shape_gate import ShapeGate
 from hf_adaclip.run.shaping import Shaping
-from hf_adaclip.run.spectral_cost import SpectralCost
 from hf_adaclip.support import check_capture
 
 MEASURE_EVERY: Final = 50
@@ -68,7 +68,7 @@ class ClippingDriver:
         models: Gives the models in which names are looked up.
         losses: What makes a training loss of the run's kind.
         incidents: Hears of every step.
-        cost: Decides whether the spectral range is worth its work; None where it acts whatever it takes.
+        gate: Decides on parts that are on by themselves; None where people have set them.
 
     Attributes:
         guards: What stands before the optimizers' steps.
@@ -83,7 +83,7 @@ class ClippingDriver:
         models: Callable[[], Sequence[Any]],
         losses: LossObserver,
         incidents: IncidentCapture,
-        cost: SpectralCost | None = None,
+        gate: ShapeGate | None = None,
     ) -> None:
         self._incidents = incidents
         self._config, self._run, self._port, self._losses = config, run, port, losses
@@ -94,7 +94,7 @@ class ClippingDriver:
         self._check = FirstStepCheck(enabled=config.self_test)
         self._absence = AbsenceCheck(run.alerts.warn_once)
         self._kept = PerParameter(config, run, self.guards, models, run.alerts)
-        self._shaping = Shaping(config, run, self.guards, models, cost)
+        self._shaping = Shaping(config, run, self.guards, models, gate)
         self._overfit = OverfitWatch() if config.max_pace > 1 else None
         self._back: Value | None = None  # what the pace is told then
 
@@ -109,6 +109,11 @@ class ClippingDriver:
     @property
     def why_skipping(self) -> Sequence[str]:
         return self.guards.why
+
+    @property
+    def off(self) -> Mapping[str, str]:
+        gate = self._shaping.gate
+        return {} if gate is None else gate.why
 
     @property
     def why_scaling(self) -> str | None:
@@ -244,16 +249,16 @@ class ClippingDriver:
         kept: dict[str, Tensor] = {}
         if self._kept.reach is not None and self._overfit is not None:
             kept = {**self._kept.reach.tensors(), "by_heart": self._overfit.tensor()}
-        cost = self._shaping.cost
-        return kept if cost is None or cost.closed is None else {**kept, "too_dear": cost.tensor()}
+        gate = self._shaping.gate
+        return {**kept, "shape_gate": gate.tensor()} if gate is not None and gate.decided else kept
 
     def loaded(self) -> None:
         self._kept.forget()
-        kept, cost = self._run.beside or {}, self._shaping.cost
+        kept, gate = self._run.beside or {}, self._shaping.gate
         if self._overfit is not None and "by_heart" in kept:
             self._overfit.restore(kept["by_heart"])
-        if cost is not None and "too_dear" in kept:
-            cost.restore(kept["too_dear"])
+        if gate is not None and "shape_gate" in kept:
+            gate.restore(kept["shape_gate"])
 
     def sees(self, batch: Any) -> None:
         self._shaping.sees(batch)

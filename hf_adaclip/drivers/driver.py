@@ -1,6 +1,6 @@
 """What a clipper asks of its driver. Which one it is depends on who makes the optimizer's step, and is settled when it is made."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -29,6 +29,10 @@ class Driver(Protocol):
     @property
     def why_skipping(self) -> Sequence[str]:
         """Per known optimizer, how a step is left out and why so."""
+
+    @property
+    def off(self) -> Mapping[str, str]:
+        """Why parts of the default do not act, by part, as far as the steps have shown."""
 
     @property
     def why_scaling(self) -> str | None:

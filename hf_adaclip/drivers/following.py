@@ -1,6 +1,7 @@
 """A run under an engine that steps by itself (DeepSpeed): its norms are followed, its next threshold is set."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,7 @@ class FollowingDriver:
     why_skipping: Sequence[str] = (EnginePort.WHY,)
     why_scaling: str | None = EnginePort.SCALING
     parameters: Sequence[Tensor] = ()
+    off: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, run: Run, port: AcceleratorPort, losses: LossObserver, incidents: IncidentCapture) -> None:
         self._incidents = incidents

@@ -12,8 +12,8 @@ import torch
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
-from hf_adaclip.gradients.provenance import trained_before
 from hf_adaclip.gradients.sharding import is_sharded
+from hf_adaclip.reliance import is_of
 
 MAX_PACE: Final = 64.0
 _ADAM: Final = (torch.optim.Adam, torch.optim.AdamW)
@@ -25,12 +25,12 @@ class Settled(NamedTuple):
     Attributes:
         config: The settings of the run.
         off: Why a part of the default is off, by part.
-        by_cost: Whether the spectral range is on by itself, and has to be worth its work.
+        by_itself: Parts that shape the step and are on without having been set; the first step says whether they act.
     """
 
     config: AdaptiveClipConfig
     off: dict[str, str]
-    by_cost: bool
+    by_itself: frozenset[str]
 
 
 def settle(
@@ -54,19 +54,17 @@ def settle(
         changes["max_pace"] = 1.0 if why else MAX_PACE
         off |= {"pace": why} if why else {}
     against = whole or _against_shape(inner)
-    if against is None and models and trained_before(models):
-        against = "the model was trained before, and there it may do harm (set it to have it all the same)"
     if config.agreement == "auto":
         changes["agreement"] = against is None
         off |= {"agreement": against} if against else {}
     if config.spectral_width == "auto":
         why = against or _against_spectral(models)
-        changes["spectral_width"] = None if why else 0.0
+        changes |= {"spectral_width": None, "spectral_every": 1} if why else {"spectral_width": 0.0}
         off |= {"spectral": why} if why else {}
     made = config.replace(**changes) if changes else config
-    return Settled(
-        made, off if config.controller == "adaptive" else {}, "spectral_width" in changes and made.width == 0
-    )
+    on = {"spectral": changes.get("spectral_width") is not None, "agreement": changes.get("agreement") is True}
+    by_itself = frozenset(part for part, is_on in on.items() if is_on)
+    return Settled(made, off if config.controller == "adaptive" else {}, by_itself)
 
 
 def _against_all(config: AdaptiveClipConfig, *, in_engine: bool) -> str | None:
@@ -85,13 +83,20 @@ def _against_pace(optimizers: Sequence[Any]) -> str | None:
     if not optimizers:
         return "no optimizer is known (pass `optimizer=`)"
     for optimizer in optimizers:
+        if not _is_adam(optimizer):
+            name = type(optimizer).__name__
+            return (
+                f"the optimizer is {name}, and the estimate is for steps as long as Adam's (set `max_pace` to have it)"
+            )
         if any(group.get("lr") is None for group in optimizer.param_groups):
             return f"{type(optimizer).__name__} finds its learning rate by itself"
-        if isinstance(optimizer, torch.optim.LBFGS) or any(
-            "ScheduleFree" in k.__name__ for k in type(optimizer).__mro__
-        ):
-            return f"{type(optimizer).__name__} makes more of its learning rate than the length of a step"
     return None
+
+
+def _is_adam(optimizer: Any) -> bool:
+    """Whether every component moves by about the learning rate, and the weights are where the optimizer says."""
+    kind = type(optimizer)
+    return kind in _ADAM or (is_of("bitsandbytes", optimizer) and "Adam" in kind.__name__)
 
 
 def _against_shape(optimizers: Sequence[Any]) -> str | None:

@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
+from hf_adaclip.gradients.provenance import trained_before
 from hf_adaclip.integrations.model_card import add_section
 from hf_adaclip.integrations.sample_indices import SampleIndices
 from hf_adaclip.integrations.seam import (
@@ -209,7 +210,7 @@ class AdaptiveClipMixin(_Base):
             self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
             if self.is_world_process_zero():
-                _shown.warning(_in_one_line(self.clipper.config))
+                _shown.warning(_in_one_line(self.clipper.config, trained=trained_before([self.model])))
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())
         return self.clipper
 
@@ -377,12 +378,13 @@ def pace_start(steps: int, warmup_steps: float) -> int:
     return max(1, round(PACE_START_SHARE * steps - warmup_steps))
 
 
-def _in_one_line(config: AdaptiveClipConfig) -> str:
+def _in_one_line(config: AdaptiveClipConfig, *, trained: bool) -> str:
     threshold = f"static threshold {config.static_threshold:g}"
     ledger = config.ledger_path or "none"
     parts = [f"pace up to x{config.max_pace:g}"] if config.max_pace > 1 else []
-    parts += ["spectral range"] if config.width is not None else []
-    parts += ["agreement"] if config.agreement is True else []
+    # Where they are on by themselves they do not act in a model that was trained before.
+    parts += ["spectral range"] if config.spectral is not None and not trained else []
+    parts += ["agreement"] if config.agreement is True and not trained else []
     beside = f" with {', '.join(parts)}" if parts else ""
     less = ' `clip="guard"` only clips.' if parts and config.controller == "adaptive" else ""
     return (

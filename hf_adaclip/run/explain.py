@@ -77,7 +77,7 @@ def describe(
         "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
     )
     lines.append(f"pace        {_pace(config)}{_why('pace', off)}")
-    lines += _shaping(config)
+    lines += [line for line in _shaping(config) if line.split()[0] not in off]
     lines += [f"{part:<11} off{_why(part, off)}" for part in ("spectral", "agreement") if part in off]
     lines.append(f"ledger      {config.ledger_path or 'none'}")
     return "\n".join(lines)
@@ -104,8 +104,8 @@ def _ceiling(rule: AdaptiveController, static_threshold: float, held: bool | Non
 def _shaping(config: AdaptiveClipConfig) -> list[str]:
     """What is done beside the length of a step; nothing where all of it is off."""
     lines, shadow = [], " (recorded only: shadow)" if config.shadow else ""
-    if config.width is not None:
-        width, every = config.width, config.spectral_every
+    if config.spectral is not None:
+        width, every = config.spectral, config.spectral_every
         often = "" if every == 1 else f", in one step of {every}"
         what = {0.0: "made equal", math.inf: "left as they are"}.get(
             width, f"clipped softly at {width:g} x their root mean square"

@@ -25,7 +25,7 @@ _FEWEST: Final = 5
 _ONCE: Final = 1.1
 _TWICE: Final = 1.02
 _DROP: Final = 0.1
-_SURE: Final = 3.0
+_SURE: Final = 4.0
 """Standard errors by which the fall has to be beyond chance."""
 
 

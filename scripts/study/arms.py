@@ -3,7 +3,8 @@
 from typing import Final
 
 from hf_adaclip.compare.arms import ARMS as KNOWN
-from hf_adaclip.compare.arms import PACE, STOCK, TUNED, Arm, untuned
+from hf_adaclip.compare.arms import STOCK, TUNED, Arm, untuned
+from hf_adaclip.drivers.settling import MAX_PACE
 
 AT: Final = "@tuned"
 """Ends the name of an arm that is run with the flags that were best for the stock arm."""
@@ -25,7 +26,7 @@ def _parts(**parts: str) -> tuple[str, ...]:
 
 ARMS: Final[dict[str, Arm]] = {
     "guard": Arm("the range alone", _parts()),
-    "pace": Arm(f"range and pace (max_pace={PACE:g})", _parts(max_pace=f"{PACE:g}")),
+    "pace": Arm(f"range and pace (max_pace={MAX_PACE:g})", _parts(max_pace=f"{MAX_PACE:g}")),
     "spectral": Arm("range and equal singular values", _parts(spectral_width="0")),
     "agreement": Arm("range and sign agreement", _parts(agreement="true")),
     "spectral-agreement": Arm(

@@ -65,7 +65,7 @@ class Paced(AdaptiveController):
 
 @dataclass(frozen=True)
 class Later(AdaptiveController):
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
 
 
 GUARD, PACE = "adaptive:max_pace=1,spectral_width=None,agreement=false", "adaptive:max_pace=64,agreement=false"
@@ -96,8 +96,8 @@ def test_a_part_that_changes_makes_other_runs_of_those_that_have_it(monkeypatch)
     def agreement(patch):
         patch.setattr("hf_adaclip.gradients.agreement.REVISION", 9)
 
-    assert changed(monkeypatch, spectral) == {RANGED}
-    assert changed(monkeypatch, agreement) == {AGREED}
+    assert changed(monkeypatch, spectral) == {"adaptive", PACE, RANGED, AGREED}
+    assert changed(monkeypatch, agreement) == {"adaptive", RANGED, AGREED, "adaptive:spectral_width=inf"}
 
 
 def test_a_revision_of_the_pace_alone_leaves_runs_without_it(monkeypatch):
@@ -105,10 +105,10 @@ def test_a_revision_of_the_pace_alone_leaves_runs_without_it(monkeypatch):
         patch.setitem(CONTROLLERS, "adaptive", Later)
 
     def only_the_pace(patch):
-        patch.setattr("hf_adaclip.compare.runs.PACE_ONLY", frozenset({3}))
+        patch.setattr("hf_adaclip.compare.runs.PACE_ONLY", frozenset({4}))
 
     assert changed(monkeypatch, later) == {"adaptive", GUARD, PACE, RANGED, AGREED, "adaptive:spectral_width=inf"}
-    assert changed(monkeypatch, later, only_the_pace) == {PACE}
+    assert changed(monkeypatch, later, only_the_pace) == {"adaptive", PACE, "adaptive:spectral_width=inf"}
 
 
 def test_what_is_interrupted_has_not_failed_and_what_was_finished_stays(tmp_path, monkeypatch):
@@ -137,8 +137,9 @@ def test_what_is_interrupted_has_not_failed_and_what_was_finished_stays(tmp_path
 
 
 def test_settings_that_came_later_count_only_where_they_say_something_else():
-    found = set(defaults_behind(["train.py", "--clip", "adaptive"]))
-    assert not set(CAME_LATER) & found
-    assert "incidents" not in found
-    defaults = AdaptiveClipConfig().to_dict()
-    assert {name: defaults[name] for name in CAME_LATER} == CAME_LATER
+    for clip in ("zscore", GUARD):
+        found = set(defaults_behind(["train.py", "--clip", clip]))
+        assert not set(CAME_LATER) & found
+        assert "incidents" not in found
+    says = defaults_behind(["train.py", "--clip", "adaptive"])
+    assert {says[name] for name in ("spectral_width", "agreement")} == {"auto"}

@@ -21,13 +21,14 @@ def settled(clip="adaptive", model=None, kind=torch.optim.AdamW, *, known=True, 
 
 
 def parts(found):
-    return found.config.max_pace, found.config.width, found.config.agreement
+    return found.config.max_pace, found.config.spectral, found.config.agreement
 
 
 def test_by_default_all_parts_are_on():
     found = settled()
     assert parts(found) == (64.0, 0.0, True)
-    assert found.off == {} and found.by_cost
+    assert found.off == {}
+    assert found.by_itself == {"spectral", "agreement"}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,11 @@ def test_by_default_all_parts_are_on():
             {"pace": "no optimizer", "spectral": "no optimizer", "agreement": "no optimizer"},
         ),
         ({"known": False}, (64.0, None, True), {"spectral": "no model is known"}),
-        ({"kind": torch.optim.SGD, "lr": 0.1}, (64.0, None, False), {"spectral": "is SGD", "agreement": "is SGD"}),
+        (
+            {"kind": torch.optim.SGD, "lr": 0.1},
+            (1.0, None, False),
+            dict.fromkeys(("pace", "spectral", "agreement"), "is SGD"),
+        ),
         (
             {"kind": torch.optim.LBFGS},
             (1.0, None, False),
@@ -68,20 +73,48 @@ def test_what_speaks_against_a_part_is_said_and_what_is_set_stays(given, expecte
     assert all(words[part] in why for part, why in found.off.items())
 
 
+def acting(model, clip="adaptive", folder=None):
+    """Which parts act in the first step of a run, and the clipper."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    clipper = AdaptiveClipper(clip, optimizer=optimizer, model=model)
+    if folder is not None:
+        clipper.load_state(folder)
+    ids = torch.arange(32).repeat(32, 4)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    clipper.clip_(model.parameters(), loss=loss)
+    optimizer.step()
+    names = {"spectral": "clip/spectral_width", "agreement": "clip/agreeing_share"}
+    seen = clipper.metrics()
+    return {part for part, name in names.items() if name in seen}, clipper
+
+
 def test_what_was_trained_before_keeps_its_step(tmp_path):
     llama().save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
-    found = settled(model=loaded)
-    assert parts(found) == (64.0, None, False)
-    assert "was trained before" in found.off["spectral"] and "was trained before" in found.off["agreement"]
-    assert parts(settled({"spectral_width": 0.0, "agreement": True}, model=loaded)) == (64.0, 0.0, True)
+    parts_on, clipper = acting(loaded)
+    assert parts_on == set()
+    assert clipper.explain().count("the model was trained before") == 2
+    assert clipper.config.max_pace == 64.0
+    assert acting(loaded, {"spectral_width": 0.0, "agreement": True})[0] == {"spectral", "agreement"}
+    assert acting(loaded, {"agreement": True})[0] == {"agreement"}
+    assert acting(llama())[0] == {"spectral", "agreement"}
+
+
+def test_a_run_from_scratch_goes_on_as_such_from_its_own_checkpoint(tmp_path):
+    model = llama()
+    _, clipper = acting(model)
+    clipper.save_state(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert acting(loaded, folder=tmp_path)[0] == {"spectral", "agreement"}
 
 
 def test_a_fresh_model_with_the_config_of_a_trained_one_is_fresh(tmp_path):
     llama().save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.name_or_path
-    assert parts(settled(model=LlamaForCausalLM(config))) == (64.0, 0.0, True)
+    assert acting(LlamaForCausalLM(config))[0] == {"spectral", "agreement"}
 
 
 def test_where_loaded_weights_are_not_marked_a_name_tells(tmp_path, monkeypatch):
@@ -89,8 +122,8 @@ def test_where_loaded_weights_are_not_marked_a_name_tells(tmp_path, monkeypatch)
 
     llama().save_pretrained(tmp_path)
     monkeypatch.setattr(initialization, "zeros_", torch.nn.init.zeros_)
-    assert parts(settled(model=LlamaForCausalLM.from_pretrained(tmp_path))) == (64.0, None, False)
-    assert parts(settled()) == (64.0, 0.0, True)
+    assert acting(LlamaForCausalLM.from_pretrained(tmp_path))[0] == set()
+    assert acting(llama())[0] == {"spectral", "agreement"}
 
 
 def test_a_clipper_says_what_is_off_and_why():

@@ -1,11 +1,13 @@
 """The spectral range has to be worth its work where it is on by itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_adaclip import AdaptiveClipper
-from hf_adaclip.run.spectral_cost import MOST, rows_of, share
+from hf_adaclip.run.shape_gate import MOST, rows_of, share
 
 
 def test_the_share_is_that_of_the_operations():
@@ -29,11 +31,8 @@ def test_the_share_is_that_of_the_operations():
     ids=str,
 )
 def test_rows_of_what_models_are_given(batch, rows):
-    class Model:
-        class config:
-            patch_size = 7
-
-    assert rows_of(batch, [Model()]) == rows
+    model = SimpleNamespace(config=SimpleNamespace(patch_size=7))
+    assert rows_of(batch, [model]) == rows
 
 
 def trained(width, tokens, steps=3, folder=None, resume=None):
@@ -55,16 +54,20 @@ def trained(width, tokens, steps=3, folder=None, resume=None):
 
 
 def test_it_is_off_where_it_would_take_longer_than_the_step(caplog, tmp_path):
+    caplog.set_level("INFO")
     clipper = trained(64, tokens=8, folder=tmp_path)
-    assert "spectral range stays off: with 8 tokens in a step" in caplog.text
+    assert "the spectral range is off: with 8 tokens in a step" in caplog.text
+    assert "spectral    off: with 8 tokens in a step" in clipper.explain()
     assert "clip/spectral_width" not in clipper.metrics()
-    assert clipper.config.width == 0.0 and clipper.config.agreement is True
+    assert clipper.config.spectral == 0.0
+    assert clipper.config.agreement is True
 
 
 def test_it_is_on_where_a_step_has_tokens_enough(caplog, tmp_path):
+    caplog.set_level("INFO")
     assert share([(16, 16)], 512) < MOST
     clipper = trained(16, tokens=512, folder=tmp_path)
-    assert "stays off" not in caplog.text
+    assert "is off" not in caplog.text
     assert clipper.metrics()["clip/spectral_width"] == 0.0
 
 

@@ -1,22 +1,25 @@
-"""What the spectral range costs in a run, by the count of its operations: a step of few tokens on wide matrices is no place for it.
+"""Where spectral range and agreement act by themselves: in models that are trained from scratch, and the range where it is worth its work.
 
-For a weight of small side m and large side n, and T rows (tokens) in a step:
+By the count of operations, for a weight of small side m and large side n, and T rows (tokens) in a step:
 
     4 m^2 n + 34 m^3    the square, the product with its root, and 17 products of the small side (width 0)
     6 m n T             forward and backward of that weight
 
-The quotient of the two sums is held against measured times in model_cards/spectral/.
+The quotient of the two sums is held against measured times in model_cards/spectral/. A step of few tokens on wide matrices is no place
+for the range.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from hf_adaclip.gradients.provenance import trained_before
 from hf_adaclip.gradients.transfer import HOST
 from hf_adaclip.run.ranks import world_size
 
+_TRAINED: Final = "the model was trained before, and there it may do harm (set it to have it all the same)"
 MOST: Final = 2 / 3
 """Largest share of the matrices' own work that 'auto' lets it take."""
 
@@ -55,58 +58,81 @@ def rows_of(batch: Any, models: Sequence[Any]) -> int | None:
     return None
 
 
-class SpectralCost:
-    """Decides once, in the first step, whether the range is worth its work.
+class ShapeGate:
+    """Decides once, in the first step, whether spectral range and agreement act where they are on by themselves.
+
+    Neither does in a model that was trained before; there both may do harm. The range is closed where it is too much work.
+
+    Args:
+        parts: Which of the two are on by themselves; what people have set acts in any case.
 
     Attributes:
-        closed: True keeps the range off for the rest of the run; None as long as nothing is decided.
+        spectral, agreement: Whether that part acts; None as long as nothing is decided.
+        why: Why a part does not, in words; empty after a resumption.
     """
 
-    def __init__(self) -> None:
-        self.closed: bool | None = None
+    def __init__(self, parts: Collection[str]) -> None:
+        self._parts = parts
+        self.spectral: bool | None = None
+        self.agreement: bool | None = None
+        self.why: dict[str, str] = {}
         self._rows: int | None = 0
+
+    @property
+    def decided(self) -> bool:
+        """Whether the first step has been."""
+        return self.agreement is not None
 
     def sees(self, batch: Any, models: Sequence[Any]) -> None:
         """A micro-batch of the coming step."""
-        if self.closed is None and self._rows is not None:
+        if not self.decided and self._rows is not None:
             rows = rows_of(batch, models)
             self._rows = None if rows is None else self._rows + rows
 
-    def decide(self, shapes: Sequence[tuple[int, int]], device: torch.device, group: Any, *, ranks_known: bool) -> str:
-        """Decide, where that is still to be done; every rank alike.
+    def decide(
+        self,
+        models: Sequence[Any],
+        shapes: Sequence[tuple[int, int]],
+        device: torch.device,
+        group: Any,
+        *,
+        ranks_known: bool,
+    ) -> None:
+        """Decide, every rank alike.
 
         Args:
+            models: Those that are trained, as far as they are known.
             shapes: Of the matrices.
             device: Where ranks can compare numbers.
             group: The process group of the ranks that train together.
             ranks_known: Whether that is known.
-
-        Returns:
-            Why the range is closed, in words; empty where it is not, or where that was said.
         """
-        if self.closed is not None:
-            return ""
+        trained = trained_before(models)
+        self.why = dict.fromkeys(self._parts, _TRAINED) if trained else {}
+        self.spectral, self.agreement = "spectral" not in self.why, "agreement" not in self.why
+        if trained or "spectral" not in self._parts:
+            return
         rows = self._rows or 0
-        if world_size() > 1:
-            if not ranks_known:
-                self.closed = False
-                return ""
+        if world_size() > 1 and ranks_known:
             most = torch.tensor([float(rows)], dtype=torch.float64, device=device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
             rows = int(most.item())
+        elif world_size() > 1:
+            return
         took = share(shapes, rows) if rows else 0.0
-        self.closed = took > MOST
-        if not self.closed:
-            return ""
-        return (
-            f"the spectral range stays off: with {rows} tokens in a step it would take {took:.1f} times the work of the matrices' own "
-            "forward and backward pass. `spectral_width=0` has it all the same."
-        )
+        if took > MOST:
+            self.spectral = False
+            self.why["spectral"] = (
+                f"with {rows} tokens in a step it would take {took:.1f} times the work of the matrices' own forward and backward pass "
+                "(`spectral_width=0` has it all the same)"
+            )
 
     def tensor(self) -> Tensor:
-        """What a checkpoint keeps, shape `[]`."""
-        return torch.tensor(float(bool(self.closed)), dtype=torch.float32, device=HOST)
+        """What a checkpoint keeps, once it is decided, shape `[2]`."""
+        return torch.tensor(
+            [float(bool(self.spectral)), float(bool(self.agreement))], dtype=torch.float32, device=HOST
+        )
 
     def restore(self, tensor: Tensor) -> None:
         """Go on from what `tensor` gave."""
-        self.closed = bool(tensor.item())
+        self.spectral, self.agreement = (bool(x) for x in tensor.tolist())
