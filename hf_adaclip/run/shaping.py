@@ -89,7 +89,7 @@ class Shaping:
             return
         effect = self._range.act_(gradients, change=not self._config.shadow)
         if effect is None:
-            if not self._matrices.found:
+            if not self._matrices.found and gate is None:  # set by hand, it should act on something
                 self._run.alerts.warn_once(
                     "`spectral_width` acts on nothing: no trainable parameter is a hidden matrix. Only embeddings, heads, vectors or "
                     "parameters of another model than `model` have a gradient."
