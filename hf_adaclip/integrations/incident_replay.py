@@ -25,8 +25,8 @@ from hf_adaclip.incidents.replay import (
     Passed,
     Request,
     answer_of,
-    ask,
     asked,
+    asking,
     norm_of,
     number_of,
 )
@@ -100,7 +100,7 @@ def replay_by_script(request: Request, command: Sequence[str]) -> dict[str, Any]
 @contextlib.contextmanager
 def _asking(request: Request) -> Iterator[None]:
     """While this is open, a Trainer answers in place of training."""
-    train, ended = Trainer.train, ask(request)
+    train = Trainer.train
 
     def answer(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if (present := asked()) is not None:
@@ -109,10 +109,10 @@ def _asking(request: Request) -> Iterator[None]:
 
     Trainer.train = answer  # type: ignore[method-assign]
     try:
-        yield
+        with asking(request):
+            yield
     finally:
         Trainer.train = train  # type: ignore[method-assign]
-        ended()
 
 
 class _Answering:

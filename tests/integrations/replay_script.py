@@ -6,6 +6,7 @@ python replay_script.py KIND FOLDER [key=value ...]
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,8 +71,14 @@ def llama(dropout=0.0):
 
 def vit():
     set_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return ViT(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=4, **sizes))
+    sizes: dict[str, Any] = {
+        "num_labels": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return ViT(ViTConfig(image_size=8, patch_size=2, num_channels=1, **sizes))
 
 
 def make_trainer(kind, folder, clip="adaptive", **changes):

@@ -1,5 +1,7 @@
 """Incidents in a Trainer: it shows its own batches, and says which samples they are."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
@@ -152,7 +154,8 @@ def test_a_resumption_that_ignores_the_data_names_the_right_samples(tmp_path):
 def test_of_an_epoch_that_is_gone_on_with_nothing_is_named_where_nobody_counts():
     from hf_adaclip.integrations.sample_indices import SampleIndices
 
-    loader = torch.utils.data.DataLoader(range(8), batch_size=2)
+    rows: Any = range(8)
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=2)
     for skipped, named in ((None, None), (0, [0, 1]), (2, [4, 5])):
         samples = SampleIndices()
         samples.follow(loader)
@@ -161,12 +164,12 @@ def test_of_an_epoch_that_is_gone_on_with_nothing_is_named_where_nobody_counts()
         assert samples.next() == named
         list(loader)  # the epoch after it is whole
         assert samples.next() == [0, 1]
-        loader = torch.utils.data.DataLoader(range(8), batch_size=2)
+        loader = torch.utils.data.DataLoader(rows, batch_size=2)
 
-    class StatefulDataLoader(torch.utils.data.DataLoader):
+    class StatefulDataLoader(torch.utils.data.DataLoader[int]):
         pass
 
-    keeps = StatefulDataLoader(range(8), batch_size=2)
+    keeps: Any = StatefulDataLoader(rows, batch_size=2)
     samples = SampleIndices()
     samples.follow(keeps)
     samples.begin_midway(2)

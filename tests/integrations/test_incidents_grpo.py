@@ -24,8 +24,8 @@ class Weights(TrainerCallback):
     def __init__(self):
         self.seen: list[torch.Tensor] = []
 
-    def on_step_end(self, args, state, control, *, model, **kwargs):
-        self.seen.append(torch.cat([p.detach().flatten() for p in model.parameters()]).clone())
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append(torch.cat([p.detach().flatten() for p in kwargs["model"].parameters()]).clone())
 
 
 class Judge:
