@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from hf_adaclip.incidents.batches import KEPT
 from hf_adaclip.incidents.folder import Incident, of_rank
+from hf_adaclip.incidents.texts import GENERATIONS_FILE
 from hf_adaclip.run.ranks import rank
 
-GENERATIONS_FILE: Final = "generations.jsonl"
 _MOST: Final = 256
 _LONGEST: Final = 20_000
 
