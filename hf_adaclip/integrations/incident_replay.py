@@ -19,6 +19,7 @@ from transformers import Trainer, set_seed
 
 from hf_adaclip.errors import ConfigError, LedgerError, UnsupportedSetupError
 from hf_adaclip.incidents.contents import contents_of, hashes
+from hf_adaclip.incidents.folder import Incident
 from hf_adaclip.incidents.kept import Part, parts_of
 from hf_adaclip.incidents.replay import (
     Batches,
@@ -37,11 +38,16 @@ from hf_adaclip.run.ranks import world_size
 _CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
 
 
-def last_checkpoint(run: Path, step: int) -> Path | None:
-    """The last one that was written before a step, or right before it; None where there is none."""
-    folders = run.iterdir() if run.is_dir() else ()
-    known = [(int(m[1]), f) for f in folders if (m := _CHECKPOINT.fullmatch(f.name)) and f.is_dir()]
-    return max(((number, folder) for number, folder in known if number <= step), default=(0, None))[1]
+def last_checkpoint(incident: Incident) -> Path | None:
+    """The last one of the run that was written before the step, or right before it; None where there is none."""
+    run = incident.folder.parent.parent
+    known = [(int(m[1]), f) for f in run.iterdir() if (m := _CHECKPOINT.fullmatch(f.name)) and f.is_dir()]
+    return max(((n, folder) for n, folder in known if n <= _trainer_step(incident)), default=(0, None))[1]
+
+
+def _trainer_step(incident: Incident) -> int:
+    """As checkpoints count: another number where the run went on from a checkpoint of the stock Trainer."""
+    return int(incident.facts.get("trainer_step", incident.step))
 
 
 def replay_by_script(request: Request, command: Sequence[str]) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def replay_by_script(request: Request, command: Sequence[str]) -> dict[str, Any]
         "weights": None if request.checkpoint is None else str(request.checkpoint),
         "steps_before": None
         if request.checkpoint is not None and found is None
-        else request.incident.step - int(found[1] if found else 0),
+        else _trainer_step(request.incident) - int(found[1] if found else 0),
     }
     return {**request.answer, **weights}
 
