@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer, set_seed
 
 from hf_adaclip.errors import ConfigError, LedgerError, UnsupportedSetupError
@@ -36,6 +37,10 @@ from hf_adaclip.reliance import require
 from hf_adaclip.run.ranks import world_size
 
 _CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
+_NO_ANSWER: Final = (
+    "`--replay` must come to a training by transformers.Trainer, but the script {}. Give the flags of the run; a loop of its own calls "
+    "`hf_adaclip.incidents.replay.replay_if_asked` before its first step."
+)
 
 
 def last_checkpoint(incident: Incident) -> Path | None:
@@ -89,10 +94,7 @@ def replay_by_script(request: Request, command: Sequence[str]) -> dict[str, Any]
     finally:
         sys.argv, sys.path[:] = before, path
     if request.answer is None:
-        raise ConfigError(
-            f"`--replay` must come to a training, but {name} ended without one. Give the flags of the run; a loop without a Trainer "
-            "calls `hf_adaclip.incidents.replay.replay_if_asked` before its first step."
-        )
+        raise ConfigError(_NO_ANSWER.format("ended without one"))
     found = _CHECKPOINT.fullmatch(request.checkpoint.name) if request.checkpoint is not None else None
     weights = {
         "weights": None if request.checkpoint is None else str(request.checkpoint),
@@ -106,7 +108,7 @@ def replay_by_script(request: Request, command: Sequence[str]) -> dict[str, Any]
 @contextlib.contextmanager
 def _asking(request: Request) -> Iterator[None]:
     """While this is open, a Trainer answers in place of training."""
-    train = Trainer.train
+    train, guard = Trainer.train, register_optimizer_step_pre_hook(_refuse_step)
 
     def answer(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if (present := asked()) is not None:
@@ -118,7 +120,13 @@ def _asking(request: Request) -> Iterator[None]:
         with asking(request):
             yield
     finally:
+        guard.remove()
         Trainer.train = train  # type: ignore[method-assign]
+
+
+def _refuse_step(*_: Any) -> NoReturn:
+    """Who has not answered by now would train, and write over the run."""
+    raise ConfigError(_NO_ANSWER.format("has begun to train without an answer, and was ended before its first step"))
 
 
 class _Answering:

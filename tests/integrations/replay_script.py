@@ -136,6 +136,11 @@ def main(kind, folder, *changes):
     if kind == "loop":
         train_in_a_loop(Path(folder))
         return
+    if kind == "stubborn":
+        (parameter := torch.nn.Parameter(torch.zeros(1))).grad = torch.ones(1)
+        torch.optim.SGD([parameter]).step()
+        Path(folder, "trained").write_text("")
+        return
     if kind == "ranks":
         folder = Path(folder)
         make_trainer("llama", folder, per_device_train_batch_size=BATCH // 2, ddp_backend="gloo").train()

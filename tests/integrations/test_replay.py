@@ -160,6 +160,9 @@ def test_what_cannot_be_replayed_is_said(tmp_path, capsys, monkeypatch):
     assert "`SCRIPT` must follow" in refused("40", "--replay")
     assert "'nowhere.py' is no file" in refused("40", "--replay", "nowhere.py")
     assert "ended without one" in refused("40", "--replay", SCRIPT, "nothing", "x")
+    assert "was ended before its first step" in refused("40", "--replay", SCRIPT, "stubborn", str(tmp_path))
+    assert not (tmp_path / "trained").exists()
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]).step()  # afterwards everybody may again
     assert "one of 0 to 0, but is 1" in refused("40", "--rank", "1", "--replay", SCRIPT, "llama", str(tmp_path))
     assert "none is none" in refused("40", "--checkpoint", "none", "--replay", SCRIPT)
     assert "must hold the model's whole weights" in refused(
