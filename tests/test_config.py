@@ -436,7 +436,7 @@ def test_a_preset_is_a_name_for_settings(tmp_path):
 
     preset = AdaptiveClipConfig.resolve("rl")
     assert preset == AdaptiveClipConfig.resolve("rl:") == AdaptiveClipConfig.from_dict(PRESETS["rl"].fields)
-    assert (preset.controller, preset.on_spike, preset.settings.accept_after) == ("adaptive", "skip", 30)
+    assert (preset.controller, preset.on_spike, preset.to_dict()["accept_after"]) == ("adaptive", "skip", 30)
     changed = AdaptiveClipConfig.resolve("rl:accept_after=60,on_spike=clip,static_threshold=0.2")
     assert changed == preset.replace(accept_after=60, on_spike="clip", static_threshold=0.2)
     preset.to_json(tmp_path / "rl.json")

@@ -63,9 +63,9 @@ def in_full(incident: Incident) -> list[str]:
     if texts := _texts(incident.folder):
         lines.append(f"  text ({TEXT_FILE} has all):")
         lines += [f"    {where}: {text}" for where, text in texts]
-    if rows := _generations(incident.folder):
+    if written := _generations(incident.folder):
         lines.append(f"  completions, the largest advantage first ({GENERATIONS_FILE} has all):")
-        lines += [f"    {' '.join(row)}" for row in rows]
+        lines += [f"    {' '.join(row)}" for row in written]
     return lines
 
 
@@ -99,9 +99,9 @@ def _one(incident: Incident) -> Iterator[page.Part]:
         yield page.folded("Modules by their share of the squared norm", ["share", "module"], rows)
     if texts := _texts(incident.folder):
         yield page.folded("Text of the batch", ["sample", "text"], [list(row) for row in texts])
-    if rows := _generations(incident.folder):
+    if written := _generations(incident.folder):
         yield page.folded(
-            "Completions and rewards", ["advantage", "rewards", "completion"], [list(row) for row in rows]
+            "Completions and rewards", ["advantage", "rewards", "completion"], [list(row) for row in written]
         )
     if drawn := thumbnails(_batch_of(incident)):
         images = "".join(f'<img alt="{escape(name)}" title="{escape(name)}" src="{source}">' for name, source in drawn)

@@ -125,7 +125,7 @@ def test_of_an_iterable_dataset_the_batch_is_kept_and_no_sample_is_named(workers
             yield from dataset()
 
     args = arguments(tmp_path, dataloader_num_workers=workers, gradient_accumulation_steps=2)
-    trainer = Ours(model=model(), args=args, train_dataset=Stream())
+    trainer: Any = Ours(model=model(), args=args, train_dataset=Stream())
     run(trainer)
     [incident] = trainer.clipper.incidents
     kept = load_batch(incident.folder)
