@@ -26,6 +26,8 @@ from hf_adaclip.validation import (
 )
 
 P = ParamSpec("P")
+SHAPE_OFF: Final = {"spectral_width": None, "agreement": False}
+"""How a run of a version without these parts was set."""
 _MAY_BE_INFINITE: Final = ("static_threshold", "spectral_width")
 
 
@@ -93,19 +95,22 @@ class AdaptiveClipConfig:
         range="[1, inf)",
         flag=True,
     )
-    spectral_width: float | None = setting(
-        None,
+    spectral_width: float | str | None = setting(
+        "auto",
         help="Clip the singular values of each hidden matrix's gradient softly at this many times their root mean square, and give the "
-        "matrix its norm back: 0 makes them equal, 'inf' changes nothing. Unset: off.",
+        "matrix its norm back: 0 makes them equal, 'inf' changes nothing, 'none' is off. 'auto': 0 with the controller `adaptive` where "
+        "nothing speaks against it (`explain` says what does), else off.",
         range="[0, inf]",
+        words=("auto",),
     )
     spectral_every: int = setting(
         1, help="Steps from one in which the spectral range acts to the next.", range="[1, inf)"
     )
-    agreement: bool = setting(
-        False,
+    agreement: bool | str = setting(
+        "auto",
         help="Take back, after each step of the optimizer, what of it goes against the sign of the present gradient, and make the rest "
-        "larger by as much. Needs the optimizer.",
+        "larger by as much. Needs the optimizer. 'auto': with the controller `adaptive` and Adam or AdamW.",
+        words=("auto",),
     )
     ledger: str | None = setting(
         "auto",
@@ -242,6 +247,8 @@ class AdaptiveClipConfig:
             run["parameter_rules"] = json_or_text(run["parameter_rules"])
         if run["ledger"] == "none":  # as a flag says it
             run["ledger"] = None
+        if run["spectral_width"] == "none":
+            run["spectral_width"] = None
         # As `to_dict` writes it, because JSON has no infinity.
         run |= {key: math.inf for key in _MAY_BE_INFINITE if run[key] == "inf"}
         chosen = choose(controller, values, run["parameter_rules"], run)
@@ -269,8 +276,13 @@ class AdaptiveClipConfig:
 
     @property
     def max_pace(self) -> float:
-        """Largest multiplier on the learning rate of a step; 1.0 with a controller that has no pace."""
-        return float(getattr(self.settings, "max_pace", 1.0))
+        """Largest multiplier on the learning rate of a step; 1.0 without a pace, and where nobody has said yet whether there is one."""
+        return float(getattr(self.settings, "max_pace", None) or 1.0)
+
+    @property
+    def width(self) -> float | None:
+        """The spectral width as a number; None where it is off, and where nobody has said yet."""
+        return None if self.spectral_width in (None, "auto") else float(self.spectral_width)
 
     @property
     def looks_at_loss(self) -> bool:
@@ -433,7 +445,7 @@ def as_written_now(values: dict[str, Any]) -> dict[str, Any]:
     What this version cannot read stays as it is.
     """
     try:
-        return AdaptiveClipConfig.from_dict(values).to_dict()
+        return AdaptiveClipConfig.from_dict({**SHAPE_OFF, **values}).to_dict()
     except ConfigError:
         return values
 

@@ -17,8 +17,8 @@ from hf_adaclip.hints import FIELDS_ELSEWHERE, near
 COMMON: Final = frozenset({"warmup_observations", "pace_start"})
 """Settings that no controller minds: there is a warm-up or there is none, and a Trainer sets the start of a pace by itself."""
 
-_NEVER: Final = ("ceiling_share", 1)
-"""What belongs to every controller but `adaptive`, and was written so into ledgers of earlier versions."""
+_NEVER: Final = (("ceiling_share", 1), ("max_pace", 1))
+"""What is so with every controller but `adaptive`, and was written into ledgers of earlier versions."""
 
 
 class Chosen(NamedTuple):
@@ -99,7 +99,7 @@ def _owners(key: str) -> list[tuple[str, Setting]]:
 
 
 def _means_nothing(name: str, value: Any) -> bool:
-    return name in COMMON or (name, value) == _NEVER or any(value == s.default for _, s in _owners(name))
+    return name in COMMON or (name, value) in _NEVER or any(value == s.default for _, s in _owners(name))
 
 
 def _handed_down(
@@ -131,7 +131,7 @@ def _handed_down(
 
 def _as_fields(controller: Controller[Any]) -> dict[str, Any]:
     # Left at its default the pace is that of the run, which all parameters share.
-    kept = {key: value for key, value in by_key(controller).items() if (key, value) != ("max_pace", 1.0)}
+    kept = {key: value for key, value in by_key(controller).items() if key != "max_pace" or value not in (None, 1)}
     return {"controller": name_of(controller), **kept}
 
 

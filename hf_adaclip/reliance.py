@@ -106,6 +106,16 @@ RELIANCES: Final[tuple[Reliance, ...]] = (
     _trainer("_load_from_checkpoint", "the batch of an incident goes through the weights before it"),
     _trainer("_globalstep_last_logged", "losses that are not finite are filtered as the Trainer does it"),
     Reliance(
+        *(
+            "transformers",
+            "Parameter",
+            "_is_hf_initialized",
+            _METHOD,
+            "a model that was trained before is told from a fresh one",
+        ),
+        "Without it a model that has a `name_or_path` counts as trained before",
+    ),
+    Reliance(
         *("trl", "GRPOTrainer", "_logs", "1.0 and 1.16", "the rewards of an incident are kept with it"),
         "Without it there are the completions and their advantages",
     ),

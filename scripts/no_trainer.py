@@ -320,6 +320,7 @@ class Loop:
                 energy_source=None if meter is None else meter.source,
                 energy_measured=None if meter is None else meter.measured,
                 metrics=self.last_evaluation,
+                cpu_seconds=self._watch.cpu_seconds,
             )
             append_point(self._output / CONVERGENCE_FILE, point)
 
@@ -327,7 +328,7 @@ class Loop:
         folder = self._output / f"checkpoint-{step}"
         self._accelerator.save_state(str(folder))
         if self._accelerator.is_main_process:
-            spent = json.dumps({"train_seconds": self._watch.seconds})
+            spent = json.dumps({"train_seconds": self._watch.seconds, "cpu_seconds": self._watch.cpu_seconds})
             self.only_record("seconds.json", lambda: _write_text(folder / "seconds.json", spent))
             self._saved.append(folder)
             limit = self._arguments.save_total_limit
@@ -357,8 +358,8 @@ class Loop:
         return step
 
     def _go_on_counting(self, folder: Path, points: Path, step: int) -> None:
-        seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))["train_seconds"]
-        self._watch.go_on(seconds=seconds, energy_wh=0.0)
+        spent = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
+        self._watch.go_on(seconds=spent["train_seconds"], energy_wh=0.0, cpu_seconds=spent.get("cpu_seconds"))
         if self._accelerator.is_main_process:
             write_points(points, [p for p in (read_points(points) if points.is_file() else []) if p.step <= step])
 

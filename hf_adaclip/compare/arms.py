@@ -62,7 +62,7 @@ class Study:
         coordinates: Flags that the tuning searches, in this order.
         command: The command line, for the record.
         quiet: No progress bar.
-        warm: See `run_scripts`.
+        warm, threads: See `run_scripts`.
     """
 
     output: Path
@@ -85,6 +85,7 @@ class Study:
     command: str = ""
     quiet: bool = False
     warm: bool = False
+    threads: int | None = None
 
     @property
     def task(self) -> str:
@@ -101,7 +102,7 @@ class Study:
     @property
     def pooling(self) -> dict[str, Any]:
         """How `run_scripts` is to run it."""
-        return {"jobs": self.jobs, "quiet": self.quiet, "warm": self.warm}
+        return {"jobs": self.jobs, "quiet": self.quiet, "warm": self.warm, "threads": self.threads}
 
     def flags_of(self, arm: str) -> tuple[str, ...]:
         """Flags of an arm, before any tuning."""

@@ -15,12 +15,21 @@ class Preset(NamedTuple):
     use: str
 
 
+_RANGE_ALONE: Final[dict[str, Any]] = {
+    "controller": "adaptive",
+    "max_pace": 1.0,
+    "spectral_width": None,
+    "agreement": False,
+}
+
 PRESETS: Final[dict[str, Preset]] = {
+    "guard": Preset(_RANGE_ALONE, "to clip and nothing else: the step is the given one in length and direction"),
     "rl": Preset(
         {
+            # The loss of a policy says nothing of its progress, so the step is the given one but for what is clipped.
             # A broken reward gives a step that points nowhere, and often several: a generation is trained on more than once. Cut to
             # size, each would be a full step into the wrong direction; left out, none is made.
-            "controller": "adaptive",
+            **_RANGE_ALONE,
             "on_spike": "skip",
             # Longer than any generation is trained on: what lasts is the policy's own, and becomes the new level.
             "accept_after": 30,
@@ -33,8 +42,6 @@ PRESETS: Final[dict[str, Preset]] = {
             "ceiling_share": 0.0,
             # Runs of a few hundred steps.
             "warmup_observations": 20,
-            # The loss of a policy says nothing of its progress.
-            "max_pace": 1.0,
             # A policy with broken weights generates for minutes; ten steps in a row are no accident.
             "max_consecutive_nonfinite": 10,
         },

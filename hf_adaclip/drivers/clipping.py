@@ -1,5 +1,6 @@
 """A run that clips by itself, between the backward pass and the optimizer's step."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -17,11 +18,13 @@ from hf_adaclip.gradients.probe import check_torch
 from hf_adaclip.incidents.capture import IncidentCapture
 from hf_adaclip.ports.plain import Port
 from hf_adaclip.run.losses import LossObserver
+from hf_adaclip.run.overfitting import OverfitWatch
 from hf_adaclip.run.per_parameter import PerParameter
 from hf_adaclip.run.plan import StepPlan
 from hf_adaclip.run.run import Run
 from hf_adaclip.run.selftest import FirstStepCheck
 from hf_adaclip.run.shaping import Shaping
+from hf_adaclip.run.spectral_cost import SpectralCost
 from hf_adaclip.support import check_capture
 
 MEASURE_EVERY: Final = 50
@@ -65,6 +68,7 @@ class ClippingDriver:
         models: Gives the models in which names are looked up.
         losses: What makes a training loss of the run's kind.
         incidents: Hears of every step.
+        cost: Decides whether the spectral range is worth its work; None where it acts whatever it takes.
 
     Attributes:
         guards: What stands before the optimizers' steps.
@@ -79,6 +83,7 @@ class ClippingDriver:
         models: Callable[[], Sequence[Any]],
         losses: LossObserver,
         incidents: IncidentCapture,
+        cost: SpectralCost | None = None,
     ) -> None:
         self._incidents = incidents
         self._config, self._run, self._port, self._losses = config, run, port, losses
@@ -89,7 +94,9 @@ class ClippingDriver:
         self._check = FirstStepCheck(enabled=config.self_test)
         self._absence = AbsenceCheck(run.alerts.warn_once)
         self._kept = PerParameter(config, run, self.guards, models, run.alerts)
-        self._shaping = Shaping(config, run, self.guards, models)
+        self._shaping = Shaping(config, run, self.guards, models, cost)
+        self._overfit = OverfitWatch() if config.max_pace > 1 else None
+        self._back: Value | None = None  # what the pace is told then
 
     @property
     def grip(self) -> Guards:
@@ -148,7 +155,19 @@ class ClippingDriver:
         left = kept.scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._losses.observe(loss, total.device)
         reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
+        if self._overfit is not None and reach is not None:
+            reach = self._judged_by_heart(self._overfit, seen_loss, reach)
         return Seen(gradients, total, norms, norm, finite, observed, seen_loss, left, reach)
+
+    def _judged_by_heart(self, watch: OverfitWatch, loss: Value, reach: Value) -> Value:
+        """The reach; -inf once the data is learned by heart."""
+        watch.add(loss)
+        if watch.found is None:
+            return reach
+        if self._back is None:
+            self._back = self._run.ops(-math.inf)
+            self._run.alerts.warn_once(f"{watch.found} The data is learned by heart, and the pace is 1 from here on.")
+        return self._back
 
     def _decide(self, seen: Seen) -> StepPlan:
         planned = self._run.decide(
@@ -222,7 +241,27 @@ class ClippingDriver:
             self.set_static_threshold(max_norm)
 
     def kept(self) -> dict[str, Tensor] | None:
-        return None if self._kept.reach is None else self._kept.reach.tensors()
+        kept: dict[str, Tensor] = {}
+        if self._kept.reach is not None and self._overfit is not None:
+            kept = {**self._kept.reach.tensors(), "by_heart": self._overfit.tensor()}
+        cost = self._shaping.cost
+        return kept if cost is None or cost.closed is None else {**kept, "too_dear": cost.tensor()}
 
     def loaded(self) -> None:
         self._kept.forget()
+        kept, cost = self._run.beside or {}, self._shaping.cost
+        if self._overfit is not None and "by_heart" in kept:
+            self._overfit.restore(kept["by_heart"])
+        if cost is not None and "too_dear" in kept:
+            cost.restore(kept["too_dear"])
+
+    def sees(self, batch: Any) -> None:
+        self._shaping.sees(batch)
+
+    def begin_epoch(self) -> None:
+        if self._overfit is not None:
+            self._overfit.begin_epoch()
+
+    def evaluated(self, loss: float) -> None:
+        if self._overfit is not None:
+            self._overfit.evaluated(loss)

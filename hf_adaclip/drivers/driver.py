@@ -1,7 +1,7 @@
 """What a clipper asks of its driver. Which one it is depends on who makes the optimizer's step, and is settled when it is made."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -56,3 +56,12 @@ class Driver(Protocol):
 
     def loaded(self) -> None:
         """The run has been loaded, before its first step or to go back."""
+
+    def begin_epoch(self) -> None:
+        """See `AdaptiveClipper.begin_epoch`."""
+
+    def evaluated(self, loss: float) -> None:
+        """See `AdaptiveClipper.evaluated`."""
+
+    def sees(self, batch: Any) -> None:
+        """See `AdaptiveClipper.watch`."""

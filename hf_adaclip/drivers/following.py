@@ -1,6 +1,7 @@
 """A run under an engine that steps by itself (DeepSpeed): its norms are followed, its next threshold is set."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -71,6 +72,15 @@ class FollowingDriver:
         """Let go of the engine."""
         if self._engine is not None:
             self._engine.detach()
+
+    def begin_epoch(self) -> None:
+        """There is no pace to take back."""
+
+    def evaluated(self, loss: float) -> None:
+        """There is no pace to take back."""
+
+    def sees(self, batch: Any) -> None:
+        """There is no spectral range."""
 
     def _attach(self) -> EnginePort:
         """From here on the engine is told its threshold before every step.

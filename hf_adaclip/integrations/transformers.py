@@ -380,7 +380,12 @@ def pace_start(steps: int, warmup_steps: float) -> int:
 def _in_one_line(config: AdaptiveClipConfig) -> str:
     threshold = f"static threshold {config.static_threshold:g}"
     ledger = config.ledger_path or "none"
+    parts = [f"pace up to x{config.max_pace:g}"] if config.max_pace > 1 else []
+    parts += ["spectral range"] if config.width is not None else []
+    parts += ["agreement"] if config.agreement is True else []
+    beside = f" with {', '.join(parts)}" if parts else ""
+    less = ' `clip="guard"` only clips.' if parts and config.controller == "adaptive" else ""
     return (
-        f"Adaptive clipping by `{config.controller}`{' in shadow' if config.shadow else ''}, {threshold}; ledger {ledger}. "
+        f"Adaptive clipping by `{config.controller}`{beside}{' in shadow' if config.shadow else ''}, {threshold}; ledger {ledger}.{less} "
         "`trainer.clipper.explain()` says more."
     )

@@ -26,6 +26,7 @@ class SeamWatch(TrainerCallback):
         self._trainer = trainer
         self._offset = self._decided = self._stepped = 0
         self._looked = False
+        self._evaluated: str | None = None
         self._once = 1
         self._handle: Any = None
 
@@ -43,6 +44,20 @@ class SeamWatch(TrainerCallback):
         if self._trainer.clip_config.self_test:
             clipper.self_test(model.parameters())
         self._count_steps(self._trainer.optimizer)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._ready_clipper().begin_epoch()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        # Somebody's own call of `evaluate`, before training or after it, says nothing about this run.
+        if self._handle is None or self._trainer.clipper is None or not isinstance(metrics, dict):
+            return
+        losses = {k: v for k, v in metrics.items() if k.startswith("eval_") and k.endswith("_loss")}
+        self._evaluated = self._evaluated or next(
+            iter(losses), None
+        )  # of several sets each has its own level: the first counts
+        if self._evaluated in losses:
+            self._trainer.clipper.evaluated(losses[self._evaluated])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._look()

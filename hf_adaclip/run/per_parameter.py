@@ -115,14 +115,14 @@ class PerParameter:
             joined = 0 if change is None else len(change.joined)
             known = gradients.parameters[: len(gradients.parameters) - joined]
             self.reach = ReachEstimate(known, self._guards.optimizers, device)
-            if self._run.beside:
+            if set(self._run.beside or ()) - {"by_heart", "too_dear"}:
                 try:
                     self.reach.restore(self._run.beside, ops)
                 except (ValueError, LookupError) as error:
                     raise StateError(
                         f"The state that was loaded does not fit: {error}. Resume with the same model."
                     ) from error
-                self._run.beside = {}
+            self._run.beside = {}
             if joined and change is not None:
                 self.reach = self.reach.moved(gradients.parameters, change.kept)
 

@@ -11,10 +11,11 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients import Gradients, Guards
-from hf_adaclip.gradients.matrices import HiddenMatrices
+from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix
 from hf_adaclip.gradients.spectral import SpectralRange
 from hf_adaclip.gradients.transfer import moved
 from hf_adaclip.run.run import Run
+from hf_adaclip.run.spectral_cost import SpectralCost
 
 
 class Shaping:
@@ -24,21 +25,28 @@ class Shaping:
         config: The settings.
         run: Whose records it fills in.
         guards: The optimizers.
-        models: Gives the models that tell hidden matrices from embeddings and heads.
+        models: Gives the models that tell matrices from embeddings.
+        cost: Decides whether the spectral range is worth its work; None where it acts whatever it takes.
 
     Raises:
         UnsupportedSetupError: The step of an optimizer cannot be taken back in part.
     """
 
     def __init__(
-        self, config: AdaptiveClipConfig, run: Run, guards: Guards, models: Callable[[], Sequence[Any]]
+        self,
+        config: AdaptiveClipConfig,
+        run: Run,
+        guards: Guards,
+        models: Callable[[], Sequence[Any]],
+        cost: SpectralCost | None,
     ) -> None:
-        self._config, self._run, self._guards = config, run, guards
+        self._config, self._run, self._guards, self._models = config, run, guards, models
+        self.cost = cost
         self._matrices = HiddenMatrices(models)
-        width = config.spectral_width
+        width = config.width
         self._range = None if width is None else SpectralRange(width, self._matrices)
         self._taken: Value | None = None
-        if config.agreement:
+        if config.agreement is True:
             guards.agree(self._count, change=not config.shadow)
         self._agreeing: Tensor | None = None  # of the present step, over the optimizers that have made theirs
 
@@ -55,7 +63,7 @@ class Shaping:
             UnsupportedSetupError: The gradients, or the optimizer, cannot be worked on.
         """
         self._taken = taken
-        if self._config.agreement:
+        if self._config.agreement is True:
             self._agreeing = None
             if not self._guards:
                 raise ConfigError(
@@ -70,7 +78,7 @@ class Shaping:
                 "the modules that own them. Pass `AdaptiveClipper(..., model=model)`."
             )
         ops = self._run.ops
-        if not gradients.tensors or (ops.on_host and not taken):
+        if not gradients.tensors or (ops.on_host and not taken) or self._too_dear(gradients):
             return
         effect = self._range.act_(gradients, change=not self._config.shadow)
         if effect is None:
@@ -85,6 +93,29 @@ class Shaping:
             norm = norm * moved(factor, norm.device) if isinstance(factor, Tensor) else norm * float(factor)
         width = torch.full_like(altered, self._range.width)
         self._record(spectral_width=width, altered_energy=altered, matrix_norm=norm)
+
+    def _too_dear(self, gradients: Gradients) -> bool:
+        cost = self.cost
+        if cost is None:
+            return False
+        if cost.closed is None:
+            there = self._matrices.among([gradients.parameters[i] for i in gradients.present])
+            matrices = [as_matrix(g) for g, is_one in zip(gradients.tensors, there, strict=True) if is_one]
+            ranks = self._run.ranks
+            why = cost.decide(
+                [(m.shape[0], m.shape[1]) for m in matrices],
+                gradients.tensors[0].device,
+                None if ranks is None else ranks.group,
+                ranks_known=ranks is not None,
+            )
+            if why:
+                self._run.alerts.warn_once(why)
+        return bool(cost.closed)
+
+    def sees(self, batch: Any) -> None:
+        """A micro-batch of the coming step."""
+        if self.cost is not None:
+            self.cost.sees(batch, self._models())
 
     def _count(self, counts: Tensor) -> None:
         """An optimizer has stepped: how many components agree, of how many."""
