@@ -446,7 +446,7 @@ def test_a_preset_is_a_name_for_settings(tmp_path):
         "rl:nonsense=1": "`nonsense` must be a field",
         "rl:accept_after": "but is 'rl:accept_after' instead",
         "rl:controller=static": "each field once",
-        "grpo": "a preset (rl)",
+        "grpo": "a preset (",
     }.items():
         with pytest.raises(ConfigError, match=re.escape(said)):
             AdaptiveClipConfig.resolve(wrong)

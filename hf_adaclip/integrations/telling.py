@@ -11,14 +11,16 @@ from typing import Any, Final
 from hf_adaclip.incidents.batches import KEPT
 from hf_adaclip.incidents.folder import INCIDENT_FILE, Incident, of_rank, write_facts
 from hf_adaclip.integrations.generations import Generations
-from hf_adaclip.run.events import ALARMING, ClipEvent
+from hf_adaclip.run.events import ClipEvent
 from hf_adaclip.run.ranks import rank
 
 EVERY: Final = 100
 """Steps in which a reporter gets at most one alert of a kind."""
 _GRAVE: Final = frozenset({"nonfinite", "budget", "divergence", "statistics", "trouble", "fallback"})
+_EVENTS: Final = frozenset({"trouble", "fallback", "skipped", "spike"})
+"""Kinds of events that are worth an alert where nothing is kept of incidents."""
 _LOST: Final = frozenset({"fallback"})
-"""Kinds of events that no incident tells of."""
+"""Those that no incident tells of."""
 
 
 class Reporters:
@@ -97,7 +99,7 @@ class Telling:
 
     def _event(self, event: ClipEvent) -> None:
         self._call("on_clip_event", event=event)
-        alarming = event.kind in (_LOST if self._keeps_incidents else ALARMING - {"limit"})
+        alarming = event.kind in (_LOST if self._keeps_incidents else _EVENTS)
         if alarming:
             self._alert(event.step, event.kind, f"{event.change}. {event.sentences}")
 

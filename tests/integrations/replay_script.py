@@ -81,7 +81,7 @@ def vit():
     return ViT(ViTConfig(image_size=8, patch_size=2, num_channels=1, **sizes))
 
 
-def make_trainer(kind, folder, clip="adaptive", **changes):
+def make_trainer(kind, folder, clip="guard", **changes):
     task = "vit" if "vit" in kind else "llama"
     settings = {
         "output_dir": str(folder),

@@ -34,6 +34,7 @@ def flags(folder, output, **changes):
         "save_strategy": "steps",
         "save_steps": 20,
         "report_to": "none",
+        "clip": "guard",
         **changes,
     }
     return ["--do_train", "--use_cpu", "--disable_tqdm=True", *(f"--{k}={v}" for k, v in settings.items())]
