@@ -431,3 +431,24 @@ def test_files_of_the_version_before_still_load(changes, tmp_path):
         head = config.for_pattern("head.*")
         assert head is not None
         assert head.settings == Median(factor=3.0)
+
+
+def test_a_preset_is_a_name_for_settings(tmp_path):
+    from hf_adaclip.controllers.presets import PRESETS
+
+    preset = AdaptiveClipConfig.resolve("rl")
+    assert preset == AdaptiveClipConfig.resolve("rl:") == AdaptiveClipConfig.from_dict(PRESETS["rl"].fields)
+    assert (preset.controller, preset.on_spike, preset.to_dict()["accept_after"]) == ("adaptive", "skip", 30)
+    changed = AdaptiveClipConfig.resolve("rl:accept_after=60,on_spike=clip,static_threshold=0.2")
+    assert changed == preset.replace(accept_after=60, on_spike="clip", static_threshold=0.2)
+    preset.to_json(tmp_path / "rl.json")
+    assert AdaptiveClipConfig.resolve(tmp_path / "rl.json") == preset
+    assert not set(PRESETS) & set(CONTROLLERS)
+    for wrong, said in {
+        "rl:nonsense=1": "`nonsense` must be a field",
+        "rl:accept_after": "but is 'rl:accept_after' instead",
+        "rl:controller=static": "each field once",
+        "grpo": "a preset (",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            AdaptiveClipConfig.resolve(wrong)

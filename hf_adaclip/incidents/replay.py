@@ -4,6 +4,7 @@ Weights change nowhere: there is a forward and a backward pass, and no step of a
 `integrations.incident_replay`; a loop of one's own calls [`replay_if_asked`] before its first step.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -74,10 +75,14 @@ def asked() -> Request | None:
     return _asked[-1] if _asked else None
 
 
-def ask(request: Request) -> Callable[[], None]:
-    """From here on, trainings of this process are asked; returns what ends that."""
+@contextlib.contextmanager
+def asking(request: Request) -> Iterator[None]:
+    """While this is open, trainings of this process are asked."""
     _asked.append(request)
-    return _asked.pop
+    try:
+        yield
+    finally:
+        _asked.remove(request)
 
 
 def replay_if_asked(

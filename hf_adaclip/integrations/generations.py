@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from hf_adaclip.incidents.batches import KEPT
 from hf_adaclip.incidents.folder import Incident, of_rank
+from hf_adaclip.incidents.texts import GENERATIONS_FILE
 from hf_adaclip.run.ranks import rank
 
-GENERATIONS_FILE: Final = "generations.jsonl"
 _MOST: Final = 256
 _LONGEST: Final = 20_000
 
@@ -34,7 +34,7 @@ class Generations:
         if not self._on or (self._held and self._held[-1][0] == step):
             return
         logs = self._trainer._logs
-        held = {name: tuple(logs.get(name) or ()) for name in ("prompt", "completion", "advantages")}
+        held: dict[str, Any] = {name: tuple(logs.get(name) or ()) for name in ("prompt", "completion", "advantages")}
         held["rewards"] = {name: tuple(values) for name, values in (logs.get("rewards") or {}).items()}
         self._held.append((step, held))
 

@@ -96,7 +96,7 @@ def _replay(arguments: argparse.Namespace, chosen: list[Incident]) -> int:
     if checkpoint is not None and not checkpoint.is_dir():
         raise ConfigError(f"`--checkpoint` must be a folder with weights, but {checkpoint} is none.")
     if checkpoint is None:
-        checkpoint = last_checkpoint(incident.folder.parent.parent, incident.step)
+        checkpoint = last_checkpoint(incident)
     answer = replay_by_script(Request(incident, checkpoint, arguments.rank, arguments.bisect), arguments.replay)
     print(json.dumps(answer, indent=1) if arguments.json else "\n".join(in_words(answer)))
     return 0

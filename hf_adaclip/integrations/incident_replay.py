@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer, set_seed
 
 from hf_adaclip.errors import ConfigError, LedgerError, UnsupportedSetupError
 from hf_adaclip.incidents.contents import contents_of, hashes
+from hf_adaclip.incidents.folder import Incident
 from hf_adaclip.incidents.kept import Part, parts_of
 from hf_adaclip.incidents.replay import (
     Batches,
     Passed,
     Request,
     answer_of,
-    ask,
     asked,
+    asking,
     norm_of,
     number_of,
 )
@@ -35,13 +37,22 @@ from hf_adaclip.reliance import require
 from hf_adaclip.run.ranks import world_size
 
 _CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
+_NO_ANSWER: Final = (
+    "`--replay` must come to a training by transformers.Trainer, but the script {}. Give the flags of the run; a loop of its own calls "
+    "`hf_adaclip.incidents.replay.replay_if_asked` before its first step."
+)
 
 
-def last_checkpoint(run: Path, step: int) -> Path | None:
-    """The last one that was written before a step, or right before it; None where there is none."""
-    folders = run.iterdir() if run.is_dir() else ()
-    known = [(int(m[1]), f) for f in folders if (m := _CHECKPOINT.fullmatch(f.name)) and f.is_dir()]
-    return max(((number, folder) for number, folder in known if number <= step), default=(0, None))[1]
+def last_checkpoint(incident: Incident) -> Path | None:
+    """The last one of the run that was written before the step, or right before it; None where there is none."""
+    run = incident.folder.parent.parent
+    known = [(int(m[1]), f) for f in run.iterdir() if (m := _CHECKPOINT.fullmatch(f.name)) and f.is_dir()]
+    return max(((n, folder) for n, folder in known if n <= _trainer_step(incident)), default=(0, None))[1]
+
+
+def _trainer_step(incident: Incident) -> int:
+    """As checkpoints count: another number where the run went on from a checkpoint of the stock Trainer."""
+    return int(incident.facts.get("trainer_step", incident.step))
 
 
 def replay_by_script(request: Request, command: Sequence[str]) -> dict[str, Any]:
@@ -83,16 +94,13 @@ def replay_by_script(request: Request, command: Sequence[str]) -> dict[str, Any]
     finally:
         sys.argv, sys.path[:] = before, path
     if request.answer is None:
-        raise ConfigError(
-            f"`--replay` must come to a training, but {name} ended without one. Give the flags of the run; a loop without a Trainer "
-            "calls `hf_adaclip.incidents.replay.replay_if_asked` before its first step."
-        )
+        raise ConfigError(_NO_ANSWER.format("ended without one"))
     found = _CHECKPOINT.fullmatch(request.checkpoint.name) if request.checkpoint is not None else None
     weights = {
         "weights": None if request.checkpoint is None else str(request.checkpoint),
         "steps_before": None
         if request.checkpoint is not None and found is None
-        else request.incident.step - int(found[1] if found else 0),
+        else _trainer_step(request.incident) - int(found[1] if found else 0),
     }
     return {**request.answer, **weights}
 
@@ -100,7 +108,7 @@ def replay_by_script(request: Request, command: Sequence[str]) -> dict[str, Any]
 @contextlib.contextmanager
 def _asking(request: Request) -> Iterator[None]:
     """While this is open, a Trainer answers in place of training."""
-    train, ended = Trainer.train, ask(request)
+    train, guard = Trainer.train, register_optimizer_step_pre_hook(_refuse_step)
 
     def answer(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if (present := asked()) is not None:
@@ -109,10 +117,16 @@ def _asking(request: Request) -> Iterator[None]:
 
     Trainer.train = answer  # type: ignore[method-assign]
     try:
-        yield
+        with asking(request):
+            yield
     finally:
+        guard.remove()
         Trainer.train = train  # type: ignore[method-assign]
-        ended()
+
+
+def _refuse_step(*_: Any) -> NoReturn:
+    """Who has not answered by now would train, and write over the run."""
+    raise ConfigError(_NO_ANSWER.format("has begun to train without an answer, and was ended before its first step"))
 
 
 class _Answering:

@@ -4,19 +4,23 @@ The log has it too (`run.alerts`), and the disk (`incidents/`, the ledger). Noth
 """
 
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from hf_adaclip.incidents.folder import Incident
+from hf_adaclip.incidents.batches import KEPT
+from hf_adaclip.incidents.folder import INCIDENT_FILE, Incident, of_rank, write_facts
 from hf_adaclip.integrations.generations import Generations
-from hf_adaclip.run.events import ALARMING, ClipEvent
+from hf_adaclip.run.events import ClipEvent
+from hf_adaclip.run.ranks import rank
 
 EVERY: Final = 100
 """Steps in which a reporter gets at most one alert of a kind."""
 _GRAVE: Final = frozenset({"nonfinite", "budget", "divergence", "statistics", "trouble", "fallback"})
+_EVENTS: Final = frozenset({"trouble", "fallback", "skipped", "spike"})
+"""Kinds of events that are worth an alert where nothing is kept of incidents."""
 _LOST: Final = frozenset({"fallback"})
-"""Kinds of events that no incident tells of."""
+"""Those that no incident tells of."""
 
 
 class Reporters:
@@ -81,30 +85,47 @@ class Telling:
     Args:
         trainer: Whose callbacks, and whose reporters.
         clipper: Is listened to.
-
-    Attributes:
-        generations: What a policy has written, for the incidents.
     """
 
     def __init__(self, trainer: Any, clipper: Any) -> None:
         self._trainer, self._keeps_incidents = trainer, clipper.config.incidents
         self._reporters = Reporters(self._reporting, clipper.alerts.warn_once)
         private = clipper.config.incident_batch == "hash"
-        self.generations = Generations(trainer, private=private, excuse=clipper.alerts.warn_once)
+        self._generations = Generations(trainer, private=private, excuse=clipper.alerts.warn_once)
+        self._warn = clipper.alerts.warn_once
+        self._ahead: deque[tuple[int, int]] = deque(maxlen=KEPT + 1)
         clipper.on_event(self._event)
         clipper.on_incident(self._incident)
 
     def _event(self, event: ClipEvent) -> None:
         self._call("on_clip_event", event=event)
-        alarming = event.kind in (_LOST if self._keeps_incidents else ALARMING - {"limit"})
+        alarming = event.kind in (_LOST if self._keeps_incidents else _EVENTS)
         if alarming:
             self._alert(event.step, event.kind, f"{event.change}. {event.sentences}")
 
+    def note(self, step: int) -> None:
+        """A micro-batch of this step is shown: hold what an incident would have to tell of it."""
+        self._generations.note(step)
+        if not self._ahead or self._ahead[-1][0] != step:
+            self._ahead.append((step, int(self._trainer.state.global_step) - step))
+
     def _incident(self, incident: Incident) -> None:
-        self.generations.write(incident)
+        self._generations.write(incident)
+        self._number(incident)
         self._call("on_clip_incident", incident=incident)
         text = f"{incident.reason} `hf-adaclip incident {incident.folder.parent.parent} {incident.step}` shows it."
         self._alert(incident.step, incident.kind, text)
+
+    def _number(self, incident: Incident) -> None:
+        """Add the Trainer's own number of the step, where that is another: checkpoints go by it."""
+        ahead = next((ahead for step, ahead in self._ahead if step == incident.step), 0)
+        if not ahead:
+            return
+        incident.facts["trainer_step"] = incident.step + ahead
+        try:
+            write_facts(incident.folder / of_rank(INCIDENT_FILE, rank()), incident.facts)
+        except OSError as error:
+            self._warn(f"an incident has no number of the Trainer's ({error}). Training goes on.")
 
     def _alert(self, step: int, kind: str, text: str) -> None:
         if self._trainer.is_world_process_zero():

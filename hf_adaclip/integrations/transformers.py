@@ -244,7 +244,7 @@ class AdaptiveClipMixin(_Base):
         self._shown_inputs = True
         processing_class = getattr(self, "processing_class", None)
         clipper = self._ready_clipper()
-        self._telling.generations.note(clipper.step)
+        self._telling.note(clipper.step)
         clipper.watch(inputs, self._samples.next(), processing_class=processing_class)
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:

@@ -38,8 +38,13 @@ def make_trainer(folder: Path, reward: Callable[..., list[float]] = count, **set
     """
     words = tokenizer()
     set_seed(settings.get("seed", 0))
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    special: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes, **special))
     values = {
         "output_dir": str(folder),

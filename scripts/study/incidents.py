@@ -50,7 +50,8 @@ def judged(line: dict[str, Any], config: AdaptiveClipConfig | None = None) -> Ou
         line: `task`, `norms` and `losses`.
         config: With other thresholds than the defaults.
     """
-    rules, found = IncidentRules(config or AdaptiveClipConfig()), []
+    rules = IncidentRules(config or AdaptiveClipConfig())
+    found: list[tuple[int, str]] = []
     for step, (norm, loss) in enumerate(zip(line["norms"], line["losses"], strict=True)):
         row = {"norm": norm, "loss": math.nan if loss is None else loss, "threshold": 1.0, "coefficient": 1.0}
         if (finding := rules.feed(step, row, Reason.WITHIN, 1.0)) is not None:

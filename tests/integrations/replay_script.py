@@ -6,6 +6,7 @@ python replay_script.py KIND FOLDER [key=value ...]
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,11 +71,17 @@ def llama(dropout=0.0):
 
 def vit():
     set_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return ViT(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=4, **sizes))
+    sizes: dict[str, Any] = {
+        "num_labels": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return ViT(ViTConfig(image_size=8, patch_size=2, num_channels=1, **sizes))
 
 
-def make_trainer(kind, folder, clip="adaptive", **changes):
+def make_trainer(kind, folder, clip="guard", **changes):
     task = "vit" if "vit" in kind else "llama"
     settings = {
         "output_dir": str(folder),
@@ -128,6 +135,11 @@ def main(kind, folder, *changes):
         return
     if kind == "loop":
         train_in_a_loop(Path(folder))
+        return
+    if kind == "stubborn":
+        (parameter := torch.nn.Parameter(torch.zeros(1))).grad = torch.ones(1)
+        torch.optim.SGD([parameter]).step()
+        Path(folder, "trained").write_text("")
         return
     if kind == "ranks":
         folder = Path(folder)

@@ -24,8 +24,8 @@ class Weights(TrainerCallback):
     def __init__(self):
         self.seen: list[torch.Tensor] = []
 
-    def on_step_end(self, args, state, control, *, model, **kwargs):
-        self.seen.append(torch.cat([p.detach().flatten() for p in model.parameters()]).clone())
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append(torch.cat([p.detach().flatten() for p in kwargs["model"].parameters()]).clone())
 
 
 class Judge:
@@ -64,7 +64,7 @@ def rewards_after(trainer, step):
     return sum(late) / len(late)
 
 
-def test_the_completions_and_rewards_of_a_bad_step_are_kept_and_its_weights_are(lane, tmp_path):
+def test_the_completions_and_rewards_of_a_bad_step_are_kept_and_its_weights_are(lane, tmp_path, capsys):
     trainer, judge, weights = train(tmp_path, "rl", 1e6)
     [incident] = trainer.clipper.incidents
     assert (incident.step, incident.kind) == (AT, "skipped")
@@ -85,6 +85,11 @@ def test_the_completions_and_rewards_of_a_bad_step_are_kept_and_its_weights_are(
         completions[int(kept["advantages"].argmax())] == bad["completion"]
     )  # in another order than they were judged in
     assert "completion_ids" in (incident.folder / "text.jsonl").read_text()
+    capsys.readouterr()
+    assert main(["incident", str(tmp_path), str(AT)]) == 0
+    assert f"judge 1e+06 {bad['completion']}" in capsys.readouterr().out
+    assert main(["report", str(tmp_path)]) == 0
+    assert "Completions and rewards" in (tmp_path / "report.html").read_text()
 
 
 def test_a_replay_of_a_policys_step_generates_nothing_and_names_the_completion(tmp_path, capsys):

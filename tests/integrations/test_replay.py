@@ -83,6 +83,19 @@ def test_a_stock_script_from_an_earlier_checkpoint_or_from_the_beginning(tmp_pat
     assert f" {BAD} " in said
 
 
+def test_a_run_that_goes_on_from_a_stock_checkpoint_counts_as_its_checkpoints_do(tmp_path, capsys):
+    replay_script.make_trainer("stock-llama", tmp_path, max_steps=10, save_steps=10).train()
+    trainer = replay_script.make_trainer("llama", tmp_path, save_steps=10)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    [incident] = find_incidents(tmp_path)
+    assert (incident.step, incident.facts["trainer_step"]) == (AT - 10, AT)
+    assert incident.facts == trainer.clipper.incidents[0].facts
+    found = answer(capsys, tmp_path, "--bisect", step=AT - 10)
+    assert (Path(found["weights"]).name, found["steps_before"]) == ("checkpoint-40", 0)
+    assert found["replayed"]["norm"] == pytest.approx(found["recorded"]["norm"], rel=1e-4)
+    assert found["samples"][0]["index"] == BAD
+
+
 def test_a_loop_answers_by_one_line(tmp_path, capsys):
     replay_script.train_in_a_loop(tmp_path)
     found = answer(capsys, tmp_path, "--bisect", script=(SCRIPT, "loop"))
@@ -147,6 +160,9 @@ def test_what_cannot_be_replayed_is_said(tmp_path, capsys, monkeypatch):
     assert "`SCRIPT` must follow" in refused("40", "--replay")
     assert "'nowhere.py' is no file" in refused("40", "--replay", "nowhere.py")
     assert "ended without one" in refused("40", "--replay", SCRIPT, "nothing", "x")
+    assert "was ended before its first step" in refused("40", "--replay", SCRIPT, "stubborn", str(tmp_path))
+    assert not (tmp_path / "trained").exists()
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]).step()  # afterwards everybody may again
     assert "one of 0 to 0, but is 1" in refused("40", "--rank", "1", "--replay", SCRIPT, "llama", str(tmp_path))
     assert "none is none" in refused("40", "--checkpoint", "none", "--replay", SCRIPT)
     assert "must hold the model's whole weights" in refused(

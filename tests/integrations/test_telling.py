@@ -97,7 +97,12 @@ def test_the_real_trackio_stores_it(tmp_path, monkeypatch):
         pytest.skip("a trackio without alerts")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     real, sent = trackio.alert, []
-    monkeypatch.setattr(trackio, "alert", lambda **given: (real(**given), sent.append(given)))
+
+    def alert(**given):
+        real(**given)
+        sent.append(given)
+
+    monkeypatch.setattr(trackio, "alert", alert)
     run_of_it = trackio.init(project="adaclip", embed=False)
     try:
         said: list[str] = []

@@ -15,7 +15,7 @@ from tests.scripts.test_run_images_and_text import LLAMA
 
 pytestmark = pytest.mark.slow
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
-WORDS = "the cat sat on the mat and the dog ran to the door while a bird sang in the tree"
+SENTENCE = "the cat sat on the mat and the dog ran to the door while a bird sang in the tree"
 NOISE = "QXZJKVWqxzjkvw0123456789#@%&*"
 
 
@@ -34,6 +34,7 @@ def flags(folder, output, **changes):
         "save_strategy": "steps",
         "save_steps": 20,
         "report_to": "none",
+        "clip": "guard",
         **changes,
     }
     return ["--do_train", "--use_cpu", "--disable_tqdm=True", *(f"--{k}={v}" for k, v in settings.items())]
@@ -43,7 +44,8 @@ def flags(folder, output, **changes):
     "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__, reason="the order cannot be chosen"
 )
 def test_a_damaged_text_is_named_by_a_script_with_a_trainer_and_by_one_without(tmp_path, here, capsys):
-    texts = [((WORDS + " ") * 5)[i % len(WORDS) :][:320] for i in range(480)]
+    words = SENTENCE.split()
+    texts = [" ".join(words[(i + j) % len(words)] for j in range(64)) for i in range(480)]
     texts[400] = "".join(random.Random(0).choices(NOISE, k=400))
     (tmp_path / "train.txt").write_text("\n".join(texts) + "\n")
     (tmp_path / "valid.txt").write_text("\n".join(texts[:20]) + "\n")
