@@ -30,6 +30,7 @@ from hf_adaclip.telemetry.progress import Progress
 
 Way = Callable[[], None]
 STEP, REFERENCE = "step alone", "clip_grad_norm_ + step"
+RANGE = AdaptiveClipConfig.resolve("guard")  # what shapes the step has a benchmark of its own: spectral.py
 
 
 def transformer(

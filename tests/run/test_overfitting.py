@@ -107,9 +107,14 @@ def test_a_noisy_loss_needs_more_than_chance():
 
 
 def test_losses_on_a_device_are_read_once_an_epoch(monkeypatch):
-    reads = []
+    reads: list[int] = []
     real = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(1), real(self))[1])
+
+    def read(tensor):
+        reads.append(1)
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
     watch = OverfitWatch()
     watch.begin_epoch()
     for value in noisy(1.0, 200):
