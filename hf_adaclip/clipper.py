@@ -15,6 +15,7 @@ from hf_adaclip.controllers.numerics.ops import Lane, Value, ops_for
 from hf_adaclip.drivers.clipping import ClippingDriver
 from hf_adaclip.drivers.driver import Driver
 from hf_adaclip.drivers.following import FollowingDriver
+from hf_adaclip.drivers.going_back import GoingBack
 from hf_adaclip.drivers.lifetime import detach, let_go, weakly
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients import check_loss
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 
 
-class AdaptiveClipper:
+class AdaptiveClipper(GoingBack):
     """Adaptive gradient clipping for any PyTorch loop.
 
     Call [`clip_`] once per optimizer step, between `backward` and `optimizer.step()`, in place of
@@ -137,6 +138,7 @@ class AdaptiveClipper:
         else:
             self._driver = FollowingDriver(self._run, engine, self._losses, self._capture)
         self._port = port
+        self._prepare_going_back(lambda: models or port.models, accelerator)
         self._closed = False
         # Weakly: a clipper that nobody else holds is at its end, whatever the accelerator still has of it.
         self._slot, self._handles = port.on_checkpoint(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
@@ -113,8 +114,7 @@ class ClippingDriver:
         gradients = collect(parameters)
         if not self._port.syncs_now:
             return global_norm(norms_of(gradients))
-        if self.guards.adopt(self._port.only_optimizer()):
-            self._probe()
+        self._adopt()
         self._port.unscale(self._optimizers)
         seen = self._observe(gradients, loss)
         planned = self._decide(seen)
@@ -220,6 +220,18 @@ class ClippingDriver:
     def take_script_threshold(self, max_norm: float) -> None:
         if self._config.static_threshold is None:
             self.set_static_threshold(max_norm)
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        self._adopt()
+        return self.guards.optimizers
+
+    def _adopt(self) -> None:
+        if self.guards.adopt(self._port.only_optimizer()):
+            self._probe()
+
+    def keep(self) -> Callable[[], None]:
+        return self._kept.keep()
 
     def kept(self) -> dict[str, Tensor] | None:
         return None if self._kept.reach is None else self._kept.reach.tensors()

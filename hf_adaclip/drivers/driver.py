@@ -1,8 +1,9 @@
 """What a clipper asks of its driver. Which one it is depends on who makes the optimizer's step, and is settled when it is made."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hf_adaclip.gradients.norms import Parameters
@@ -50,6 +51,13 @@ class Driver(Protocol):
 
     def take_script_threshold(self, max_norm: float) -> None:
         """A script that clips through `install` has said its `max_norm`."""
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """Those that are known."""
+
+    def keep(self) -> Callable[[], None]:
+        """What puts back what is kept for single parameters, once the weights are put back."""
 
     def kept(self) -> dict[str, Tensor] | None:
         """What a checkpoint keeps beside the controller's state."""

@@ -1,7 +1,8 @@
 """A run under an engine that steps by itself (DeepSpeed): its norms are followed, its next threshold is set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from hf_adaclip.controllers.base import is_finite_norm
@@ -28,6 +29,7 @@ class FollowingDriver:
     why_skipping: Sequence[str] = (EnginePort.WHY,)
     why_scaling: str | None = EnginePort.SCALING
     parameters: Sequence[Tensor] = ()
+    optimizers: Sequence[torch.optim.Optimizer] = ()
 
     def __init__(self, run: Run, port: AcceleratorPort, losses: LossObserver, incidents: IncidentCapture) -> None:
         self._incidents = incidents
@@ -60,6 +62,9 @@ class FollowingDriver:
 
     def take_script_threshold(self, max_norm: float) -> None:
         """Nothing: the engine has a threshold of its own."""
+
+    def keep(self) -> Callable[[], None]:
+        return lambda: None
 
     def kept(self) -> dict[str, Tensor] | None:
         return None

@@ -19,7 +19,10 @@ from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
 from hf_adaclip.incidents.folder import Incident
+from hf_adaclip.incidents.skip_list import read_skip_list
+from hf_adaclip.integrations.left_out_samples import leave_out_samples
 from hf_adaclip.integrations.model_card import add_section
+from hf_adaclip.integrations.rewinding import Rewinding
 from hf_adaclip.integrations.sample_indices import SampleIndices
 from hf_adaclip.integrations.seam import (
     check_bases,
@@ -34,6 +37,7 @@ from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.run.counts import for_reporters
 from hf_adaclip.run.events import ClipEvent
+from hf_adaclip.run.ranks import of_first_rank
 from hf_adaclip.support import (
     check_accelerator,
     check_device,
@@ -117,8 +121,9 @@ class AdaptiveClipMixin(_Base):
         self._max_grad_norm_was_set = False
         self._logs_own_line = False
         self._joined = False
-        self._watch = SeamWatch(self)
+        self._watch, self._rewinding = SeamWatch(self), Rewinding(self)
         self.add_callback(self._watch)
+        self.add_callback(self._rewinding)
         warn_of_own_clipping(type(self), AdaptiveClipMixin)
 
     def _run_folder(self, trial: Any = None) -> Path:
@@ -219,6 +224,9 @@ class AdaptiveClipMixin(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         check_max_grad_norm(self.args.max_grad_norm)  # a callback may have set it: at 0 the seam is not called
+        if self._rewinding.leaves_out():
+            self._samples.next()
+            return self._losses.stand_in(self._globalstep_last_logged, self.args.device)
         self._awaits_inputs, self._shown_inputs = self.clip_config.incidents, False
         given = kwargs.get("inputs", args[1] if len(args) > 1 else None)
         given = dict(given) if isinstance(given, dict) else given  # of which a loss may take entries out
@@ -249,12 +257,17 @@ class AdaptiveClipMixin(_Base):
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         dataloader = super().get_train_dataloader(*args, **kwargs)
         if hasattr(self, "_samples"):  # not in the base's own `__init__`
+            left_out = of_first_rank(lambda: read_skip_list(self._run_folder())).samples
+            if left_out:
+                leave_out_samples(dataloader, left_out)
             self._samples.follow(dataloader)
         return dataloader
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
+        if self._rewinding.leaves_out():
+            return self._rewinding.pass_over()
         clipper = self._ready_clipper()
-        loss = self._losses.take()
+        loss = self._losses.take(self._globalstep_last_logged)
         if loss is None:
             clipper.alerts.warn_once(
                 "the loss of a step is not known: a `training_step` did not call `super()`, or was put in its place. It is not recorded."

@@ -25,6 +25,7 @@ Kind = Literal[
     "skipped",
     "pace_raised",
     "pace_lowered",
+    "left_out",
 ]
 Quantity = Literal["norm", "threshold", "pace"]
 
@@ -57,6 +58,7 @@ _KINDS: Final[dict[Reason, Kind]] = {
     Reason.TROUBLE_STATISTICS: "trouble",
     Reason.TROUBLE_DIVERGENCE: "trouble",
     Reason.TROUBLE_BUDGET: "trouble",
+    Reason.LEFT_OUT: "left_out",
 }
 _SINGLE: Final = frozenset({"spike", "new_level", "trouble", "held"})
 _BY_THRESHOLD: Final = frozenset({"widened", "new_level", "limit", "frozen", "fallback"})
@@ -116,6 +118,8 @@ class ClipEvent:
     @property
     def change(self) -> str:
         """From what to what, with the quantity named: "norm 12.3, cut to 1.1", "threshold 1.2 -> 1.3"."""
+        if self.kind == "left_out":
+            return "no gradient"
         if self.quantity != "norm":
             same = self.before == self.after
             return f"{self.quantity} {self.before:.4g}" + ("" if same else f" -> {self.after:.4g}")
@@ -157,7 +161,7 @@ class _Run:
         steps, code = self.last - self.first + 1, self.code
         if self.quantity == "pace":
             return _SHADOW if self.shadow else ""
-        if code == Reason.SCALER_SKIPPED.name:
+        if code in (Reason.SCALER_SKIPPED.name, Reason.LEFT_OUT.name):
             return ""
         if self.shadow and code != Reason.NONFINITE.name:
             return _SHADOW
@@ -214,6 +218,9 @@ class EventTracker:
             reason: The step's reason.
         """
         # A ledger holds the shortest decimals of float32 numbers.
+        if reason is Reason.LEFT_OUT:
+            yield from self._step(_Run("left_out", reason.name, reason.sentence, "norm", step, step, 0.0, 0.0))
+            return
         norm, threshold, coefficient = (float(np.float32(row[key])) for key in ("norm", "threshold", "coefficient"))
         finite = math.isfinite(norm)
         applied = norm * coefficient if finite and coefficient else 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import Observation, build_controller
+from hf_adaclip.controllers import Observation, Reason, build_controller
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.numerics.fused import failures
 from hf_adaclip.controllers.numerics.ops import SCALAR, Lane, Ops, Value, ops_for
@@ -28,6 +28,7 @@ from hf_adaclip.run.checkpoint import BESIDE, read_state, write_state
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent
 from hf_adaclip.run.plan import Decided, StepPlan, rules_of
+from hf_adaclip.run.points import Point, Rewound, own
 from hf_adaclip.run.ranks import RankCheck
 from hf_adaclip.run.recorder import Recorder, start_recorder
 from hf_adaclip.support import check_device
@@ -75,6 +76,8 @@ class Run:
         self._loaded_keeping: Keeping | None = None
         self._parent: dict[str, Any] | None = None
         self._checkpoint: str | None = None
+        self._begun: Point | None = None  # where this run began, or was gone on with
+        self._pending = 0  # steps left out before there was a state
         self.ranks: RankCheck | None = None  # where several ranks have to decide alike
         self.beside: dict[str, Tensor] = {}  # of a state that was loaded: what `save` was given
 
@@ -164,7 +167,12 @@ class Run:
                 self._state = carry_over(self._state, loaded, keeping, restarted, ops)
         self._ops, self._device, self._keeping, self._loaded, self._loaded_keeping = ops, device, keeping, None, None
         self._rules = None
+        pending, self._pending = self._pending, 0
+        self.step -= pending
         self._start_recorder(restarted if moved else None)
+        self._begun = Point(self.step, own(self._state), self._keeping, self._here())
+        for _ in range(pending):
+            self.leave_out()
         return ops
 
     def regroup(self, grouping: Grouping | None, parameters: Sequence[str] | None, restarted: Sequence[str]) -> None:
@@ -185,17 +193,78 @@ class Run:
 
     def _next_segment(self, keeping: Keeping, restarted: Sequence[str] | None) -> None:
         self.flush()
-        assert self.recorder is not None
-        ledger = self.recorder.ledger
-        if ledger is not None:
-            self._parent = {"sha256": ledger.head, "step": self.step}
-            ledger.close()
+        self._parent = self._here()
         self._keeping, self._rules = keeping, None
+        self._follow_on(restarted)
+
+    def _follow_on(self, restarted: Sequence[str] | None, rewound: Rewound | None = None) -> None:
+        """Open the next segment of the ledger; all rows of the present one have been read."""
+        assert self.recorder is not None
+        if self.recorder.ledger is not None:
+            self.recorder.ledger.close()
         before = self.recorder
-        self._start_recorder(restarted)
+        self._start_recorder(restarted, rewound)
         self.recorder.take_over(before)
 
-    def _start_recorder(self, restarted: Sequence[str] | None) -> None:
+    def _here(self) -> dict[str, Any] | None:
+        """The present end of the ledger, as a segment names its parent."""
+        ledger = None if self.recorder is None else self.recorder.ledger
+        return None if ledger is None else {"sha256": ledger.head, "step": self.step}
+
+    # -- steps that are left out with their data, and steps that are undone ------------------------------------------
+
+    def leave_out(self) -> None:
+        """Count a step for which there is no gradient; the controller goes on narrowed."""
+        if self._state is None or self.recorder is None:
+            self._pending += 1
+        else:
+            self._look()
+            ops = self.ops
+            nothing, one = ops(0.0), ops(1.0)
+            unknown = ops(float("nan"))
+            reason = ops(float(Reason.LEFT_OUT))
+            self.recorder.record(
+                nothing,
+                Summary(self.static, nothing, one, reason),
+                unknown,
+                loss_scale=None,
+                scaled=False,
+                norms=ops.full((self.num_tensors,), float("nan")) if self.num_tensors else None,
+                static_threshold=self.static_threshold,
+            )
+            self._state = self._keeping.controller.narrowed(self._state, ops)
+        self.step += 1
+
+    def keep(self) -> Point:
+        """The present moment, to go back to; reads the rows that wait, so that it is the end of a block of the ledger."""
+        if self._state is None:
+            return Point(self.step, None, None, None)
+        self.flush()
+        return Point(self.step, own(self._state), self._keeping, self._here())
+
+    def can_go_back(self, point: Point) -> bool:
+        """Whether a moment is one of this run, with the parameters of now."""
+        known = self._begun if point.state is None else point
+        return known is not None and known.step == point.step and known.keeping is self._keeping
+
+    def go_back(self, point: Point, reason: str) -> Rewound:
+        """Decide on the next step as at that moment, but narrowed. Steps go on being counted, and the ledger has a new segment.
+
+        Args:
+            point: Of `keep`; `can_go_back` is true of it.
+            reason: Why, in a sentence.
+        """
+        self.flush()
+        known = self._begun if point.state is None else point
+        assert known is not None
+        assert known.state is not None
+        rewound = Rewound(point.step, self.step - 1, reason)
+        self._state, self._parent = own(known.state), known.parent
+        self._follow_on(None, rewound)
+        self._state = self._keeping.controller.narrowed(self._state, self.ops)
+        return rewound
+
+    def _start_recorder(self, restarted: Sequence[str] | None, rewound: Rewound | None = None) -> None:
         assert self._state is not None
         _, groups, parts = self._keeping
         self.recorder = start_recorder(
@@ -212,6 +281,7 @@ class Run:
             first_step=self.step,
             statistics=self.statistics,
             parent=self._parent,
+            rewound=rewound,
         )
 
     def _keep(self, grouping: Grouping | None) -> Keeping:

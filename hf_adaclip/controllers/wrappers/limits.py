@@ -168,6 +168,12 @@ class GovernedController(Controller[Any]):
         )
         return Decision(threshold, coefficient, pace, reason), type(state)(*after, *watched)
 
+    def narrowed(self, state: Any, ops: Ops) -> Any:
+        split = len(state) - len(OversightState._fields)
+        mine = OversightState(*state[split:])
+        inner = self.inner.narrowed(self._inner_type(*state[:split]), ops)
+        return type(state)(*inner, *mine._replace(held_pace=ops.minimum(mine.held_pace, ops(1.0))))
+
     def _bound(
         self, wanted: Value, reason: Value, mine: OversightState, *, known: Value, ops: Ops
     ) -> tuple[Value, Value, Value]:
