@@ -26,7 +26,7 @@ from torch import Tensor
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import TrainingTroubleError
 from hf_adaclip.incidents.capture import IncidentCapture
-from hf_adaclip.incidents.rules import Finding
+from hf_adaclip.incidents.rules import SPOILT, Finding
 from hf_adaclip.incidents.snapshot import (
     PutBack,
     check_optimizer,
@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 MARGIN: Final = 10
 """Steps before the onset of trouble that are not trusted either."""
 _READ_LATE: Final = 2 * LOOK_EVERY
-_SPOILT: Final = frozenset({"divergence", "zero_loss"})
 
 
 class Trouble(NamedTuple):
@@ -129,7 +128,7 @@ class Rewinder:
 
     def judge(self, step: int, finding: Finding) -> None:
         """What a rule on incidents says of a step."""
-        if finding.kind in _SPOILT:
+        if finding.kind in SPOILT:
             steps = self._config.incident_steps
             lag = steps if finding.kind == "divergence" else max(steps // 5, 1)
             self._note(Trouble(step, step - lag, finding.sentence))

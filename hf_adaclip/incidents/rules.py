@@ -15,6 +15,8 @@ Kind = Literal[
 
 WINDOW: Final = 50
 """Finite norms, or losses, that say what is usual."""
+SPOILT: Final[frozenset[Kind]] = frozenset({"divergence", "zero_loss"})
+"""Kinds that tell of weights that are no good any more."""
 _FEWEST: Final = 20
 _SPREADS: Final = 6.0
 """A spike is also this many spreads above the median, on a logarithmic scale: where norms scatter widely, a large one is usual."""
@@ -82,7 +84,9 @@ class IncidentRules:
         if math.isfinite(norm) and norm > 0:
             self._norms.append(norm)
         admitted = [(kind, said) for kind, said in found if self._begins(kind, step)]
-        for kind, said in [*admitted, *lasting]:
+        # Weights that are spoilt come before the spike in which that is found.
+        spoilt = [(kind, said) for kind, said in lasting if kind in SPOILT]
+        for kind, said in [*spoilt, *admitted, *lasting]:
             return Finding(kind, said, usual)
         return None
 
