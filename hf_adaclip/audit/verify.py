@@ -351,7 +351,7 @@ class _Verifier:
             )
         if known is None:
             self._found(line.number, "the moment that the run went back to is not in this file.")
-        elif known[0] < step:
+        elif known[0] < step and before is not None and before.lost:
             self._note(line.number, "the moment that it went back to was not written; the join cannot be checked.")
         elif known[0] != step or (digest is not None and known[1] is not None and known[1] != digest):
             self._found(line.number, "the state that the run went back to is not the state that its parent had then.")

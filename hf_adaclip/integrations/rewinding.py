@@ -49,7 +49,6 @@ class Rewinding(TrainerCallback):
         trainer = self._trainer
         clipper, offset = trainer._ready_clipper(), trainer._watch.offset
         self._leaving, self._begun = clipper.leaving(offset), False
-        trainer._losses.remembers = bool(self._leaving.list.steps)
         if clipper.rewinder is not None:
             clipper.rewinder.stop = trainer._end_on_trouble
             clipper.rewinder.keepers.append(self._keep)
@@ -91,7 +90,7 @@ class Rewinding(TrainerCallback):
         """Count the present step, and make the optimizer's next call of `step` one that does nothing. Returns the norm that there is: 0."""
         trainer = self._trainer
         trainer._ready_clipper().leaves_out()
-        trainer._losses.stood_in()
+        trainer._losses.leave_out()
         optimizer: Any = trainer.optimizer
         own = vars(optimizer).get("step")
 

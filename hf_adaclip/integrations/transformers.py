@@ -226,7 +226,7 @@ class AdaptiveClipMixin(_Base):
         check_max_grad_norm(self.args.max_grad_norm)  # a callback may have set it: at 0 the seam is not called
         if self._rewinding.leaves_out():
             self._samples.next()
-            return self._losses.stand_in(self._globalstep_last_logged, self.args.device)
+            return torch.zeros((), dtype=torch.float32, device=self.args.device)
         self._awaits_inputs, self._shown_inputs = self.clip_config.incidents, False
         given = kwargs.get("inputs", args[1] if len(args) > 1 else None)
         given = dict(given) if isinstance(given, dict) else given  # of which a loss may take entries out
@@ -267,7 +267,7 @@ class AdaptiveClipMixin(_Base):
         if self._rewinding.leaves_out():
             return self._rewinding.pass_over()
         clipper = self._ready_clipper()
-        loss = self._losses.take(self._globalstep_last_logged)
+        loss = self._losses.take()
         if loss is None:
             clipper.alerts.warn_once(
                 "the loss of a step is not known: a `training_step` did not call `super()`, or was put in its place. It is not recorded."
@@ -320,6 +320,9 @@ class AdaptiveClipMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._logs_own_line = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        if self._logs_own_line:
+            total = kwargs.get("tr_loss", args[0] if args else None)
+            self._losses.spread(total, self.state.global_step - self._globalstep_last_logged)
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
