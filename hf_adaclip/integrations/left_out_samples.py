@@ -39,7 +39,9 @@ def leave_out_samples(dataloader: Any, samples: frozenset[int]) -> None:
     def length(own: Any) -> int:
         return int(kind.__len__(own)) - count
 
-    sampler.__class__ = type(kind.__name__, (kind,), {"__iter__": draw, "__len__": length, "__module__": kind.__module__})
+    sampler.__class__ = type(
+        kind.__name__, (kind,), {"__iter__": draw, "__len__": length, "__module__": kind.__module__}
+    )
 
 
 def _innermost(dataloader: Any) -> Any:

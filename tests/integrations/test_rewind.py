@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer
 from hf_adaclip.audit.verify import verify_ledger
-from hf_adaclip.errors import ConfigError, TrainingTroubleError, UnsupportedSetupError
+from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.incidents.rules import Finding
 from hf_adaclip.incidents.skip_list import SKIP_FILE, SkipList
 from tests.integrations import launching
@@ -131,7 +131,9 @@ CASES = {
     "twice for the same place": Case((24, 26), [*range(10, 27)]),
     "at two places": Case((19, 38), [*range(5, 20), *range(25, 39)]),
     "in a step that is time for a snapshot": Case((24,), [*range(10, 25)], {"clip": {"snapshot_steps": 5}}),
-    "accumulation": Case((24,), [*range(10, 25)], {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+    "accumulation": Case(
+        (24,), [*range(10, 25)], {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    ),
     "accumulation, in the first epoch's last window": Case(
         (10,),
         [*range(11)],
@@ -355,8 +357,6 @@ def test_nothing_to_go_back_to_ends_it_too(tmp_path, caplog):
     assert "there is no snapshot from before" in caplog.text
 
 
-
-
 # -- samples, files and settings -------------------------------------------------------------------------------------
 
 
@@ -530,7 +530,15 @@ def test_ranks_go_back_together(way, tmp_path):
 
 
 def test_the_report_says_it_in_words(tmp_path):
-    from hf_adaclip.report.run_report import report_run
+    from hf_adaclip.report.run_facts import answer, load_run, summary
 
     run(tmp_path, [24])
-    assert report_run
+    report = load_run(tmp_path)
+    said = (
+        "Training went back once, and left out the data in between: after step 24 to before step 10 (Planted trouble)."
+    )
+    assert said in answer(report)
+    assert summary(report)["undone"] == [{"first": 10, "last": 24, "reason": "Planted trouble."}]
+    assert report.repeated == 0
+    skipping(tmp_path / "never", [3, 4])
+    assert "left out 2 steps (0 not finite)" in answer(load_run(tmp_path / "never"))
