@@ -123,12 +123,10 @@ class AdaptiveClipper(GoingBack):
         engine = port if isinstance(port, AcceleratorPort) and port.steps_in_engine else None
         if engine is not None:
             config = config.replace(one_step_late=True)
-        self.config = config
         writes = is_rank_zero() if is_main_process is None else is_main_process
         self._lane = _lane
         self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=port.has_scaler, lane=_lane)
         self._losses = LossObserver(config, self._run, ranks_known=port.ranks_known)
-        self._output_dir = output_dir
         self._capture = IncidentCapture(config, self._run)
         self._driver: Driver
         if engine is None:
@@ -137,8 +135,10 @@ class AdaptiveClipper(GoingBack):
             )
         else:
             self._driver = FollowingDriver(self._run, engine, self._losses, self._capture)
+        super().__init__(
+            config, self._run, self._driver, self._capture, lambda: models or port.models, accelerator, output_dir
+        )
         self._port = port
-        self._prepare_going_back(lambda: models or port.models, accelerator)
         self._closed = False
         # Weakly: a clipper that nobody else holds is at its end, whatever the accelerator still has of it.
         self._slot, self._handles = port.on_checkpoint(
@@ -243,7 +243,7 @@ class AdaptiveClipper(GoingBack):
             >>> clipper.watch({"x": 1})
             {'x': 1}
         """
-        self._capture.begin(self._output_dir)
+        self._capture.begin(self.output_dir)
         if self._capture.processing_class is None:
             self._capture.processing_class = processing_class
         self._capture.add(batch, indices)

@@ -310,6 +310,7 @@ OWN = {
     "gradients/guards.py": {"guards"},
     "integrations/attaching.py": {"AdaptiveClipMixin"},
     "integrations/launch.py": {"trainer"},
+    "integrations/rewinding.py": {"trainer", "self._trainer"},
     "integrations/watch.py": {"self._trainer"},
     "ports/accelerate.py": {"slot", "other"},
     "run/recorder.py": {"before"},

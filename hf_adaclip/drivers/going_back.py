@@ -23,26 +23,42 @@ logger = logging.getLogger(__name__)
 
 
 class GoingBack:
-    """The part of `AdaptiveClipper` that takes a run back to before trouble, or past steps that nobody wants."""
+    """The part of `AdaptiveClipper` that takes a run back to before trouble, or past steps that nobody wants.
 
-    config: AdaptiveClipConfig
-    _run: Run
-    _driver: "Driver"
-    _capture: "IncidentCapture"
-    _output_dir: str | Path | None
-    rewinder: Rewinder | None = None
-    _leaving: Leaving | None = None
+    Args:
+        config: The settings.
+        run: What decides.
+        driver: Who knows the optimizers.
+        capture: Who judges incidents.
+        models: Gives what is trained.
+        accelerator: The loop's, or None.
+        output_dir: Folder of the run; by default that of its ledger, else the working folder.
 
-    def _prepare_going_back(self, models: Callable[[], Sequence[Any]], accelerator: Any) -> None:
-        """At construction: whether what is known by now can be put back.
+    Attributes:
+        output_dir: As given.
+        rewinder: Who takes snapshots; None unless `on_trouble` is 'rewind'.
 
-        Raises:
-            ConfigError: The model or the optimizer is not known.
-            UnsupportedSetupError: It cannot.
-        """
-        if self.config.on_trouble != "rewind":
+    Raises:
+        ConfigError: `on_trouble` is 'rewind', and the model or the optimizer is not known.
+        UnsupportedSetupError: It is, and what is known by now cannot be put back.
+    """
+
+    def __init__(
+        self,
+        config: AdaptiveClipConfig,
+        run: Run,
+        driver: "Driver",
+        capture: "IncidentCapture",
+        models: Callable[[], Sequence[Any]],
+        accelerator: Any,
+        output_dir: str | Path | None,
+    ) -> None:
+        self.config, self._run, self._driver = config, run, driver
+        self.output_dir = output_dir
+        self._leaving: Leaving | None = None
+        self.rewinder: Rewinder | None = None
+        if config.on_trouble != "rewind":
             return
-        driver = self._driver
         known = driver.optimizers
         if accelerator is not None and distributed_type(accelerator) == "FSDP":
             raise spread_out()
@@ -55,14 +71,14 @@ class GoingBack:
             check_optimizer(optimizer)
         for model in models():
             check_weights(model.parameters())
-        rewinder = Rewinder(self.config, self._run, self._capture, models, lambda: driver.optimizers)
+        rewinder = Rewinder(config, run, capture, models, lambda: driver.optimizers)
         rewinder.keepers.append(driver.keep)
         scaler = getattr(accelerator, "scaler", None)
         if scaler is not None:
             rewinder.keepers.append(lambda: keep_stateful(scaler))
         # Weakly: the run outlives the clipper, and must not hold models.
-        self._run.alerts.listeners.append(weakly(rewinder.hear))
-        self._capture.judged.append(weakly(rewinder.judge))
+        run.alerts.listeners.append(weakly(rewinder.hear))
+        capture.judged.append(weakly(rewinder.judge))
         self.rewinder = rewinder
 
     @property
@@ -100,8 +116,11 @@ class GoingBack:
         return rewound
 
     def leaves_out(self) -> bool:
-        """Whether `skip_batches.json` in the folder of the run names the coming step: then it is counted as left out, and the loop goes on with
-        its next batch. Call it after the batch is drawn and before the forward pass."""
+        """Whether `skip_batches.json` in the folder of the run names the coming step.
+
+        Then it is counted as left out, and the loop goes on with its next batch. Call it once for each step, when its batches are drawn and
+        before the first forward pass.
+        """
         leaving = self.leaving()
         if not leaving.names(self._run.step):
             return False
@@ -122,7 +141,7 @@ class GoingBack:
         if self._leaving is None:
             ledger = self.config.ledger_path
             beside = Path(".") if ledger is None else Path(ledger).parent
-            folder = beside if self._output_dir is None else Path(self._output_dir)
+            folder = beside if self.output_dir is None else Path(self.output_dir)
             self._leaving = Leaving(folder, lambda: {p.device for p in self._driver.parameters}, offset=offset)
             if self._leaving.list:
                 logger.warning("Adaptive clipping: %s leaves out %s.", folder, self._leaving.list)

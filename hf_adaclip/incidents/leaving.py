@@ -1,8 +1,8 @@
 """Steps that are left out with their data, of a run that follows `skip_batches.json`.
 
-Such a step is counted, and nothing else happens: no forward pass, no gradient, no step of the optimizer. The random numbers go on from where
-they were after the last step that was made, though batches were drawn and put together in between: so it makes no difference whether a step
-was left out or made and undone.
+Such a step is counted, and nothing else happens: no forward pass, no gradient, no step of the optimizer. The random numbers go on from
+where they were after the last step that was made, though batches were drawn and put together in between: so it makes no difference whether
+a step was left out, or made and undone.
 """
 
 import logging

@@ -32,6 +32,8 @@ _OVERFLOWS: Final = 10
 """Overflows in a row that a loss scaler does not explain: it looks for its scale in fewer."""
 _CLOSE: Final = 1e-4
 _GONE: Final = 1e-6
+_LASTS: Final = 3
+"""Losses in a row above where they began that are no accident."""
 _BLOCKS: Final = 6
 
 
@@ -213,6 +215,9 @@ class _Losses:
         self._best = min(self._best, mean)
         # It must have fallen first: a loss that is a growing penalty begins near 0.
         above = self._best < 0.9 * self._start and mean > max(1.1 * self._start, 1.5 * self._best)
+        # One loss out of all bounds makes a mean that is, and is a spike.
+        newest = max(_LASTS, self._steps // 10)
+        above = above and min(list(self._recent)[-newest:]) > 1.1 * self._start
         if above and not self._diverged:
             yield (
                 "divergence",

@@ -2,8 +2,8 @@
 
     {"steps": [12, 13], "samples": [5, 99]}
 
-Steps are counted from 0, as in `incidents/` and in the ledger. A run that goes back adds the steps that it has undone, so that a resumed run
-leaves out the same; a person may write it too.
+Steps are counted from 0, as in `incidents/` and in the ledger. A run that goes back adds the steps that it has undone, so that a run that
+is resumed leaves out the same; a person may write it too.
 """
 
 import json

@@ -143,8 +143,8 @@ class Rewinding(TrainerCallback):
         best = state.best_model_checkpoint
         if best is not None and not Path(best).is_dir():
             logger.warning(
-                "Adaptive clipping: %s was the best before step %d, and has been deleted for one that was undone: the next evaluation is the "
-                "best again.",
+                "Adaptive clipping: %s was the best before step %d, and has been deleted for one that was undone: the next evaluation is "
+                "the best again.",
                 *(best, first),
             )
             for name in _BEST:

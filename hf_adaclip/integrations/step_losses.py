@@ -41,7 +41,7 @@ class StepLosses:
         if made > 0:
             total.mul_(steps / made)
         elif self._last is not None:
-            total.add_(self._last.to(total.dtype), alpha=steps)
+            total.add_(self._last, alpha=steps)
 
     def filtered(self, loss: Tensor, since: int, step: int) -> Tensor:
         """The loss; where it is not finite, what the Trainer's own filter adds to its sum instead: the mean since it last logged.
