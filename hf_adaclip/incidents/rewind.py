@@ -26,7 +26,7 @@ from torch import Tensor
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import TrainingTroubleError
 from hf_adaclip.incidents.capture import IncidentCapture
-from hf_adaclip.incidents.rules import SPOILT, Finding
+from hf_adaclip.incidents.rules import Finding
 from hf_adaclip.incidents.snapshot import (
     PutBack,
     check_optimizer,
@@ -128,10 +128,8 @@ class Rewinder:
 
     def judge(self, step: int, finding: Finding) -> None:
         """What a rule on incidents says of a step."""
-        if finding.kind in SPOILT:
-            steps = self._config.incident_steps
-            lag = steps if finding.kind == "divergence" else max(steps // 5, 1)
-            self._note(Trouble(step, step - lag, finding.sentence))
+        if finding.lasts:
+            self._note(Trouble(step, step - finding.lasts, finding.sentence))
 
     def _note(self, trouble: Trouble) -> None:
         if self._trouble is None or trouble.onset < self._trouble.onset:

@@ -32,6 +32,8 @@ _OVERFLOWS: Final = 10
 """Overflows in a row that a loss scaler does not explain: it looks for its scale in fewer."""
 _CLOSE: Final = 1e-4
 _GONE: Final = 1e-6
+_WORSE: Final = 1.25
+"""Times the best average from which on a loss is no longer one of those before trouble."""
 _LASTS: Final = 3
 """Losses in a row above where they began that are no accident."""
 _BLOCKS: Final = 6
@@ -44,11 +46,13 @@ class Finding(NamedTuple):
         kind: What it is.
         sentence: In words.
         usual: Median of the norms before it; NaN where too few are known.
+        lasts: For how many steps, this one included, weights have been no good by the losses; 0 where no rule on losses found it.
     """
 
     kind: Kind
     sentence: str
     usual: float
+    lasts: int = 0
 
 
 class IncidentRules:
@@ -89,7 +93,7 @@ class IncidentRules:
         # Weights that are spoilt come before the spike in which that is found.
         spoilt = [(kind, said) for kind, said in lasting if kind in SPOILT]
         for kind, said in [*spoilt, *admitted, *lasting]:
-            return Finding(kind, said, usual)
+            return Finding(kind, said, usual, self._losses.lasts if (kind, said) in spoilt else 0)
         return None
 
     def _single(self, step: int, norm: float, loss: float, reason: Reason, usual: float) -> Iterator[tuple[Kind, str]]:
@@ -191,6 +195,7 @@ class _Losses:
         self._best = math.inf
         self._steps, self._zeros, self._positive = steps, 0, True
         self._diverged = False
+        self.lasts = 0
 
     def feed(self, loss: float) -> Iterator[tuple[Kind, str]]:
         if not math.isfinite(loss):
@@ -199,6 +204,7 @@ class _Losses:
         if usual > 0 and abs(loss) <= _GONE * usual:
             self._zeros += 1
             if self._zeros == max(self._steps // 5, 1):
+                self.lasts = self._zeros
                 yield (
                     "zero_loss",
                     f"The loss has been {loss:.3g} for {self._zeros} steps, after a median of {usual:.4g}.",
@@ -219,6 +225,10 @@ class _Losses:
         newest = max(_LASTS, self._steps // 10)
         above = above and min(list(self._recent)[-newest:]) > 1.1 * self._start
         if above and not self._diverged:
+            good = next(
+                (i for i, loss in enumerate(reversed(self._recent)) if loss <= _WORSE * self._best), self._steps
+            )
+            self.lasts = good
             yield (
                 "divergence",
                 f"The loss, averaged over {self._steps} steps, is {mean:.4g}: above its beginning ({self._start:.4g}), after a best of "

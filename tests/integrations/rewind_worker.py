@@ -26,7 +26,7 @@ class OfOneRank(Planted):
     def on_step_begin(self, args, state, control, **kwargs):
         if args.process_index == 1 and state.global_step == 22:
             clipper = self._trainer.clipper
-            clipper.rewinder.judge(clipper.step, Finding("zero_loss", "Planted trouble.", 1.0))
+            clipper.rewinder.judge(clipper.step, Finding("zero_loss", "Planted trouble.", 1.0, 1))
 
 
 def main(kind, way, folder):

@@ -35,7 +35,7 @@ class Planted(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self._steps:
             clipper = self._trainer.clipper
-            clipper.rewinder.judge(clipper.step, Finding("zero_loss", "Planted trouble.", 1.0))
+            clipper.rewinder.judge(clipper.step, Finding("zero_loss", "Planted trouble.", 1.0, 1))
 
 
 def trainer_of(
