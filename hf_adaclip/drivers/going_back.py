@@ -53,7 +53,7 @@ class GoingBack:
         accelerator: Any,
         output_dir: str | Path | None,
     ) -> None:
-        self.config, self._run, self._driver = config, run, driver
+        self.config, self._run, self._driver, self._capture = config, run, driver, capture
         self.output_dir = output_dir
         self._leaving: Leaving | None = None
         self.rewinder: Rewinder | None = None
@@ -90,8 +90,8 @@ class GoingBack:
         """Call it at the end of every step, after `optimizer.step()` and `zero_grad()`.
 
         Under `on_trouble="rewind"` a copy of weights, optimizer, random numbers and controller is taken every `snapshot_steps` steps. After
-        trouble the newest good one is put back here; the loop goes on with its next batch, and so without the data in between. In a
-        Trainer that happens by itself.
+        trouble the newest good one is put back here; the loop goes on with its next batch, and so without the data in between. Called
+        before the first step too, it can go back to the beginning. In a Trainer all of that happens by itself.
 
         Args:
             also: What else is to be put back, each with `state_dict` and `load_state_dict`: a `GradScaler` of the loop's own, an average of
@@ -101,6 +101,20 @@ class GoingBack:
         Returns:
             What was undone, as [`rewound`].
 
+        Example:
+            for batch in loader:
+                if clipper.leaves_out():  # named in skip_batches.json
+                    scheduler.step()
+                    continue
+                loss = ...
+                clipper.clip_(model.parameters(), loss=loss.detach())
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                clipper.snapshot()
+                if clipper.rewound:
+                    print("Went back:", clipper.rewound)
+
         Raises:
             TrainingTroubleError: There is nothing good to go back to, or `max_rewinds` is spent; then the weights are the good ones.
         """
@@ -108,6 +122,7 @@ class GoingBack:
         rewound = None
         try:
             if self.rewinder is not None:
+                self._capture.begin(self.output_dir)  # whose rules tell of trouble too
                 rewound = self.rewinder.look(also, last=last)
         finally:
             if self.rewinder is not None and self.rewinder.rewound is not None:

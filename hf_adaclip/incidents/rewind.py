@@ -226,7 +226,8 @@ class Rewinder:
     def _good(self, onset: int) -> Snapshot | None:
         """The newest that is older than the trouble."""
         trained = frozenset(map(id, self._weights()))
-        for snapshot in reversed(self._snapshots):
+        snapshots: list[Snapshot] = list(self._snapshots)
+        for snapshot in reversed(snapshots):
             step = snapshot.point.step
             old = step <= onset - MARGIN or (snapshot.first and step <= max(onset, 0))
             if old and snapshot.trained == trained and self._run.can_go_back(snapshot.point):

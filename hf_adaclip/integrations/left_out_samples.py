@@ -17,7 +17,7 @@ def leave_out_samples(dataloader: Any, samples: frozenset[int]) -> None:
     Raises:
         ConfigError: Samples have no position in this dataset, or its sampler does not draw each of them once.
     """
-    dataset = getattr(dataloader, "dataset", None)
+    dataset: Any = getattr(dataloader, "dataset", None)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ConfigError(
             f"`samples` of `{SKIP_FILE}` must be empty with an iterable dataset, whose samples have no position, but has {len(samples)}. "
@@ -46,7 +46,7 @@ def leave_out_samples(dataloader: Any, samples: frozenset[int]) -> None:
 
 def _innermost(dataloader: Any) -> Any:
     """What draws single samples, under all that makes batches of them and hands those out to ranks."""
-    batches = getattr(dataloader, "batch_sampler", None)
+    batches: Any = getattr(dataloader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
     return getattr(batches, "sampler", None)

@@ -115,10 +115,12 @@ class Rewinding(TrainerCallback):
             for c in trainer.callback_handler.callbacks
             if isinstance(c, ExportableState)
         ]
-        scheduler = trainer.lr_scheduler
+        scheduler: Any = trainer.lr_scheduler
         # The only schedule that goes by evaluations, some of which are undone.
         plateau = dict(scheduler.state_dict()) if isinstance(scheduler, ReduceLROnPlateau) else None
-        rates = [group["lr"] for group in unwrap_optimizer(trainer.optimizer).param_groups] if plateau else []
+        rates: list[Any] = (
+            [group["lr"] for group in unwrap_optimizer(trainer.optimizer).param_groups] if plateau else []
+        )
 
         def put_back() -> None:
             for name, value in best.items():
@@ -126,7 +128,7 @@ class Rewinding(TrainerCallback):
             for callback, attributes in callbacks:
                 for name, value in attributes.items():
                     setattr(callback, name, value)
-            if plateau is not None and isinstance(scheduler, ReduceLROnPlateau):
+            if plateau is not None:
                 scheduler.load_state_dict(dict(plateau))
                 for group, rate in zip(unwrap_optimizer(trainer.optimizer).param_groups, rates, strict=True):
                     group["lr"] = rate
@@ -139,7 +141,7 @@ class Rewinding(TrainerCallback):
         offset = trainer._watch.offset
         first, last = rewound.first + offset, rewound.last + offset
         if trainer.args.should_save:
-            _set_aside(trainer._run_folder(), first, last)
+            set_aside(trainer._run_folder(), first, last)
         best = state.best_model_checkpoint
         if best is not None and not Path(best).is_dir():
             logger.warning(
@@ -160,8 +162,13 @@ class Rewinding(TrainerCallback):
         )
 
 
-def _set_aside(folder: Path, first: int, last: int) -> None:
-    """Rename checkpoints whose weights were undone."""
+def set_aside(folder: Path, first: int, last: int) -> None:
+    """Rename checkpoints whose weights were undone.
+
+    Args:
+        folder: Of the run.
+        first, last: Steps that were undone, counted from 0.
+    """
     for path in folder.glob("checkpoint-*"):
         found = _CHECKPOINT.fullmatch(path.name)
         if found is None or not first < int(found.group(1)) <= last:

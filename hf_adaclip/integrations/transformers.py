@@ -321,8 +321,10 @@ class AdaptiveClipMixin(_Base):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._logs_own_line = self.control.should_log and self.state.global_step > self._globalstep_last_logged
         if self._logs_own_line:
-            total = kwargs.get("tr_loss", args[0] if args else None)
-            self._losses.spread(total, self.state.global_step - self._globalstep_last_logged)
+            self._losses.spread(
+                kwargs["tr_loss"] if "tr_loss" in kwargs else args[0],
+                self.state.global_step - self._globalstep_last_logged,
+            )
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:

@@ -226,3 +226,32 @@ def test_the_precision_of_a_loop(here, tmp_path, given, expected):
     )
     assert arguments.mixed_precision == expected
     assert arguments.ignored == []
+
+
+def test_the_loop_goes_back_and_leaves_out_what_it_is_told(tmp_path, text):  # noqa: F811
+    more = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+    back = tmp_path / "back"
+    # Under a learning rate like this any loss is soon far from the best.
+    clip = "adaptive:divergence_spreads=0.5,divergence_steps=3,snapshot_steps=5,max_rewinds=0,on_trouble=rewind"
+    saved = {"save_strategy": "steps", "save_steps": 5, "max_steps": 80, "learning_rate": 1.0}
+    listed = flags(back, text, clip=clip, **more, **saved)
+    command = [sys.executable, str(ROOT / "scripts" / "no_trainer.py"), *listed]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+    assert done.returncode != 0
+    assert "`max_rewinds` (0) is spent" in done.stderr, done.stderr[-2000:]
+    undone = json.loads((back / "skip_batches.json").read_text())["steps"]
+    assert undone == [*range(undone[0], undone[-1] + 1)]
+    names = {path.name for path in back.glob("*checkpoint-*")}
+    assert f"checkpoint-{undone[-1] + 1}" in names
+    assert all(f"undone-checkpoint-{n}" in names for n in undone[1:] if n % 5 == 0)
+    assert verify_ledger(back / "clip_ledger.jsonl").num_violations == 0
+
+    never = tmp_path / "never"
+    never.mkdir()
+    (never / "skip_batches.json").write_text(json.dumps({"steps": [10, 11, 20]}))
+    run("no_trainer.py", flags(never, text, clip="adaptive", **more))
+    records = [json.loads(line) for line in (never / "clip_ledger.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r.get("reason") == "LEFT_OUT"] == [10, 11, 20]
+    report = verify_ledger(never / "clip_ledger.jsonl")
+    assert (report.status, report.steps) == ("verified", 30)
