@@ -104,6 +104,16 @@ RELIANCES: Final[tuple[Reliance, ...]] = (
     _trainer("_get_output_dir", "trials of a search have ledgers of their own"),
     _trainer("_prepare_inputs", "the batch of an incident is what its loss was made of"),
     _trainer("_globalstep_last_logged", "losses that are not finite are filtered as the Trainer does it"),
+    Reliance(
+        *(
+            "trl",
+            "GRPOTrainer",
+            "_buffered_inputs",
+            "0.24",
+            "a Trainer that learns from what it has written is known by it",
+        ),
+        "Do not set `on_trouble='rewind'`",
+    ),
     _deepspeed("_global_grad_norm", "a step that is not finite is left out in bfloat16"),
     _deepspeed("clip_grad", "the engine is told its threshold"),
     Reliance(

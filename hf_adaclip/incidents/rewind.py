@@ -132,6 +132,10 @@ class Rewinder:
             self._note(Trouble(step, step - finding.lasts, finding.sentence))
 
     def _note(self, trouble: Trouble) -> None:
+        if self._taken is None:
+            self._run.alerts.warn_once(
+                "there is trouble, and no snapshot to go back to: the loop does not call `snapshot` of the clipper after its steps."
+            )
         if self._trouble is None or trouble.onset < self._trouble.onset:
             self._trouble = trouble
 
@@ -226,13 +230,13 @@ class Rewinder:
     def _good(self, onset: int) -> Snapshot | None:
         """The newest that is older than the trouble."""
         trained = frozenset(map(id, self._weights()))
-        snapshots: list[Snapshot] = list(self._snapshots)
-        for snapshot in reversed(snapshots):
+
+        def is_good(snapshot: Snapshot) -> bool:
             step = snapshot.point.step
             old = step <= onset - MARGIN or (snapshot.first and step <= max(onset, 0))
-            if old and snapshot.trained == trained and self._run.can_go_back(snapshot.point):
-                return snapshot
-        return None
+            return old and snapshot.trained == trained and self._run.can_go_back(snapshot.point)
+
+        return next(filter(is_good, reversed(self._snapshots)), None)
 
     def _go_back(self, onset: int) -> None:
         trouble = self._trouble or Trouble(self._run.step - 1, onset, "Another rank has found trouble.")

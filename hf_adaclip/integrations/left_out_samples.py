@@ -44,6 +44,14 @@ def leave_out_samples(dataloader: Any, samples: frozenset[int]) -> None:
     )
 
 
+def too_late() -> ConfigError:
+    """The error for a run whose epochs have been laid out already."""
+    return ConfigError(
+        f"`samples` of `{SKIP_FILE}` must be empty when clipping is attached in `on_train_begin`, but are not: the length of an epoch is "
+        "settled by then. Attach before `train()`, or name `steps`."
+    )
+
+
 def _innermost(dataloader: Any) -> Any:
     """What draws single samples, under all that makes batches of them and hands those out to ranks."""
     batches: Any = getattr(dataloader, "batch_sampler", None)

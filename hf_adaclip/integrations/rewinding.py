@@ -16,9 +16,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.incidents.leaving import Leaving
+from hf_adaclip.incidents.snapshot import check_optimizer, spread_out
 from hf_adaclip.run.points import Rewound
+from hf_adaclip.support import distributed_type
 
 if TYPE_CHECKING:
     from hf_adaclip.integrations.transformers import AdaptiveClipMixin
@@ -36,12 +39,17 @@ class Rewinding(TrainerCallback):
 
     Args:
         trainer: Whose steps they are.
+
+    Raises:
+        UnsupportedSetupError: `on_trouble` is 'rewind', and what is known by now cannot be put back.
     """
 
     def __init__(self, trainer: "AdaptiveClipMixin") -> None:
         self._trainer = trainer
         self._leaving: Leaving | None = None
         self._begun = False
+        if trainer.clip_config.on_trouble == "rewind":
+            _check_at_construction(trainer)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -160,6 +168,23 @@ class Rewinding(TrainerCallback):
                 "step": state.global_step,
             }
         )
+
+
+def _check_at_construction(trainer: Any) -> None:
+    """Whether what is known before training can be put back.
+
+    Raises:
+        UnsupportedSetupError: It cannot.
+    """
+    if distributed_type(trainer.accelerator) == "FSDP":
+        raise spread_out()
+    if hasattr(trainer, "_buffered_inputs"):
+        raise UnsupportedSetupError(
+            f"`on_trouble` must not be 'rewind' with {type(trainer).__name__}, but is: it trains for several steps on what an older policy "
+            "has written, which would be left over. Set 'stop' or 'continue'."
+        )
+    if trainer.optimizer is not None:
+        check_optimizer(unwrap_optimizer(trainer.optimizer))
 
 
 def set_aside(folder: Path, first: int, last: int) -> None:

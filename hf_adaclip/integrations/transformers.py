@@ -20,7 +20,7 @@ from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
 from hf_adaclip.incidents.folder import Incident
 from hf_adaclip.incidents.skip_list import read_skip_list
-from hf_adaclip.integrations.left_out_samples import leave_out_samples
+from hf_adaclip.integrations.left_out_samples import leave_out_samples, too_late
 from hf_adaclip.integrations.model_card import add_section
 from hf_adaclip.integrations.rewinding import Rewinding
 from hf_adaclip.integrations.sample_indices import SampleIndices
@@ -173,6 +173,8 @@ class AdaptiveClipMixin(_Base):
     def _join_run(self, checkpoint: str | None, trial: Any) -> None:
         """Take part in a run whose loop is not ours: it was begun before clipping was attached, by nobody who will end it for us."""
         self._joined, self._trial = True, trial
+        if of_first_rank(lambda: read_skip_list(self._run_folder())).samples:
+            raise too_late()
         self.clip_config = self._complete_config(trial)
         self.args.logging_nan_inf_filter = (
             self.args.logging_nan_inf_filter and not self.clip_config.nan_filter_on_device

@@ -455,9 +455,22 @@ class _Hoarding(torch.optim.SGD):
     ],
 )
 def test_what_cannot_be_put_back_is_refused(more, why, tmp_path):
-    trainer = trainer_of(tmp_path, more=more)
     with pytest.raises(UnsupportedSetupError, match=f"`on_trouble` must not be 'rewind'.*{why}"):
-        trainer.train()
+        trainer_of(tmp_path, more=more)
+
+
+class _OfPolicies(AdaptiveClipTrainer):
+    _buffered_inputs = None
+
+
+def test_other_loops_are_refused(tmp_path):
+    with pytest.raises(UnsupportedSetupError, match="an older policy has written"):
+        trainer_of(tmp_path, kind=_OfPolicies)
+    pytest.importorskip("lightning")
+    from hf_adaclip.integrations.lightning import AdaptiveClip
+
+    with pytest.raises(UnsupportedSetupError, match="`on_trouble` must not be 'rewind' in Lightning"):
+        AdaptiveClip(AdaptiveClipConfig(**REWIND))
 
 
 def test_deepspeed_and_settings_without_trouble_are_refused():
