@@ -230,6 +230,13 @@ class ClippingDriver:
         if self.guards.adopt(self._port.only_optimizer()):
             self._probe()
 
+    def leave_out(self) -> None:
+        # So that a checkpoint before the first gradient has a state. Which norms are judged apart is known only from gradients.
+        whole = self._config.works_on == "global" and not self._config.parameter_rules
+        if whole and not self._run.begun and self.parameters:
+            self._run.begin(self.parameters[0].device)
+        self._run.leave_out()
+
     def keep(self) -> Callable[[], None]:
         return self._kept.keep()
 

@@ -56,6 +56,9 @@ class Driver(Protocol):
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
         """Those that are known."""
 
+    def leave_out(self) -> None:
+        """Count a step for which there is no gradient."""
+
     def keep(self) -> Callable[[], None]:
         """What puts back what is kept for single parameters, once the weights are put back."""
 

@@ -63,6 +63,9 @@ class FollowingDriver:
     def take_script_threshold(self, max_norm: float) -> None:
         """Nothing: the engine has a threshold of its own."""
 
+    def leave_out(self) -> None:
+        self._run.leave_out()
+
     def keep(self) -> Callable[[], None]:
         return lambda: None
 

@@ -140,7 +140,7 @@ class GoingBack:
         if not leaving.names(self._run.step):
             return False
         leaving.begin(self._run.step)
-        self._run.leave_out()
+        self._driver.leave_out()
         leaving.left_out()
         return True
 

@@ -110,6 +110,11 @@ class Run:
         return self._ops
 
     @property
+    def begun(self) -> bool:
+        """Whether a step has been got ready for, of this run or since a load."""
+        return self._ops is not None
+
+    @property
     def num_tensors(self) -> int:
         """Tensors, or groups of them, that have a norm of their own; 0 when only the global norm counts."""
         return len(self._keeping.groups)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer, attach
 from hf_adaclip.audit.verify import verify_ledger
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.incidents.rules import Finding
@@ -315,6 +315,9 @@ def test_a_run_that_is_resumed_leaves_out_the_same(checkpoint, tmp_path):
     assert {f"checkpoint-{n}" for n in (5, 10, 25, 30)} <= folders(tmp_path)
     again = run(tmp_path, resume=str(tmp_path / f"checkpoint-{checkpoint}"), **saved)
     assert equal(state_of(back), state_of(again))
+    if checkpoint == 10:  # in the middle of the steps that are left out, too
+        last = run(tmp_path, resume=str(tmp_path / "checkpoint-15"), **saved)
+        assert equal(state_of(back), state_of(last))
     report = verify_ledger(tmp_path / "clip_ledger.jsonl")
     assert report.status == "verified", report.findings
 
@@ -355,6 +358,24 @@ def test_nothing_to_go_back_to_ends_it_too(tmp_path, caplog):
     back = run(tmp_path, [15], resume=str(tmp_path / "checkpoint-15"), **saved)
     assert back.state.global_step == 16
     assert "there is no snapshot from before" in caplog.text
+
+
+def test_an_attached_trainer_goes_back_too(tmp_path):
+    trainer = trainer_of(tmp_path / "whole", [24])
+    set_seed(0)
+    trainer.train()
+    set_seed(0)
+    plain = Trainer(
+        model=llama(),
+        args=arguments(tmp_path / "attached", max_steps=40, lr_scheduler_type="cosine"),
+        train_dataset=Rows(256),
+    )
+    attached = attach(plain, AdaptiveClipConfig(**REWIND))
+    attached.add_callback(Planted(attached, [24]))
+    set_seed(0)
+    attached.train()
+    assert equal(weights(trainer), weights(attached))
+    assert left_out(tmp_path / "attached") == [*range(10, 25)]
 
 
 # -- samples, files and settings -------------------------------------------------------------------------------------
