@@ -151,7 +151,7 @@ def test_parameters_that_join_make_older_snapshots_no_good(tmp_path):
         if number == 25:
             assert clipper.rewinder is not None
             clipper.rewinder.judge(number, Finding("zero_loss", "Planted trouble.", 1.0, 1))
-            with pytest.raises(TrainingTroubleError, match="there is no snapshot from before"):
+            with pytest.raises(TrainingTroubleError, match="there is no snapshot or checkpoint from before"):
                 clipper.snapshot()
             break
         clipper.snapshot()

@@ -309,6 +309,7 @@ OWN = {
     "gradients/distance.py": {"other", "estimate"},
     "gradients/guards.py": {"guards"},
     "integrations/attaching.py": {"AdaptiveClipMixin"},
+    "integrations/checkpoints.py": {"trainer"},
     "integrations/launch.py": {"trainer"},
     "integrations/rewinding.py": {"trainer", "self._trainer"},
     "integrations/watch.py": {"self._trainer"},

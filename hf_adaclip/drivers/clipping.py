@@ -237,8 +237,8 @@ class ClippingDriver:
             self._run.begin(self.parameters[0].device)
         self._run.leave_out()
 
-    def keep(self) -> Callable[[], None]:
-        return self._kept.keep()
+    def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
+        return self._kept.keep(tensors)
 
     def kept(self) -> dict[str, Tensor] | None:
         return None if self._kept.reach is None else self._kept.reach.tensors()

@@ -59,8 +59,8 @@ class Driver(Protocol):
     def leave_out(self) -> None:
         """Count a step for which there is no gradient."""
 
-    def keep(self) -> Callable[[], None]:
-        """What puts back what is kept for single parameters, once the weights are put back."""
+    def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
+        """What puts back what is kept for single parameters, once the weights are put back; or `tensors` in its place, of a checkpoint."""
 
     def kept(self) -> dict[str, Tensor] | None:
         """What a checkpoint keeps beside the controller's state."""

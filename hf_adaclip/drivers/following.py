@@ -66,7 +66,7 @@ class FollowingDriver:
     def leave_out(self) -> None:
         self._run.leave_out()
 
-    def keep(self) -> Callable[[], None]:
+    def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
         return lambda: None
 
     def kept(self) -> dict[str, Tensor] | None:

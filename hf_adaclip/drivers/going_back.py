@@ -11,7 +11,7 @@ from hf_adaclip.errors import ConfigError
 from hf_adaclip.incidents.leaving import Leaving
 from hf_adaclip.incidents.rewind import Rewinder
 from hf_adaclip.incidents.snapshot import check_optimizer, check_weights, keep_stateful, spread_out
-from hf_adaclip.run.points import Rewound
+from hf_adaclip.run.points import Point, Rewound
 from hf_adaclip.run.run import Run
 from hf_adaclip.support import distributed_type
 
@@ -129,6 +129,22 @@ class GoingBack:
                 leaving.add(self.rewinder.rewound)
             leaving.made(self._run.step)
         return rewound
+
+    def moment_in(self, folder: str | Path) -> tuple[Point, Callable[[], None]] | None:
+        """The moment that a checkpoint of this run holds, and what puts back what is kept for single parameters.
+
+        Returns:
+            None where there is none, or one of other parameters.
+
+        Raises:
+            StateError: The file is damaged, or belongs to another controller or config.
+        """
+        found = self._run.moment_in(Path(folder) / self._state_file)
+        return None if found is None else (found[0], self._driver.keep(found[1]))
+
+    @property
+    def _state_file(self) -> str:
+        raise NotImplementedError
 
     def leaves_out(self) -> bool:
         """Whether `skip_batches.json` in the folder of the run names the coming step.

@@ -96,6 +96,7 @@ class Rewinder:
         rewound: What the last call of `look` has undone; None where it has not.
         history: All that was undone.
         stop: Ends the run in order; None where an exception has to.
+        elsewhere: Gives a moment that is not younger than a step, where no snapshot is; a loop that writes checkpoints has one.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Rewinder:
         self.rewound: Rewound | None = None
         self.history: list[Rewound] = []
         self.stop: Callable[[TrainingTroubleError], None] | None = None
+        self.elsewhere: Callable[[int], Snapshot | None] | None = None
 
     # -- trouble -------------------------------------------------------------------------------------------------
 
@@ -236,7 +238,10 @@ class Rewinder:
             old = step <= onset - MARGIN or (snapshot.first and step <= max(onset, 0))
             return old and snapshot.trained == trained and self._run.can_go_back(snapshot.point)
 
-        return next(filter(is_good, reversed(self._snapshots)), None)
+        good = next(filter(is_good, reversed(self._snapshots)), None)
+        if good is None and self.elsewhere is not None:
+            good = self.elsewhere(onset - MARGIN)
+        return good
 
     def _go_back(self, onset: int) -> None:
         trouble = self._trouble or Trouble(self._run.step - 1, onset, "Another rank has found trouble.")
@@ -246,8 +251,8 @@ class Rewinder:
             self._trouble = None
             self._end(
                 f"{trouble.reason} It was found at step {trouble.step} and began about step {max(onset, 0)}, and `on_trouble` is "
-                f"'rewind', but there is no snapshot from before: {self._tried()} Go on from an older checkpoint, with a lower learning "
-                "rate or without the bad batch.",
+                f"'rewind', but there is no snapshot or checkpoint from before: {self._tried()} Go on from an older checkpoint, with a "
+                "lower learning rate or without the bad batch.",
                 trouble.step,
             )
             return
@@ -255,7 +260,7 @@ class Rewinder:
             put_back()
         self.rewound = self._run.go_back(snapshot.point, trouble.reason)
         self.history.append(self.rewound)
-        while self._snapshots[-1] is not snapshot:
+        while self._snapshots and self._snapshots[-1] is not snapshot:
             self._snapshots.pop()
         self._trouble = None
         logger.log(

@@ -5,7 +5,6 @@ set aside: the best metric and its checkpoint, the counters of callbacks, and th
 """
 
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +19,7 @@ from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.incidents.leaving import Leaving
 from hf_adaclip.incidents.snapshot import check_optimizer, spread_out
+from hf_adaclip.integrations.checkpoints import BEST, CHECKPOINT, older_checkpoint
 from hf_adaclip.run.points import Rewound
 from hf_adaclip.support import distributed_type
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OF_POLICIES: Final = ("GRPOTrainer", "RLOOTrainer")
+"""Trainers of TRL that train for several steps on what was written before (looked up in 1.16)."""
 UNDONE: Final = "undone-"
 """Before the names of checkpoints that were undone: nobody takes them for the last one, and nobody deletes them."""
-_CHECKPOINT: Final = re.compile(r"checkpoint-(\d{1,15})")
-_BEST: Final = ("best_metric", "best_global_step", "best_model_checkpoint")
 
 
 class Rewinding(TrainerCallback):
@@ -59,6 +59,7 @@ class Rewinding(TrainerCallback):
         self._leaving, self._begun = clipper.leaving(offset), False
         if clipper.rewinder is not None:
             clipper.rewinder.stop = trainer._end_on_trouble
+            clipper.rewinder.elsewhere = lambda step: older_checkpoint(trainer, step)
             clipper.rewinder.keepers.append(self._keep)
         if not state.global_step:  # a run that is gone on with gets its random numbers later
             self._begin()
@@ -117,7 +118,7 @@ class Rewinding(TrainerCallback):
 
     def _keep(self) -> Callable[[], None]:
         trainer = self._trainer
-        best = {name: getattr(trainer.state, name, None) for name in _BEST}
+        best = {name: getattr(trainer.state, name, None) for name in BEST}
         callbacks = [
             (c, dict(c.state().get("attributes", {})))
             for c in trainer.callback_handler.callbacks
@@ -157,7 +158,7 @@ class Rewinding(TrainerCallback):
                 "the best again.",
                 *(best, first),
             )
-            for name in _BEST:
+            for name in BEST:
                 setattr(state, name, None)
         state.log_history.append(
             {
@@ -178,7 +179,7 @@ def _check_at_construction(trainer: Any) -> None:
     """
     if distributed_type(trainer.accelerator) == "FSDP":
         raise spread_out()
-    if hasattr(trainer, "_buffered_inputs"):
+    if any(k.__name__ in _OF_POLICIES and k.__module__.startswith("trl.") for k in type(trainer).__mro__):
         raise UnsupportedSetupError(
             f"`on_trouble` must not be 'rewind' with {type(trainer).__name__}, but is: it trains for several steps on what an older policy "
             "has written, which would be left over. Set 'stop' or 'continue'."
@@ -195,7 +196,7 @@ def set_aside(folder: Path, first: int, last: int) -> None:
         first, last: Steps that were undone, counted from 0.
     """
     for path in folder.glob("checkpoint-*"):
-        found = _CHECKPOINT.fullmatch(path.name)
+        found = CHECKPOINT.fullmatch(path.name)
         if found is None or not first < int(found.group(1)) <= last:
             continue
         names = (f"{UNDONE}{path.name}" + (f"-{again}" if again > 1 else "") for again in range(1, 10_000))

@@ -65,10 +65,15 @@ class PerParameter:
         """Make everything anew at the next step, from the state that was loaded."""
         self._roster = self._scope = self.reach = None
 
-    def keep(self) -> Callable[[], None]:
-        """What puts the distance estimate back; made anew where there was none yet, of the weights that are there then."""
-        found = self._run.beside if self.reach is None else self.reach.tensors()
-        tensors = {name: value.clone() for name, value in found.items()}
+    def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
+        """What puts the distance estimate back; made anew where there was none yet, of the weights that are there then.
+
+        Args:
+            tensors: Those of another moment than now.
+        """
+        if tensors is None:
+            found = self._run.beside if self.reach is None else self.reach.tensors()
+            tensors = {name: value.clone() for name, value in found.items()}
 
         def put_back() -> None:
             if self.reach is not None:

@@ -247,6 +247,24 @@ class Run:
         self.flush()
         return Point(self.step, own(self._state), self._keeping, self._here())
 
+    def moment_in(self, path: Path) -> tuple[Point, dict[str, Tensor]] | None:
+        """The moment that a state file of this run holds, and what lies beside the state; None without one, or for other parameters.
+
+        Raises:
+            StateError: The file is damaged, or belongs to another controller or config.
+        """
+        read = read_state(path, self.config)
+        if read is None or self._state is None or read.groups != self._keeping.groups:
+            return None
+        tensors, beside = _apart(read.tensors)
+        shape = (self.num_tensors,) if self.num_tensors else ()
+        try:
+            state = state_from_tensors(self._keeping.controller, tensors, self.ops, shape, self._device)
+        except ValueError:
+            return None
+        parent = None if read.ledger is None else {"sha256": read.ledger, "step": read.step}
+        return Point(read.step, state, self._keeping, parent), beside
+
     def can_go_back(self, point: Point) -> bool:
         """Whether a moment is one of this run, with the parameters of now."""
         known = self._begun if point.state is None else point
@@ -469,11 +487,16 @@ class Run:
         parts = tuple((pattern, size) for pattern, size in read.parts)
         self._loaded_keeping = Keeping(build_controller(self.config, parts), read.groups, parts)
         self.loaded_parameters = read.parameters
-        self.beside = {name.removeprefix(BESIDE): v for name, v in tensors.items() if name.startswith(BESIDE)}
-        tensors = {name: v for name, v in tensors.items() if not name.startswith(BESIDE)}
+        tensors, self.beside = _apart(tensors)
         self._loaded, self._parent = tensors, None if head is None else {"sha256": head, "step": self.step}
         self._checkpoint = str(path.parent)
         return True
+
+
+def _apart(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of a state file, the controller's tensors, and the others without their prefix."""
+    beside = {name.removeprefix(BESIDE): v for name, v in tensors.items() if name.startswith(BESIDE)}
+    return {name: v for name, v in tensors.items() if not name.startswith(BESIDE)}, beside
 
 
 def _other_groups(checkpoint: str | None, before: tuple[str, ...], now: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipTrainer, attach
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, AdaptiveClipTrainer, attach
 from hf_adaclip.audit.verify import verify_ledger
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.incidents.rules import Finding
@@ -357,7 +357,24 @@ def test_nothing_to_go_back_to_ends_it_too(tmp_path, caplog):
     run(tmp_path, max_steps=15, **saved)
     back = run(tmp_path, [15], resume=str(tmp_path / "checkpoint-15"), **saved)
     assert back.state.global_step == 16
-    assert "there is no snapshot from before" in caplog.text
+    assert "there is no snapshot or checkpoint from before" in caplog.text
+
+
+@pytest.mark.parametrize("clip", [{}, {"max_pace": 8.0, "pace_start": 2, "pace_trust": 1.0}], ids=["plain", "pace"])
+def test_a_checkpoint_does_where_no_snapshot_is_old_enough(clip, tmp_path):
+    """Trouble right after a run is gone on with, which began before."""
+    saved: dict[str, Any] = {"save_strategy": "steps", "save_steps": 10, "lr_scheduler_type": "constant"}
+    run(tmp_path / "back", max_steps=30, clip=clip, **saved)
+    back = run(tmp_path / "back", [30], resume=str(tmp_path / "back/checkpoint-30"), clip=clip, **saved)
+    undone = left_out(tmp_path / "back")
+    assert undone == [*range(10, 31)]
+    assert {f"undone-checkpoint-{n}" for n in (20, 30)} | {"checkpoint-10", "checkpoint-40"} == folders(
+        tmp_path / "back"
+    )
+    never = skipping(tmp_path / "never", undone, clip=clip, **saved)
+    assert equal(state_of(back), state_of(never))
+    report = verify_ledger(tmp_path / "back/clip_ledger.jsonl")
+    assert report.num_violations == 0, report.findings
 
 
 def test_an_attached_trainer_goes_back_too(tmp_path):
@@ -480,8 +497,11 @@ def test_what_cannot_be_put_back_is_refused(more, why, tmp_path):
         trainer_of(tmp_path, more=more)
 
 
-class _OfPolicies(AdaptiveClipTrainer):
-    _buffered_inputs = None
+_GRPO = type("GRPOTrainer", (Trainer,), {"__module__": "trl.trainer.grpo_trainer"})
+
+
+class _OfPolicies(AdaptiveClipMixin, _GRPO):
+    pass
 
 
 def test_other_loops_are_refused(tmp_path):
