@@ -51,6 +51,8 @@ def loop(folder: Path, trouble: Any = (), steps: int = 40, **settings: Any) -> A
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
     config = AdaptiveClipConfig(**{"ledger": str(folder / "clip_ledger.jsonl"), **REWIND, **settings})
     clipper = AdaptiveClipper(config, optimizer=optimizer, model=model, output_dir=folder)
+    events: list[Any] = []
+    clipper.on_event(events.append)
     average, due = Average(model), list(trouble)
     for step in range(steps):
         x = clipper.watch(batch(step))
@@ -68,6 +70,8 @@ def loop(folder: Path, trouble: Any = (), steps: int = 40, **settings: Any) -> A
         clipper.snapshot(average, last=step == steps - 1)
         assert (clipper.rewound is not None) == (step in trouble)
     clipper.close()
+    told = [(e.step, e.until, e.reason) for e in events if e.kind == "rewound"]
+    assert told == [tuple(r) for r in (clipper.rewinder.history if clipper.rewinder else ())]
     return clipper, [*model.state_dict().values()], average.values, scheduler.get_last_lr()
 
 

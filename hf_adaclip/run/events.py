@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from hf_adaclip.controllers import Reason
+from hf_adaclip.run.points import Rewound
 
 Kind = Literal[
     "widened",
@@ -26,6 +27,7 @@ Kind = Literal[
     "pace_raised",
     "pace_lowered",
     "left_out",
+    "rewound",
 ]
 Quantity = Literal["norm", "threshold", "pace"]
 
@@ -118,8 +120,8 @@ class ClipEvent:
     @property
     def change(self) -> str:
         """From what to what, with the quantity named: "norm 12.3, cut to 1.1", "threshold 1.2 -> 1.3"."""
-        if self.kind == "left_out":
-            return "no gradient"
+        if self.kind in ("left_out", "rewound"):
+            return "no gradient" if self.kind == "left_out" else "undone"
         if self.quantity != "norm":
             same = self.before == self.after
             return f"{self.quantity} {self.before:.4g}" + ("" if same else f" -> {self.after:.4g}")
@@ -133,6 +135,11 @@ class ClipEvent:
     def __str__(self) -> str:
         steps = f"step {self.step}" if self.step == self.until else f"steps {self.step}-{self.until}"
         return f"{steps}: {self.kind.replace('_', ' ')}, {self.change}. {self.sentences}"
+
+
+def of_rewound(rewound: Rewound) -> ClipEvent:
+    """For listeners; the log has a line of its own."""
+    return ClipEvent(rewound.first, rewound.last, "rewound", math.nan, math.nan, rewound.reason, "norm")
 
 
 @dataclass

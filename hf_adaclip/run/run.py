@@ -26,7 +26,7 @@ from hf_adaclip.ledger.records import (
 from hf_adaclip.run.alerts import Alerts
 from hf_adaclip.run.checkpoint import BESIDE, read_state, write_state
 from hf_adaclip.run.counts import RunStatistics
-from hf_adaclip.run.events import ClipEvent
+from hf_adaclip.run.events import ClipEvent, of_rewound
 from hf_adaclip.run.plan import Decided, StepPlan, rules_of
 from hf_adaclip.run.points import Point, Rewound, own
 from hf_adaclip.run.ranks import RankCheck
@@ -285,6 +285,7 @@ class Run:
         self._state, self._parent = own(known.state), known.parent
         self._follow_on(None, rewound)
         self._state = self._keeping.controller.narrowed(self._state, self.ops)
+        self.alerts.tell([of_rewound(rewound)])
         return rewound
 
     def _start_recorder(self, restarted: Sequence[str] | None, rewound: Rewound | None = None) -> None:

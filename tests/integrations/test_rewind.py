@@ -497,7 +497,7 @@ def test_what_cannot_be_put_back_is_refused(more, why, tmp_path):
         trainer_of(tmp_path, more=more)
 
 
-_GRPO = type("GRPOTrainer", (Trainer,), {"__module__": "trl.trainer.grpo_trainer"})
+_GRPO: Any = type("GRPOTrainer", (Trainer,), {"__module__": "trl.trainer.grpo_trainer"})
 
 
 class _OfPolicies(AdaptiveClipMixin, _GRPO):
