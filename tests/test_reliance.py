@@ -314,6 +314,7 @@ OWN = {
     "integrations/rewinding.py": {"trainer", "self._trainer"},
     "integrations/watch.py": {"self._trainer"},
     "ports/accelerate.py": {"slot", "other"},
+    "run/moments.py": {"self"},
     "run/recorder.py": {"before"},
 }
 READERS = {"getattr", "hasattr", "setattr", "delattr", "require", "require_mention"}

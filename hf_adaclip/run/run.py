@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.controllers import Observation, Reason, build_controller
+from hf_adaclip.controllers import Observation, build_controller
 from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.numerics.fused import failures
 from hf_adaclip.controllers.numerics.ops import SCALAR, Lane, Ops, Value, ops_for
@@ -26,7 +26,8 @@ from hf_adaclip.ledger.records import (
 from hf_adaclip.run.alerts import Alerts
 from hf_adaclip.run.checkpoint import BESIDE, read_state, write_state
 from hf_adaclip.run.counts import RunStatistics
-from hf_adaclip.run.events import ClipEvent, of_rewound
+from hf_adaclip.run.events import ClipEvent
+from hf_adaclip.run.moments import Moments, apart
 from hf_adaclip.run.plan import Decided, StepPlan, rules_of
 from hf_adaclip.run.points import Point, Rewound, own
 from hf_adaclip.run.ranks import RankCheck
@@ -34,7 +35,7 @@ from hf_adaclip.run.recorder import Recorder, start_recorder
 from hf_adaclip.support import check_device
 
 
-class Run:
+class Run(Moments):
     """Decides step by step, records, and can be saved and gone on with.
 
     Args:
@@ -215,78 +216,6 @@ class Run:
         """The present end of the ledger, as a segment names its parent."""
         ledger = None if self.recorder is None else self.recorder.ledger
         return None if ledger is None else {"sha256": ledger.head, "step": self.step}
-
-    # -- steps that are left out with their data, and steps that are undone ------------------------------------------
-
-    def leave_out(self) -> None:
-        """Count a step for which there is no gradient; the controller goes on narrowed."""
-        if self._state is None or self.recorder is None:
-            self._pending += 1
-        else:
-            self._look()
-            ops = self.ops
-            nothing, one = ops(0.0), ops(1.0)
-            unknown = ops(float("nan"))
-            reason = ops(float(Reason.LEFT_OUT))
-            self.recorder.record(
-                nothing,
-                Summary(self.static, nothing, one, reason),
-                unknown,
-                loss_scale=None,
-                scaled=False,
-                norms=ops.full((self.num_tensors,), float("nan")) if self.num_tensors else None,
-                static_threshold=self.static_threshold,
-            )
-            self._state = self._keeping.controller.narrowed(self._state, ops)
-        self.step += 1
-
-    def keep(self) -> Point:
-        """The present moment, to go back to; reads the rows that wait, so that it is the end of a block of the ledger."""
-        if self._state is None:
-            return Point(self.step, None, None, None)
-        self.flush()
-        return Point(self.step, own(self._state), self._keeping, self._here())
-
-    def moment_in(self, path: Path) -> tuple[Point, dict[str, Tensor]] | None:
-        """The moment that a state file of this run holds, and what lies beside the state; None without one, or for other parameters.
-
-        Raises:
-            StateError: The file is damaged, or belongs to another controller or config.
-        """
-        read = read_state(path, self.config)
-        if read is None or self._state is None or read.groups != self._keeping.groups:
-            return None
-        tensors, beside = _apart(read.tensors)
-        shape = (self.num_tensors,) if self.num_tensors else ()
-        try:
-            state = state_from_tensors(self._keeping.controller, tensors, self.ops, shape, self._device)
-        except ValueError:
-            return None
-        parent = None if read.ledger is None else {"sha256": read.ledger, "step": read.step}
-        return Point(read.step, state, self._keeping, parent), beside
-
-    def can_go_back(self, point: Point) -> bool:
-        """Whether a moment is one of this run, with the parameters of now."""
-        known = self._begun if point.state is None else point
-        return known is not None and known.step == point.step and known.keeping is self._keeping
-
-    def go_back(self, point: Point, reason: str) -> Rewound:
-        """Decide on the next step as at that moment, but narrowed. Steps go on being counted, and the ledger has a new segment.
-
-        Args:
-            point: Of `keep`; `can_go_back` is true of it.
-            reason: Why, in a sentence.
-        """
-        self.flush()
-        known = self._begun if point.state is None else point
-        assert known is not None
-        assert known.state is not None
-        rewound = Rewound(point.step, self.step - 1, reason)
-        self._state, self._parent = own(known.state), known.parent
-        self._follow_on(None, rewound)
-        self._state = self._keeping.controller.narrowed(self._state, self.ops)
-        self.alerts.tell([of_rewound(rewound)])
-        return rewound
 
     def _start_recorder(self, restarted: Sequence[str] | None, rewound: Rewound | None = None) -> None:
         assert self._state is not None
@@ -488,16 +417,10 @@ class Run:
         parts = tuple((pattern, size) for pattern, size in read.parts)
         self._loaded_keeping = Keeping(build_controller(self.config, parts), read.groups, parts)
         self.loaded_parameters = read.parameters
-        tensors, self.beside = _apart(tensors)
+        tensors, self.beside = apart(tensors)
         self._loaded, self._parent = tensors, None if head is None else {"sha256": head, "step": self.step}
         self._checkpoint = str(path.parent)
         return True
-
-
-def _apart(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of a state file, the controller's tensors, and the others without their prefix."""
-    beside = {name.removeprefix(BESIDE): v for name, v in tensors.items() if name.startswith(BESIDE)}
-    return {name: v for name, v in tensors.items() if not name.startswith(BESIDE)}, beside
 
 
 def _other_groups(checkpoint: str | None, before: tuple[str, ...], now: tuple[str, ...]) -> str:
