@@ -106,6 +106,8 @@ def _trouble(config: Any) -> str | None:
 
 
 def _rewind(config: Any) -> str | None:
+    if config.on_trouble == "rewind" and config.shadow:
+        return "`on_trouble` must not be 'rewind' in shadow mode, which only records, but is. Set 'continue'."
     if config.on_trouble != "rewind" or not config.one_step_late:
         return None
     return (
@@ -140,7 +142,7 @@ def _spectral_every(config: Any) -> str | None:
 _JOINT_RULES: tuple[tuple[Callable[[Any], str | None], tuple[str, ...]], ...] = (
     (_floor_and_ceiling, ("min_threshold", "max_threshold")),
     (_trouble, ("on_trouble", "max_skipped", "divergence_spreads")),
-    (_rewind, ("on_trouble", "one_step_late")),
+    (_rewind, ("on_trouble", "one_step_late", "shadow")),
     (_late_rules, ("one_step_late", "parameter_rules")),
     (_late_shape, ("one_step_late", "spectral_width", "agreement")),
     (_spectral_every, ("spectral_width", "spectral_every")),

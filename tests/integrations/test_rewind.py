@@ -517,6 +517,8 @@ def test_other_loops_are_refused(tmp_path):
 def test_deepspeed_and_settings_without_trouble_are_refused():
     with pytest.raises(ConfigError, match="`on_trouble` must not be 'rewind' under DeepSpeed"):
         AdaptiveClipConfig(on_trouble="rewind", one_step_late=True)
+    with pytest.raises(ConfigError, match="`on_trouble` must not be 'rewind' in shadow mode"):
+        AdaptiveClipConfig(on_trouble="rewind", shadow=True)
     with pytest.raises(ConfigError, match=r"`max_skipped` or `divergence_spreads`, or `incidents=True`"):
         AdaptiveClipConfig(on_trouble="rewind", incidents=False)
     AdaptiveClipConfig(on_trouble="rewind", incidents=False, max_skipped=3)

@@ -171,8 +171,12 @@ class GovernedController(Controller[Any]):
     def narrowed(self, state: Any, ops: Ops) -> Any:
         split = len(state) - len(OversightState._fields)
         mine = OversightState(*state[split:])
-        inner = self.inner.narrowed(self._inner_type(*state[:split]), ops)
-        return type(state)(*inner, *mine._replace(held_pace=ops.minimum(mine.held_pace, ops(1.0))))
+        before = self._inner_type(*state[:split])
+        after = [*self.inner.narrowed(before, ops), *mine._replace(held_pace=ops.minimum(mine.held_pace, ops(1.0)))]
+        if self.freeze_after is not None:  # what is frozen keeps range and pace
+            frozen = mine.steps >= ops(float(self.freeze_after))
+            after = [ops.where(frozen, b, a) for b, a in zip(state, after, strict=True)]
+        return type(state)(*after)
 
     def _bound(
         self, wanted: Value, reason: Value, mine: OversightState, *, known: Value, ops: Ops
