@@ -15,6 +15,7 @@ from hf_adaclip.controllers.numerics.ops import Lane, Value, ops_for
 from hf_adaclip.drivers.clipping import ClippingDriver
 from hf_adaclip.drivers.driver import Driver
 from hf_adaclip.drivers.following import FollowingDriver
+from hf_adaclip.drivers.going_back import GoingBack
 from hf_adaclip.drivers.lifetime import detach, let_go, weakly
 from hf_adaclip.drivers.settling import settle
 from hf_adaclip.errors import ConfigError, StateError
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 
 
-class AdaptiveClipper:
+class AdaptiveClipper(GoingBack):
     """Adaptive gradient clipping for any PyTorch loop.
 
     Call [`clip_`] once per optimizer step, between `backward` and `optimizer.step()`, in place of
@@ -125,12 +126,10 @@ class AdaptiveClipper:
             check_rates(optimizers)
         if engine is not None:
             config = config.replace(one_step_late=True)
-        self.config = config
         writes = is_rank_zero() if is_main_process is None else is_main_process
         self._lane = _lane
         self._run = Run(config, static_threshold=1.0, writes_ledger=writes, scaled=port.has_scaler, lane=_lane)
         self._losses = LossObserver(config, self._run, ranks_known=port.ranks_known)
-        self._output_dir = output_dir
         self._capture = IncidentCapture(config, self._run)
         self._driver: Driver
         if engine is None:
@@ -140,6 +139,9 @@ class AdaptiveClipper:
             )
         else:
             self._driver = FollowingDriver(self._run, engine, self._losses, self._capture)
+        super().__init__(
+            config, self._run, self._driver, self._capture, lambda: models or port.models, accelerator, output_dir
+        )
         self._port = port
         self._closed = False
         # Weakly: a clipper that nobody else holds is at its end, whatever the accelerator still has of it.
@@ -259,7 +261,7 @@ class AdaptiveClipper:
             >>> clipper.watch({"x": 1})
             {'x': 1}
         """
-        self._capture.begin(self._output_dir)
+        self._capture.begin(self.output_dir)
         if self._capture.processing_class is None:
             self._capture.processing_class = processing_class
         self._capture.add(batch, indices)

@@ -185,9 +185,21 @@ class AdaptiveClipConfig:
     )
     on_trouble: str = setting(
         "continue",
-        help="What to do on trouble: 'continue' (warn), 'fallback' (static threshold from there on) or 'stop' (keep a checkpoint and end "
-        "the run).",
-        choices=("continue", "fallback", "stop"),
+        help="What to do on trouble: 'continue' (warn), 'fallback' (static threshold from there on), 'stop' (keep a checkpoint and end "
+        "the run) or 'rewind' (back to before it, and on without the data from there to past it).",
+        choices=("continue", "fallback", "stop", "rewind"),
+        flag=True,
+    )
+    snapshot_steps: int = setting(
+        100,
+        help="Under 'rewind', steps between two copies in host memory of all that training changes: weights, optimizer, random numbers.",
+        range="[1, inf)",
+        flag=True,
+    )
+    max_rewinds: int = setting(
+        3,
+        help="Under 'rewind', how often training goes on from before the trouble; with the next one it stops there.",
+        range="[0, inf)",
         flag=True,
     )
     on_spike: str = setting(

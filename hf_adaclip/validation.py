@@ -96,9 +96,23 @@ def _floor_and_ceiling(config: Any) -> str | None:
 def _trouble(config: Any) -> str | None:
     if config.on_trouble == "continue" or config.max_skipped is not None or config.divergence_spreads != 0:
         return None
+    if config.on_trouble == "rewind" and config.incidents is True:
+        return None  # incidents tell of spoilt weights too
+    more = ", or `incidents=True`" if config.on_trouble == "rewind" else ""
     return (
         f"`on_trouble` must be 'continue' as long as nothing counts as trouble, but is {config.on_trouble!r} instead: "
-        "set `max_skipped` or `divergence_spreads`."
+        f"set `max_skipped` or `divergence_spreads`{more}."
+    )
+
+
+def _rewind(config: Any) -> str | None:
+    if config.on_trouble == "rewind" and config.shadow:
+        return "`on_trouble` must not be 'rewind' in shadow mode, which only records, but is. Set 'continue'."
+    if config.on_trouble != "rewind" or not config.one_step_late:
+        return None
+    return (
+        "`on_trouble` must not be 'rewind' under DeepSpeed, but is: its engine keeps weights and optimizer to itself, spread over ranks. "
+        "Set 'stop', and go on from a checkpoint."
     )
 
 
@@ -129,6 +143,7 @@ def _spectral_every(config: Any) -> str | None:
 _JOINT_RULES: tuple[tuple[Callable[[Any], str | None], tuple[str, ...]], ...] = (
     (_floor_and_ceiling, ("min_threshold", "max_threshold")),
     (_trouble, ("on_trouble", "max_skipped", "divergence_spreads")),
+    (_rewind, ("on_trouble", "one_step_late", "shadow")),
     (_late_rules, ("one_step_late", "parameter_rules")),
     (_late_shape, ("one_step_late", "spectral_width", "agreement")),
     (_spectral_every, ("spectral_width", "spectral_every")),

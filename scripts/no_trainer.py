@@ -37,9 +37,10 @@ from transformers import EvalPrediction, get_scheduler
 
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
-from hf_adaclip.errors import ConfigError
+from hf_adaclip.errors import ConfigError, TrainingTroubleError
 from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.incidents.replay import replay_if_asked
+from hf_adaclip.integrations.rewinding import set_aside
 from hf_adaclip.integrations.script_args import ClipArguments, Ingredients, parse_arguments, run_script
 from hf_adaclip.integrations.transformers import pace_start
 from hf_adaclip.ledger.schema import LEDGER_FILE
@@ -171,6 +172,9 @@ class Loop:
         step = self._resume()
         offset = 0 if self._clipper is None else step - self._clipper.step
         try:
+            if self._clipper is not None:
+                self._clipper.leaving(offset)
+                self._clipper.snapshot()
             results = self._train(step)
         except BaseException:
             if self._clipper is not None:
@@ -192,19 +196,22 @@ class Loop:
             batches = self._accelerator.skip_first_batches(self._batches, skipped) if skipped else self._batches
             self.model.train()
             self._watch.run()
-            loss_of_step = norm = None
+            loss_of_step = norm = left_out = None
             for batch in batches:
-                if self._clipper is not None:
+                if left_out is None:  # the first of a step
+                    left_out = self._clipper is not None and self._clipper.leaves_out()
+                if self._clipper is not None and not left_out:
                     self._clipper.watch(batch, processing_class=self._parts.processor)
                 with self._accelerator.accumulate(self.model):
-                    loss = self.model(**batch).loss
-                    self._accelerator.backward(loss)
-                    part = loss.detach() / self._arguments.gradient_accumulation_steps
-                    loss_of_step = part if loss_of_step is None else loss_of_step + part
-                    if self._accelerator.sync_gradients:
-                        norm = self._clip_gradients(loss_of_step, measure=self._is_due("logging", step + 1))
-                        total, self._window, loss_of_step = total + loss_of_step, self._window + loss_of_step, None
-                    self._optimizer.step()
+                    if not left_out:
+                        loss = self.model(**batch).loss
+                        self._accelerator.backward(loss)
+                        part = loss.detach() / self._arguments.gradient_accumulation_steps
+                        loss_of_step = part if loss_of_step is None else loss_of_step + part
+                        if self._accelerator.sync_gradients:
+                            norm = self._clip_gradients(loss_of_step, measure=self._is_due("logging", step + 1))
+                            total, self._window, loss_of_step = total + loss_of_step, self._window + loss_of_step, None
+                        self._optimizer.step()
                     rate = self._optimizer.param_groups[0]["lr"]
                     self._scheduler.step()
                     self._optimizer.zero_grad()
@@ -213,6 +220,8 @@ class Loop:
                 step += 1
                 bar.update()
                 done = step >= self._steps
+                self._logged, left_out = self._logged + bool(left_out), None
+                self._look_back(step, last=done)
                 self._log(step, norm, rate)
                 self._after_step(step, last=done)
                 if done:
@@ -220,6 +229,21 @@ class Loop:
         bar.close()
         self._watch.pause()
         return {"train_loss": float(total) / max(step - begun, 1), "train_runtime": round(self._watch.seconds, 3)}
+
+    def _look_back(self, step: int, *, last: bool) -> None:
+        """Under `--clip_on_trouble rewind`: back to before trouble, if there was any. The next batch is what comes next."""
+        if self._clipper is None:
+            return
+        try:
+            self._clipper.snapshot(last=last)
+        except TrainingTroubleError:
+            self._save(step)
+            raise
+        finally:
+            if self._clipper.rewound and self._accelerator.is_main_process:
+                ahead = step - self._clipper.step
+                set_aside(self._output, self._clipper.rewound.first + ahead, self._clipper.rewound.last + ahead)
+                self._saved = [folder for folder in self._saved if folder.is_dir()]
 
     def _clip_gradients(self, loss: Tensor, *, measure: bool) -> Tensor | None:
         if self._clipper is not None:
@@ -246,7 +270,7 @@ class Loop:
         """The line that a Trainer logs, on the screen and to the trackers of `--report_to`."""
         if not self._is_due("logging", step):
             return
-        loss = float(self._accelerator.gather(self._window.reshape(1)).mean()) / (step - self._logged)
+        loss = float(self._accelerator.gather(self._window.reshape(1)).mean()) / max(step - self._logged, 1)
         self._window, self._logged = torch.zeros_like(self._window), step
         logs: dict[str, Any] = {"loss": loss}
         if norm is not None:

@@ -331,9 +331,12 @@ OWN = {
     "gradients/guards.py": {"guards"},
     "integrations/attaching.py": {"AdaptiveClipMixin"},
     "integrations/incident_replay.py": {"trainer"},
+    "integrations/checkpoints.py": {"trainer"},
     "integrations/launch.py": {"trainer"},
+    "integrations/rewinding.py": {"trainer", "self._trainer"},
     "integrations/watch.py": {"self._trainer"},
     "ports/accelerate.py": {"slot", "other"},
+    "run/moments.py": {"self"},
     "run/recorder.py": {"before"},
 }
 READERS = {"getattr", "hasattr", "setattr", "delattr", "require", "require_mention"}

@@ -266,7 +266,7 @@ def check_event(e, own, rows, config):
 def test_every_reason_was_there():
     if len(SEEN) < 5:
         pytest.skip("the test above was not run as a whole")
-    assert set(Reason) - SEEN == set()
+    assert set(Reason) - SEEN == {Reason.LEFT_OUT}  # of a step that has no norm: tests/integrations/test_rewind.py
 
 
 @pytest.mark.parametrize("reason", Reason)

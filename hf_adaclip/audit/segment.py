@@ -13,7 +13,7 @@ from hf_adaclip.controllers.base import coefficient_of
 from hf_adaclip.controllers.elementwise import FineController
 from hf_adaclip.controllers.numerics.ops import ARRAY, SCALAR, Value, host_number
 from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
-from hf_adaclip.ledger.header import check_counts, check_header, is_text
+from hf_adaclip.ledger.header import check_counts, check_header, is_text, rewound_of
 from hf_adaclip.ledger.records import Summary, revisions, state_bytes, state_from_json, summarise
 from hf_adaclip.ledger.schema import APPLIED_TOLERANCE, SHAPE_FIELDS, STEP_FIELDS, parse_number
 
@@ -51,8 +51,10 @@ class Segment:
         self.parent = _mapping(header["parent"], sha256=str, step=int)
         self.dropped = _mapping(header["dropped_tail"], bytes=int, sha256=str)
         self.missing_seal = _mapping(header.get("missing_seal"), lines=int, sha256=str)
-        if self.parent is not None and self.parent["step"] != self._next_step:
-            raise ValueError(f"its parent ends at step {self.parent['step']}, but it begins at {self._next_step}")
+        self.rewound = rewound_of(header)
+        origin = self._next_step if self.rewound is None else self.rewound.first
+        if self.parent is not None and self.parent["step"] != origin:
+            raise ValueError(f"its parent ends at step {self.parent['step']}, but it goes on from {origin}")
         self.other_revision = other_revision(header, self._config)
         """How the rule that decided differs from the one of this version, in words; then nothing is recomputed."""
         self._state: tuple[Any, ...] = ()
@@ -61,6 +63,7 @@ class Segment:
         self._broken = self.other_revision is not None
         self._recomputed = self._measured = 0
         self._last_time = 0.0
+        self._begun = False
         self.lost = 0
         self.closed = False
 
@@ -69,8 +72,18 @@ class Segment:
         return self._next_step
 
     def point(self) -> tuple[int, bytes | None]:
-        """The next step and a digest of the state (None where it is not known): equal points are the same moment of the same run."""
-        return self._next_step, None if self._broken else hashlib.sha256(state_bytes(self._state)).digest()
+        """The next step and a digest of the state (None where it is not known): equal points are the same moment of the same run.
+
+        Of a segment that went back, before its first record: the step that it went back to.
+        """
+        step = self._next_step if self.rewound is None or self._begun else self.rewound.first
+        return step, None if self._broken else hashlib.sha256(state_bytes(self._state)).digest()
+
+    def begin(self) -> None:
+        """Its parent is known: records follow."""
+        self._begun = True
+        if self.rewound is not None and not self._broken:
+            self._state = self._controller.narrowed(self._state, self._ops)
 
     def carries_over(self, before: "Segment") -> bool:
         """Whether the state that this segment begins with is the one that `before` has come to, for the parameters of now.
@@ -130,6 +143,8 @@ class Segment:
             self._broken = True
             return [*problems, f"the record has {len(norms)} norms for {self._num_tensors} tensors."]
         problems += _impossible(recorded, reason, applied)
+        if reason == Reason.LEFT_OUT.name:
+            return [*problems, *self._leave_out(recorded, applied)]
         if not self._broken:
             try:
                 problems += self._compare(self._replay(recorded, norms), recorded, reason)
@@ -138,6 +153,15 @@ class Segment:
                 return [*problems, f"the decision cannot be recomputed: {error}."]
         problems += self._compare_applied(recorded, applied)
         return problems + self._compare_shape(shape, recorded, step)
+
+    def _leave_out(self, recorded: dict[str, float], applied: float) -> list[str]:
+        """A step without a gradient, which nobody decided on."""
+        if recorded["norm"] != 0 or recorded["coefficient"] != 0 or recorded["pace"] != 1 or applied == applied:
+            return ["the step was left out with its data, but is recorded with a gradient."]
+        if not self._broken:
+            self._state = self._controller.narrowed(self._state, self._ops)
+            self._recomputed += 1
+        return []
 
     def gap(self, record: dict[str, Any]) -> list[str]:
         """Check a line on steps that could not be written, and go on after them; returns problems in words."""

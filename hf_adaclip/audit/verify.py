@@ -306,7 +306,8 @@ class _Verifier:
             self._found(line.number, f"the header cannot be understood: {error}")
             self._segment = None
             return
-        if before is not None and not before.closed and self._segment.restarted is None:
+        rewound = self._segment.rewound
+        if before is not None and not before.closed and self._segment.restarted is None and rewound is None:
             self._note(line.number, "the run before this header did not end cleanly.")
         self._report.segments += 1
         if (beyond := self._segment.beyond_recomputing) is not None:
@@ -326,7 +327,34 @@ class _Verifier:
                 f"decisions of this run are not recomputed: they were made by {self._segment.other_revision}. Chain, counts and applied "
                 "norms are checked.",
             )
-        self._join(line, self._segment, before, first)
+        if rewound is not None:
+            self._undo(line, self._segment, before)
+        else:
+            self._join(line, self._segment, before, first)
+        self._segment.begin()
+
+    def _undo(self, line: Line, segment: Segment, before: Segment | None) -> None:
+        """Whether a run that went back was at that moment as it says."""
+        assert segment.rewound is not None
+        first, last, reason = segment.rewound
+        self._note(
+            line.number,
+            f"the run went back here: steps {first} to {last} were undone and their data left out. {reason}",
+        )
+        step, digest = segment.point()
+        sha256 = "" if segment.parent is None else segment.parent["sha256"]
+        known = self._points.get(sha256)
+        if before is not None and before.next_step != segment.next_step:
+            self._found(
+                line.number,
+                f"the run went back after step {last}, but the records before it end at step {before.next_step - 1}.",
+            )
+        if known is None:
+            self._found(line.number, "the moment that the run went back to is not in this file.")
+        elif known[0] < step and before is not None and before.lost:
+            self._note(line.number, "the moment that it went back to was not written; the join cannot be checked.")
+        elif known[0] != step or (digest is not None and known[1] is not None and known[1] != digest):
+            self._found(line.number, "the state that the run went back to is not the state that its parent had then.")
 
     def _join(self, line: Line, segment: Segment, before: Segment | None, first: bool) -> None:
         """Whether a run goes on from where its parent was."""

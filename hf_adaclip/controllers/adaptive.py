@@ -270,6 +270,11 @@ class AdaptiveController(Controller[AdaptiveState]):
         )
         return Decision(threshold, coefficient, paced.pace, reason), learned
 
+    def narrowed(self, state: AdaptiveState, ops: Ops) -> AdaptiveState:
+        return state._replace(
+            width=ops.minimum(state.width, ops(self.min_far_width)), pace=ops.minimum(state.pace, ops(1.0))
+        )
+
     # -- judging -------------------------------------------------------------------------------------------------
 
     def _edge(self, level: Value, far: Value, observation: Observation, ops: Ops) -> Value:

@@ -45,6 +45,7 @@ class Reason(enum.IntEnum):
     TROUBLE_DIVERGENCE = 17
     TROUBLE_BUDGET = 18
     SKIPPED = 19  # out of order: only a step as a whole is skipped
+    LEFT_OUT = 20  # likewise, and no controller says it
 
     @property
     def sentence(self) -> str:
@@ -84,6 +85,7 @@ _SENTENCES = {
     Reason.TROUBLE_DIVERGENCE: "Trouble: the training loss has stayed far above its best for `divergence_steps` steps.",
     Reason.TROUBLE_BUDGET: "Trouble: more steps had no finite norm than `max_skipped` allows.",
     Reason.SKIPPED: "The norm is at or above the threshold, and such a step is left out.",
+    Reason.LEFT_OUT: "The step was left out with its data, as `skip_batches.json` says; it has no gradient.",
 }
 
 _PHASES = {
@@ -107,6 +109,7 @@ _PHASES = {
     Reason.TROUBLE_DIVERGENCE: "trouble",
     Reason.TROUBLE_BUDGET: "trouble",
     Reason.SKIPPED: "skipped",
+    Reason.LEFT_OUT: "skipped",
 }
 
 
@@ -234,6 +237,11 @@ class Controller(Generic[State]):
     def update(self, state: State, observation: Observation) -> tuple[Decision, State]:
         """Decide on one step from what came before it, then learn a bounded version of what was seen."""
         raise NotImplementedError
+
+    def narrowed(self, state: State, ops: Ops) -> State:
+        """The state after steps that were left out with their data: as narrow and as slow as the settings allow, from where it widens and
+        speeds up again at its own rate. Doing it twice is doing it once."""
+        return state
 
 
 def _unknown_setting(kind: type, name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
@@ -125,8 +126,7 @@ class ClippingDriver:
         gradients = collect(parameters)
         if not self._port.syncs_now:
             return global_norm(norms_of(gradients))
-        if self.guards.adopt(self._port.only_optimizer()):
-            self._probe()
+        self._adopt()
         self._port.unscale(self._optimizers)
         seen = self._observe(gradients, loss)
         planned = self._decide(seen)
@@ -244,6 +244,25 @@ class ClippingDriver:
     def take_script_threshold(self, max_norm: float) -> None:
         if self._config.static_threshold is None:
             self.set_static_threshold(max_norm)
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        self._adopt()
+        return self.guards.optimizers
+
+    def _adopt(self) -> None:
+        if self.guards.adopt(self._port.only_optimizer()):
+            self._probe()
+
+    def leave_out(self) -> None:
+        # So that a checkpoint before the first gradient has a state. Which norms are judged apart is known only from gradients.
+        whole = self._config.works_on == "global" and not self._config.parameter_rules
+        if whole and not self._run.begun and self.parameters:
+            self._run.begin(self.parameters[0].device)
+        self._run.leave_out()
+
+    def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
+        return self._kept.keep(tensors)
 
     def kept(self) -> dict[str, Tensor] | None:
         kept: dict[str, Tensor] = {}

@@ -1,8 +1,9 @@
 """What a clipper asks of its driver. Which one it is depends on who makes the optimizer's step, and is settled when it is made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from hf_adaclip.gradients.norms import Parameters
@@ -54,6 +55,16 @@ class Driver(Protocol):
 
     def take_script_threshold(self, max_norm: float) -> None:
         """A script that clips through `install` has said its `max_norm`."""
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """Those that are known."""
+
+    def leave_out(self) -> None:
+        """Count a step for which there is no gradient."""
+
+    def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
+        """What puts back what is kept for single parameters, once the weights are put back; or `tensors` in its place, of a checkpoint."""
 
     def kept(self) -> dict[str, Tensor] | None:
         """What a checkpoint keeps beside the controller's state."""

@@ -1,9 +1,10 @@
 """A run under an engine that steps by itself (DeepSpeed): its norms are followed, its next threshold is set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_adaclip.controllers.base import is_finite_norm
@@ -31,6 +32,7 @@ class FollowingDriver:
     why_scaling: str | None = EnginePort.SCALING
     parameters: Sequence[Tensor] = ()
     off: Mapping[str, str] = MappingProxyType({})
+    optimizers: Sequence[torch.optim.Optimizer] = ()
 
     def __init__(self, run: Run, port: AcceleratorPort, losses: LossObserver, incidents: IncidentCapture) -> None:
         self._incidents = incidents
@@ -63,6 +65,12 @@ class FollowingDriver:
 
     def take_script_threshold(self, max_norm: float) -> None:
         """Nothing: the engine has a threshold of its own."""
+
+    def leave_out(self) -> None:
+        self._run.leave_out()
+
+    def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
+        return lambda: None
 
     def kept(self) -> dict[str, Tensor] | None:
         return None

@@ -146,6 +146,14 @@ class ReachEstimate:
         other._gain, other._base, other._rate, other.pace = self._gain, self._base, self._rate, self.pace
         return other
 
+    def anew(self) -> "ReachEstimate":
+        """One that has seen nothing, of the weights as they are now."""
+        # Back in the order in which they were given.
+        parameters = [
+            self._parameters[place] for place in sorted(range(len(self._order)), key=self._order.__getitem__)
+        ]
+        return ReachEstimate(parameters, self.optimizers, self._device, self._every)
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; nothing where every rank holds a part of its own: there the estimate begins anew."""
         if any(layout is not None for layout, _ in self._sections):
@@ -167,7 +175,8 @@ class ReachEstimate:
                 f"the distance estimate looks at {tensors['start'].numel()} coordinates, these parameters have {self._start.numel()}"
             )
         self._start, self._weighted, self._gain, pace = (
-            moved(tensors[name], self._device).to(torch.float32) for name in ("start", "weighted", "gain", "pace")
+            moved(tensors[name], self._device).to(torch.float32).clone()
+            for name in ("start", "weighted", "gain", "pace")
         )
         self._base, self._rate = tensors["rates"].tolist()
         self.pace = to_value(pace, ops)

@@ -5,6 +5,7 @@ already (numbers of the host) or arrives by itself a little later (an accelerato
 nothing.
 """
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -45,7 +46,8 @@ class IncidentCapture:
     Attributes:
         on: Whether anything is held and judged.
         found: What has been captured, oldest first.
-        listeners: Called with every incident, after it has been written; who goes back to before one hears of it here.
+        judged: Called with every step that a rule speaks of and what it says, whether anything of it is kept or not.
+        listeners: Called with every incident, after it has been written.
         processing_class: What decodes token ids, or None.
     """
 
@@ -60,6 +62,7 @@ class IncidentCapture:
         self._settled = False
         self.on = False
         self.found: list[Incident] = []
+        self.judged: list[Callable[[int, Finding], None]] = []
         self.listeners: list[Callable[[Incident], None]] = []
         self.processing_class: Any = None
 
@@ -138,6 +141,15 @@ class IncidentCapture:
         if self.on:
             self._safely(self._look, True)
 
+    def keep(self) -> Callable[[], None]:
+        """What puts the rules back to where they are now: what came after is no longer usual."""
+        rules = copy.deepcopy(self._rules)
+
+        def put_back() -> None:
+            self._rules = copy.deepcopy(rules)
+
+        return put_back
+
     def remove(self) -> None:
         """The run is at its end: judge what is left, and let go of all batches."""
         self.catch_up()
@@ -157,6 +169,8 @@ class IncidentCapture:
         static = self._run.static_threshold if held is None else held.static_threshold
         finding = self._rules.feed(step, row, reason, static)
         if finding is not None:
+            for listener in self.judged:
+                listener(step, finding)
             self._capture(step, row, reason, finding, held, static)
 
     # -- an incident ---------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ Kind = Literal[
 
 WINDOW: Final = 50
 """Finite norms, or losses, that say what is usual."""
+SPOILT: Final[frozenset[Kind]] = frozenset({"divergence", "zero_loss"})
+"""Kinds that tell of weights that are no good any more."""
 _FEWEST: Final = 20
 _SPREADS: Final = 6.0
 """A spike is also this many spreads above the median, on a logarithmic scale: where norms scatter widely, a large one is usual."""
@@ -30,6 +32,10 @@ _OVERFLOWS: Final = 10
 """Overflows in a row that a loss scaler does not explain: it looks for its scale in fewer."""
 _CLOSE: Final = 1e-4
 _GONE: Final = 1e-6
+_WORSE: Final = 1.25
+"""Times the best average from which on a loss is no longer one of those before trouble."""
+_LASTS: Final = 3
+"""Losses in a row above where they began that are no accident."""
 _BLOCKS: Final = 6
 
 
@@ -40,11 +46,13 @@ class Finding(NamedTuple):
         kind: What it is.
         sentence: In words.
         usual: Median of the norms before it; NaN where too few are known.
+        lasts: For how many steps, this one included, weights have been no good by the losses; 0 where no rule on losses found it.
     """
 
     kind: Kind
     sentence: str
     usual: float
+    lasts: int = 0
 
 
 class IncidentRules:
@@ -82,8 +90,10 @@ class IncidentRules:
         if math.isfinite(norm) and norm > 0:
             self._norms.append(norm)
         admitted = [(kind, said) for kind, said in found if self._begins(kind, step)]
-        for kind, said in [*admitted, *lasting]:
-            return Finding(kind, said, usual)
+        # Weights that are spoilt come before the spike in which that is found.
+        spoilt = [(kind, said) for kind, said in lasting if kind in SPOILT]
+        for kind, said in [*spoilt, *admitted, *lasting]:
+            return Finding(kind, said, usual, self._losses.lasts if (kind, said) in spoilt else 0)
         return None
 
     def _single(self, step: int, norm: float, loss: float, reason: Reason, usual: float) -> Iterator[tuple[Kind, str]]:
@@ -185,6 +195,7 @@ class _Losses:
         self._best = math.inf
         self._steps, self._zeros, self._positive = steps, 0, True
         self._diverged = False
+        self.lasts = 0
 
     def feed(self, loss: float) -> Iterator[tuple[Kind, str]]:
         if not math.isfinite(loss):
@@ -194,6 +205,7 @@ class _Losses:
         if self._positive and usual > 0 and abs(loss) <= _GONE * usual:
             self._zeros += 1
             if self._zeros == max(self._steps // 5, 1):
+                self.lasts = self._zeros
                 yield (
                     "zero_loss",
                     f"The loss has been {loss:.3g} for {self._zeros} steps, after a median of {usual:.4g}.",
@@ -210,7 +222,14 @@ class _Losses:
         self._best = min(self._best, mean)
         # It must have fallen first: a loss that is a growing penalty begins near 0.
         above = self._best < 0.9 * self._start and mean > max(1.1 * self._start, 1.5 * self._best)
+        # One loss out of all bounds makes a mean that is, and is a spike.
+        newest = max(_LASTS, self._steps // 10)
+        above = above and min(list(self._recent)[-newest:]) > 1.1 * self._start
         if above and not self._diverged:
+            good = next(
+                (i for i, loss in enumerate(reversed(self._recent)) if loss <= _WORSE * self._best), self._steps
+            )
+            self.lasts = good
             yield (
                 "divergence",
                 f"The loss, averaged over {self._steps} steps, is {mean:.4g}: above its beginning ({self._start:.4g}), after a best of "

@@ -59,7 +59,8 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
 
     Raises:
         ConfigError: A setting is wrong; when training is set up, `gradient_clip_val` is set beside it.
-        UnsupportedSetupError: When training is set up: the strategy, the precision or an optimizer is not supported.
+        UnsupportedSetupError: `on_trouble` is 'rewind'; or, when training is set up, the strategy, the precision or an optimizer is not
+            supported.
 
     The ledger is `clip_ledger.jsonl` in the logger's folder, or else in `default_root_dir`; a second optimizer's is `clip_ledger_1.jsonl`.
     What is kept of steps that go wrong is in `incidents/` beside it. Logs `clip/threshold` and the other numbers every `log_every_n_steps`.
@@ -72,6 +73,11 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
     def __init__(self, clip: str | ClipArgument = "adaptive", static_threshold: float | None = None) -> None:
         super().__init__()
         config = AdaptiveClipConfig.resolve(clip)
+        if config.on_trouble == "rewind":
+            raise UnsupportedSetupError(
+                "`on_trouble` must not be 'rewind' in Lightning, but is: its loop keeps counters and schedules that have not been tried "
+                "with weights that are put back. Set 'stop', and go on from a checkpoint."
+            )
         # Callbacks and the module's own hook look at the gradients between clipping and the step.
         config = config.replace(fold="never")
         self.config = config if static_threshold is None else config.replace(static_threshold=static_threshold)

@@ -29,7 +29,7 @@ def check_seam() -> None:
     Raises:
         UnsupportedSetupError: Something is missing.
     """
-    for name in (*_SEAMS, "_get_output_dir"):
+    for name in (*_SEAMS, "_get_output_dir", "_load_from_checkpoint", "_load_rng_state"):
         require(Trainer, name)
     # Comes into being as training begins.
     require_mention((f for f in vars(Trainer).values() if callable(f)), "_globalstep_last_logged")

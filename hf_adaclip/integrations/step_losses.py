@@ -11,6 +11,8 @@ class StepLosses:
         self._step: Tensor | None = None
         self._sum: Tensor | None = None
         self._since = -1
+        self._last: Tensor | None = None
+        self._left_out = 0
 
     def add(self, loss: Tensor) -> None:
         """A micro-batch's: those of one step add up to the step's, as in the Trainer's own running sum."""
@@ -19,7 +21,27 @@ class StepLosses:
     def take(self) -> Tensor | None:
         """The loss of the step that is complete; None when it is not known."""
         loss, self._step = self._step, None
+        self._last = loss
         return loss
+
+    def leave_out(self) -> None:
+        """A step without a loss is complete."""
+        self._left_out += 1
+
+    def spread(self, total: Tensor, steps: int) -> None:
+        """Make a sum of losses, in place, one of as many steps as are counted: as if those that were left out had been like the others.
+
+        Args:
+            total: The Trainer's sum since it last logged, which has 0 for a step that was left out.
+            steps: Counted since then.
+        """
+        made, self._left_out = steps - self._left_out, 0
+        if made == steps:
+            return
+        if made > 0:
+            total.mul_(steps / made)
+        elif self._last is not None:
+            total.add_(self._last, alpha=steps)
 
     def filtered(self, loss: Tensor, since: int, step: int) -> Tensor:
         """The loss; where it is not finite, what the Trainer's own filter adds to its sum instead: the mean since it last logged.

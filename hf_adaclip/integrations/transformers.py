@@ -19,7 +19,10 @@ from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
 from hf_adaclip.gradients.provenance import trained_before
+from hf_adaclip.incidents.skip_list import read_skip_list
+from hf_adaclip.integrations.left_out_samples import leave_out_samples, too_late
 from hf_adaclip.integrations.model_card import add_section
+from hf_adaclip.integrations.rewinding import Rewinding
 from hf_adaclip.integrations.sample_indices import SampleIndices
 from hf_adaclip.integrations.seam import (
     check_bases,
@@ -34,6 +37,7 @@ from hf_adaclip.integrations.telling import Telling
 from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.run.counts import for_reporters
+from hf_adaclip.run.ranks import of_first_rank
 from hf_adaclip.support import (
     check_accelerator,
     check_device,
@@ -117,8 +121,9 @@ class AdaptiveClipMixin(_Base):
         self._max_grad_norm_was_set = False
         self._logs_own_line = False
         self._joined = False
-        self._watch = SeamWatch(self)
+        self._watch, self._rewinding = SeamWatch(self), Rewinding(self)
         self.add_callback(self._watch)
+        self.add_callback(self._rewinding)
         warn_of_own_clipping(type(self), AdaptiveClipMixin)
 
     def _run_folder(self, trial: Any = None) -> Path:
@@ -168,6 +173,8 @@ class AdaptiveClipMixin(_Base):
     def _join_run(self, checkpoint: str | None, trial: Any) -> None:
         """Take part in a run whose loop is not ours: it was begun before clipping was attached, by nobody who will end it for us."""
         self._joined, self._trial = True, trial
+        if of_first_rank(lambda: read_skip_list(self._run_folder())).samples:
+            raise too_late()
         self.clip_config = self._complete_config(trial)
         self.args.logging_nan_inf_filter = (
             self.args.logging_nan_inf_filter and not self.clip_config.nan_filter_on_device
@@ -218,6 +225,9 @@ class AdaptiveClipMixin(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         check_max_grad_norm(self.args.max_grad_norm)  # a callback may have set it: at 0 the seam is not called
+        if self._rewinding.leaves_out():
+            self._samples.next()
+            return torch.zeros((), dtype=torch.float32, device=self.args.device)
         self._awaits_inputs, self._shown_inputs = self.clip_config.incidents, False
         given = kwargs.get("inputs", args[1] if len(args) > 1 else None)
         given = dict(given) if isinstance(given, dict) else given  # of which a loss may take entries out
@@ -250,10 +260,15 @@ class AdaptiveClipMixin(_Base):
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         dataloader = super().get_train_dataloader(*args, **kwargs)
         if hasattr(self, "_samples"):  # not in the base's own `__init__`
+            left_out = of_first_rank(lambda: read_skip_list(self._run_folder())).samples
+            if left_out:
+                leave_out_samples(dataloader, left_out)
             self._samples.follow(dataloader)
         return dataloader
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
+        if self._rewinding.leaves_out():
+            return self._rewinding.pass_over()
         clipper = self._ready_clipper()
         loss = self._losses.take()
         if loss is None:
@@ -296,6 +311,11 @@ class AdaptiveClipMixin(_Base):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._logs_own_line = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        if self._logs_own_line:
+            self._losses.spread(
+                kwargs["tr_loss"] if "tr_loss" in kwargs else args[0],
+                self.state.global_step - self._globalstep_last_logged,
+            )
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:

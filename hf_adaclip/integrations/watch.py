@@ -20,11 +20,14 @@ class SeamWatch(TrainerCallback):
 
     Args:
         trainer: Whose steps are watched.
+
+    Attributes:
+        offset: What the Trainer's steps are ahead of the clipper's.
     """
 
     def __init__(self, trainer: "AdaptiveClipMixin") -> None:
         self._trainer = trainer
-        self._offset = self._decided = self._stepped = 0
+        self.offset = self._decided = self._stepped = 0
         self._looked = False
         self._evaluated: str | None = None
         self._once = 1
@@ -33,11 +36,11 @@ class SeamWatch(TrainerCallback):
     @property
     def counted_steps(self) -> int:
         """Steps that the Trainer has made, counted as the clipper counts: from where its state begins."""
-        return int(self._trainer.state.global_step) - self._offset
+        return int(self._trainer.state.global_step) - self.offset
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         clipper = self._trainer._ready_clipper()
-        self._offset = state.global_step - clipper.step  # above 0 when the stock Trainer made the checkpoint
+        self.offset = state.global_step - clipper.step  # above 0 when the stock Trainer made the checkpoint
         self._decided, self._looked = clipper.step, False
         if state.global_step and not args.ignore_data_skip:
             self._trainer._samples.begin_midway(_skipped(args, state, kwargs.get("train_dataloader")))

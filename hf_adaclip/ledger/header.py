@@ -1,7 +1,7 @@
 """What a header line may hold. Most of it follows from nothing in the file, so here it is only held to its form."""
 
 import math
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from hf_adaclip.controllers import CONTROLLERS, Reason
 
@@ -46,6 +46,37 @@ def check_header(header: dict[str, Any]) -> None:
         raise ValueError("`groups` is not a list of names without control characters")
     if groups and len(groups) != number:
         raise ValueError(f"`groups` names {len(groups)} things, and `num_tensors` is {number}")
+
+
+class Undone(NamedTuple):
+    """What a segment says that its run undid, going back.
+
+    Attributes:
+        first, last: Steps.
+        reason: In words.
+    """
+
+    first: int
+    last: int
+    reason: str
+
+
+def rewound_of(header: dict[str, Any]) -> Undone | None:
+    """What was undone before a segment; None where its run had not gone back.
+
+    Raises:
+        ValueError: It is not told as it is told, or not up to the segment's first step.
+    """
+    value = header.get("rewound")
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != set(Undone._fields) or not is_text(value["reason"]):
+        raise ValueError(f"`rewound` is {_short(value)}, not first, last and reason of what was undone")
+    _whole(value, "first", 0, 2**53)
+    _whole(value, "last", value["first"], 2**53)
+    if value["last"] + 1 != header["first_step"]:
+        raise ValueError(f"what was undone ends at step {value['last']}, but it begins at {header['first_step']}")
+    return Undone(**value)
 
 
 def check_counts(value: Any) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hf_adaclip.audit.ingest import Series, ledger_records, load_series
 from hf_adaclip.audit.verify import VerifyReport, verify_ledger
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import LedgerError
+from hf_adaclip.ledger.header import Undone, rewound_of
 from hf_adaclip.ledger.reader import open_regular
 from hf_adaclip.ledger.schema import LEDGER_FILE, parse_number
 from hf_adaclip.run.events import ClipEvent, EventTracker
@@ -30,6 +32,7 @@ class RunReport:
         repeated: Steps that were done again after a resumption; each counts once everywhere else.
         rates: Learning rate by step, as far as `trainer_state.json` beside the ledger logged it.
         points: Lines of `convergence.jsonl` beside the ledger, if it is there.
+        undone: What the run undid each time that it went back.
     """
 
     name: str
@@ -40,6 +43,7 @@ class RunReport:
     points: list[dict[str, Any]]
     repeated: int = 0
     rates: dict[int, float] = field(default_factory=dict)
+    undone: tuple[Undone, ...] = ()
 
 
 def load_run(path: str | Path) -> RunReport:
@@ -67,7 +71,18 @@ def load_run(path: str | Path) -> RunReport:
         points=_points(ledger.parent / "convergence.jsonl"),
         repeated=max(records - len(series), 0),
         rates=_rates(ledger.parent),
+        undone=tuple(_undone(ledger)),
     )
+
+
+def _undone(ledger: Path) -> Iterator[Undone]:
+    for line in ledger_records(ledger):
+        try:
+            found = rewound_of(line) if line["kind"] == "header" else None
+        except (ValueError, KeyError, TypeError):
+            continue  # `verify` tells
+        if found is not None:
+            yield found
 
 
 def _events(ledger: Path, header: dict[str, Any]) -> tuple[list[ClipEvent], int]:
@@ -151,6 +166,7 @@ def summary(report: RunReport) -> dict[str, Any]:
         "altered": int(cut.sum()),
         "altered_in_warmup": int((cut & np.array([r == Reason.WARMUP.name for r in reasons], dtype=bool)).sum()),
         "left_out": int(out.sum()),
+        "undone": [undone._asdict() for undone in report.undone],
         "not_finite": int((~np.isfinite(series.norms)).sum()),
         "spikes": sum(e.kind == "spike" for e in report.events),
         "largest_norm": float(finite.max()) if len(finite) else None,
@@ -188,6 +204,14 @@ def applied_paces(report: RunReport) -> list[float]:
 
 def answer(report: RunReport) -> str:
     """Whether clipping did anything, in words and numbers: what people look for first."""
+    spans = "; ".join(f"after step {u.last} to before step {u.first} ({u.reason.rstrip('.')})" for u in report.undone)
+    times = "once" if len(report.undone) == 1 else f"{len(report.undone)} times"
+    return _answer(report) + (
+        f" Training went back {times}, and left out the data in between: {spans}." if spans else ""
+    )
+
+
+def _answer(report: RunReport) -> str:
     n = summary(report)
     steps, cut, out = n["steps"], n["altered"], n["left_out"]
     if n["shadow"]:

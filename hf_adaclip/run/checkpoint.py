@@ -34,7 +34,9 @@ _FREE_FIELDS: Final = (
     "ledger_required",
     "nan_filter_on_device",
     "pace_start",  # a Trainer that goes on for longer has another one
+    "max_rewinds",
     "ring_capacity",
+    "snapshot_steps",
     "max_consecutive_nonfinite",
     "self_test",
     "shadow",
@@ -246,8 +248,8 @@ def _compare(path: Path, saved: AdaptiveClipConfig, config: AdaptiveClipConfig) 
     before, now = saved.to_dict(), config.to_dict()
     # What only one of two controllers has says no more than their names do.
     changed = [k for k in now if k in before and k not in _FREE_FIELDS and before[k] != now[k]]
-    if {saved.on_trouble, config.on_trouble} == {"continue", "stop"}:
-        changed.remove("on_trouble")  # the two decide alike and differ only in what is done about it
+    if saved.on_trouble != config.on_trouble and "fallback" not in (saved.on_trouble, config.on_trouble):
+        changed.remove("on_trouble")  # these decide alike and differ only in what is done about it
     if changed:
         names = {"static_threshold": "`static_threshold` (in a Trainer `max_grad_norm`)"}
         lines = "; ".join(f"{names.get(k, f'`{k}`')} was {before[k]!r} and is {now[k]!r}" for k in changed)

@@ -75,8 +75,10 @@ class RunStatistics:
             reason: Why it was treated as it was.
             spike: Whether it made an event of kind `spike`.
         """
-        altered = 0 < row["coefficient"] < 1
         self.counts[reason] += 1
+        if reason is Reason.LEFT_OUT:
+            return  # nothing was decided
+        altered = 0 < row["coefficient"] < 1
         self.clipped += altered
         # By the norm and not by the reason: the step at which a budget runs out is named after that, and is left out all the same.
         nonfinite = not math.isfinite(row["norm"])

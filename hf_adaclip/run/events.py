@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from hf_adaclip.controllers import Reason
+from hf_adaclip.run.points import Rewound
 
 Kind = Literal[
     "widened",
@@ -26,6 +27,8 @@ Kind = Literal[
     "departed",
     "pace_raised",
     "pace_lowered",
+    "left_out",
+    "rewound",
 ]
 Quantity = Literal["norm", "threshold", "pace"]
 
@@ -58,6 +61,7 @@ _KINDS: Final[dict[Reason, Kind]] = {
     Reason.TROUBLE_STATISTICS: "trouble",
     Reason.TROUBLE_DIVERGENCE: "trouble",
     Reason.TROUBLE_BUDGET: "trouble",
+    Reason.LEFT_OUT: "left_out",
 }
 _SINGLE: Final = frozenset({"spike", "new_level", "trouble", "held"})
 _BY_THRESHOLD: Final = frozenset({"widened", "new_level", "limit", "frozen", "fallback"})
@@ -125,6 +129,8 @@ class ClipEvent:
     @property
     def change(self) -> str:
         """From what to what, with the quantity named: "norm 12.3, cut to 1.1", "threshold 1.2 -> 1.3"."""
+        if self.kind in ("left_out", "rewound"):
+            return "no gradient" if self.kind == "left_out" else "undone"
         if self.quantity != "norm":
             same = self.before == self.after
             return f"{self.quantity} {self.before:.4g}" + ("" if same else f" -> {self.after:.4g}")
@@ -138,6 +144,11 @@ class ClipEvent:
     def __str__(self) -> str:
         steps = f"step {self.step}" if self.step == self.until else f"steps {self.step}-{self.until}"
         return f"{steps}: {self.kind.replace('_', ' ')}, {self.change}. {self.sentences}"
+
+
+def of_rewound(rewound: Rewound) -> ClipEvent:
+    """For listeners; the log has a line of its own."""
+    return ClipEvent(rewound.first, rewound.last, "rewound", math.nan, math.nan, rewound.reason, "norm")
 
 
 @dataclass
@@ -166,7 +177,7 @@ class _Run:
         steps, code = self.last - self.first + 1, self.code
         if self.quantity == "pace":
             return _SHADOW if self.shadow else ""
-        if code == Reason.SCALER_SKIPPED.name:
+        if code in (Reason.SCALER_SKIPPED.name, Reason.LEFT_OUT.name):
             return ""
         if self.shadow and code != Reason.NONFINITE.name:
             return _SHADOW
@@ -223,6 +234,9 @@ class EventTracker:
             reason: The step's reason.
         """
         # A ledger holds the shortest decimals of float32 numbers.
+        if reason is Reason.LEFT_OUT:
+            yield from self._step(_Run("left_out", reason.name, reason.sentence, "norm", step, step, 0.0, 0.0))
+            return
         norm, threshold, coefficient = (float(np.float32(row[key])) for key in ("norm", "threshold", "coefficient"))
         finite = math.isfinite(norm)
         applied = norm * coefficient if finite and coefficient else 0.0

@@ -65,6 +65,24 @@ class PerParameter:
         """Make everything anew at the next step, from the state that was loaded."""
         self._roster = self._scope = self.reach = None
 
+    def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
+        """What puts the distance estimate back; made anew where there was none yet, of the weights that are there then.
+
+        Args:
+            tensors: Those of another moment than now.
+        """
+        if tensors is None:
+            found = self._run.beside if self.reach is None else self.reach.tensors()
+            tensors = {name: value.clone() for name, value in found.items()}
+
+        def put_back() -> None:
+            if self.reach is not None:
+                self.reach = self.reach.anew()
+                if tensors:
+                    self.reach.restore(tensors, self._run.ops)
+
+        return put_back
+
     def place(self, gradients: Gradients, norms: Tensor) -> tuple[Gradients, Tensor]:
         """The gradients of a step and their norms, each in the place of its parameter; what is kept for a parameter has followed it.
 

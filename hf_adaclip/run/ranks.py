@@ -4,6 +4,7 @@ Once in 50 steps the ranks compare the last norm, threshold and pace, and the su
 numbers in one small collective. A rank that left out a step which the others took shows in the sum.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -27,6 +28,28 @@ def world_size() -> int:
 def rank() -> int:
     """Which of them this one is; 0 where it is the only one."""
     return torch.distributed.get_rank() if world_size() > 1 else 0
+
+
+def shared_device() -> torch.device:
+    """Where a tensor has to be for all ranks to share it."""
+    host = "gloo" in str(torch.distributed.get_backend()) or not torch.cuda.is_available()
+    return torch.device("cpu") if host else torch.device("cuda", torch.cuda.current_device())
+
+
+def of_first_rank(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on all ranks; an exception too. Of the only process, its own."""
+    if world_size() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
+    torch.distributed.broadcast_object_list(box, src=0, device=shared_device())
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 class RankCheck:

@@ -21,6 +21,7 @@ from hf_adaclip.ledger.schema import APPLIED_TOLERANCE, SHAPE_FIELDS, plain
 from hf_adaclip.ledger.writer import Ledger
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent, EventTracker
+from hf_adaclip.run.points import Rewound
 from hf_adaclip.run.ranks import rank, world_size
 from hf_adaclip.run.ring import COLUMNS, DeviceRing, HostRing, Ring, Rows
 from hf_adaclip.run.versions import environment
@@ -249,6 +250,7 @@ def ledger_header(
     first_step: int,
     statistics: RunStatistics,
     parent: dict[str, Any] | None,
+    rewound: Rewound | None = None,
 ) -> dict[str, Any]:
     """All that the decisions of a run follow from, and where it ran: the first line of its segment in the ledger.
 
@@ -265,6 +267,7 @@ def ledger_header(
         first_step: Step of the first record.
         statistics: Counts so far, which the footer goes on from.
         parent: For a resumed run, hash and step of the ledger's seal that its checkpoint refers to.
+        rewound: Of a run that went back here, to its parent: what was undone.
     """
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -285,4 +288,5 @@ def ledger_header(
         "counts": statistics.counts_by_name(),
         "initial_state": state_to_json(state),
         "parent": parent,
+        **({} if rewound is None else {"rewound": rewound._asdict()}),
     }

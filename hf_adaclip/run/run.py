@@ -27,13 +27,15 @@ from hf_adaclip.run.alerts import Alerts
 from hf_adaclip.run.checkpoint import BESIDE, read_state, write_state
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent
+from hf_adaclip.run.moments import Moments, apart
 from hf_adaclip.run.plan import Decided, StepPlan, rules_of
+from hf_adaclip.run.points import Point, Rewound, own
 from hf_adaclip.run.ranks import RankCheck
 from hf_adaclip.run.recorder import Recorder, start_recorder
 from hf_adaclip.support import check_device
 
 
-class Run:
+class Run(Moments):
     """Decides step by step, records, and can be saved and gone on with.
 
     Args:
@@ -75,6 +77,8 @@ class Run:
         self._loaded_keeping: Keeping | None = None
         self._parent: dict[str, Any] | None = None
         self._checkpoint: str | None = None
+        self._begun: Point | None = None  # where this run began, or was gone on with
+        self._pending = 0  # steps left out before there was a state
         self.ranks: RankCheck | None = None  # where several ranks have to decide alike
         self.beside: dict[str, Tensor] = {}  # of a state that was loaded: what `save` was given
 
@@ -105,6 +109,11 @@ class Run:
         """The kind of numbers that this run works with, known from the first step on."""
         assert self._ops is not None
         return self._ops
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step has been got ready for, of this run or since a load."""
+        return self._ops is not None
 
     @property
     def num_tensors(self) -> int:
@@ -164,7 +173,12 @@ class Run:
                 self._state = carry_over(self._state, loaded, keeping, restarted, ops)
         self._ops, self._device, self._keeping, self._loaded, self._loaded_keeping = ops, device, keeping, None, None
         self._rules = None
+        pending, self._pending = self._pending, 0
+        self.step -= pending
         self._start_recorder(restarted if moved else None)
+        self._begun = Point(self.step, own(self._state), self._keeping, self._here())
+        for _ in range(pending):
+            self.leave_out()
         return ops
 
     def regroup(self, grouping: Grouping | None, parameters: Sequence[str] | None, restarted: Sequence[str]) -> None:
@@ -185,17 +199,25 @@ class Run:
 
     def _next_segment(self, keeping: Keeping, restarted: Sequence[str] | None) -> None:
         self.flush()
-        assert self.recorder is not None
-        ledger = self.recorder.ledger
-        if ledger is not None:
-            self._parent = {"sha256": ledger.head, "step": self.step}
-            ledger.close()
+        self._parent = self._here()
         self._keeping, self._rules = keeping, None
+        self._follow_on(restarted)
+
+    def _follow_on(self, restarted: Sequence[str] | None, rewound: Rewound | None = None) -> None:
+        """Open the next segment of the ledger; all rows of the present one have been read."""
+        assert self.recorder is not None
+        if self.recorder.ledger is not None:
+            self.recorder.ledger.close()
         before = self.recorder
-        self._start_recorder(restarted)
+        self._start_recorder(restarted, rewound)
         self.recorder.take_over(before)
 
-    def _start_recorder(self, restarted: Sequence[str] | None) -> None:
+    def _here(self) -> dict[str, Any] | None:
+        """The present end of the ledger, as a segment names its parent."""
+        ledger = None if self.recorder is None else self.recorder.ledger
+        return None if ledger is None else {"sha256": ledger.head, "step": self.step}
+
+    def _start_recorder(self, restarted: Sequence[str] | None, rewound: Rewound | None = None) -> None:
         assert self._state is not None
         _, groups, parts = self._keeping
         self.recorder = start_recorder(
@@ -212,6 +234,7 @@ class Run:
             first_step=self.step,
             statistics=self.statistics,
             parent=self._parent,
+            rewound=rewound,
         )
 
     def _keep(self, grouping: Grouping | None) -> Keeping:
@@ -394,8 +417,7 @@ class Run:
         parts = tuple((pattern, size) for pattern, size in read.parts)
         self._loaded_keeping = Keeping(build_controller(self.config, parts), read.groups, parts)
         self.loaded_parameters = read.parameters
-        self.beside = {name.removeprefix(BESIDE): v for name, v in tensors.items() if name.startswith(BESIDE)}
-        tensors = {name: v for name, v in tensors.items() if not name.startswith(BESIDE)}
+        tensors, self.beside = apart(tensors)
         self._loaded, self._parent = tensors, None if head is None else {"sha256": head, "step": self.step}
         self._checkpoint = str(path.parent)
         return True

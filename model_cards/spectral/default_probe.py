@@ -3,9 +3,10 @@
 python model_cards/spectral/default_probe.py --data FOLDER --out results.jsonl JOBS.jsonl
 
 FOLDER holds {wikitext2,tiny_shakespeare,fashion_mnist,sst2}/{train,validation,test}.parquet with the hub's columns. A job is one JSON
-object per line: `task`, `seed`, `lr`, `b2`, `thr` (static threshold), `warm` (share of the steps), `hor` (share of the task's steps, the schedule
-scaled), `clip` (fields of AdaptiveClipConfig; null: `clip_grad_norm_`), `off` (from this step on `clip_grad_norm_`). In recorded jobs
-`head` says that the range acted on the head, as it does now in all, `scale` and `sp` multiplied the estimate and set the start's share.
+object per line: `task`, `seed`, `lr`, `b2`, `thr` (static threshold), `warm` (share of the steps), `hor` (share of the task's steps, the
+schedule scaled), `clip` (fields of AdaptiveClipConfig; null: `clip_grad_norm_`), `off` (from this step on `clip_grad_norm_`). In recorded
+jobs `head` says that the range acted on the head, as it does now in all; `scale` and `sp` multiplied the estimate and set the start's
+share.
 
 Tasks: `wiki`, a Llama of 3 layers and width 64 from scratch on WikiText-2, 400 steps of 16 x 48; `ft`, that Llama after 1600 steps,
 fine-tuned on tiny_shakespeare, 300 steps; `fashion`, a ViT of 4 layers and width 64 from scratch on Fashion-MNIST, 400 steps of 32;
@@ -107,9 +108,16 @@ def fashion(folder: Path) -> Task:
 
     (x, y), (x_held, y_held) = arrays("train", 12_000), arrays("test", 1_000)
     config = ViTConfig(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
-        image_size=28, patch_size=7, num_channels=1, num_labels=10,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=28,
+        patch_size=7,
+        num_channels=1,
+        num_labels=10,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
 
     def model(seed: int) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_adaclip.audit import verify_ledger
+from hf_adaclip.errors import TrainingTroubleError
 from hf_adaclip.telemetry.point import read_points
 from tests.scripts.test_run_images_and_text import LLAMA, text  # noqa: F401 - a fixture
 
@@ -226,3 +227,35 @@ def test_the_precision_of_a_loop(here, tmp_path, given, expected):
     )
     assert arguments.mixed_precision == expected
     assert arguments.ignored == []
+
+
+def test_the_loop_goes_back_and_leaves_out_what_it_is_told(here, tmp_path, text, monkeypatch):  # noqa: F811
+    more = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+
+    def planted(self):
+        return 22 if self._run.step == 25 and not self.history else None
+
+    monkeypatch.setattr("hf_adaclip.incidents.rewind.Rewinder._agreed", planted)
+    saved = {"save_strategy": "steps", "save_steps": 5}
+    clip = {"clip": "adaptive", "clip_on_trouble": "rewind", "clip_snapshot_steps": 5}
+    here("no_trainer", flags(tmp_path / "back", text, **clip, **more, **saved))
+    undone = json.loads((tmp_path / "back/skip_batches.json").read_text())["steps"]
+    assert undone == [*range(10, 25)]
+    names = {path.name for path in (tmp_path / "back").glob("*checkpoint-*")}
+    assert names == {f"{'undone-' if 10 < n < 25 else ''}checkpoint-{n}" for n in range(5, 31, 5)}
+
+    (tmp_path / "never").mkdir()
+    (tmp_path / "never/skip_batches.json").write_text(json.dumps({"steps": undone}))
+    here("no_trainer", flags(tmp_path / "never", text, clip="adaptive", **more))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("back", "never")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    records = [json.loads(line) for line in (tmp_path / "never/clip_ledger.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r.get("reason") == "LEFT_OUT"] == undone
+    for name in ("back", "never"):
+        report = verify_ledger(tmp_path / name / "clip_ledger.jsonl")
+        assert (report.status, report.steps) == ("verified", 30)
+
+    # Not to go on once more: the good weights are kept, and the script ends with what was tried.
+    with pytest.raises(TrainingTroubleError, match=r"`max_rewinds` \(0\) is spent"):
+        here("no_trainer", flags(tmp_path / "end", text, clip_max_rewinds=0, **clip, **more))
+    assert (tmp_path / "end/checkpoint-25").is_dir()

@@ -105,6 +105,14 @@ class MixedController(Controller[Any]):
             values += after
         return Decision(*(ops.join(v) for v in _columns(decisions))), type(state)(*values)
 
+    def narrowed(self, state: Any, ops: Ops) -> Any:
+        values: list[Value] = []
+        for part, kind in zip(self.parts, self._types, strict=True):
+            if part.controller is not None:
+                before = kind(*state[len(values) : len(values) + len(kind._fields)])
+                values += part.controller.narrowed(before, ops)
+        return type(state)(*values)
+
     def _launch(self, part: Part, ops: Ops) -> Fused:
         """The update of a part in one launch."""
         assert isinstance(ops, TensorOps)

@@ -73,3 +73,6 @@ class LateController(Controller[Any]):
         reason = ops.where(cut & quiet, clipped, ops.where(uncut, ops(float(Reason.WITHIN)), reason))
         told = ops.where(finite, ahead.threshold, threshold)
         return Decision(threshold, coefficient, own.pace, reason), type(state)(*after, told)
+
+    def narrowed(self, state: Any, ops: Ops) -> Any:
+        return type(state)(*self.inner.narrowed(self._inner_type(*state[:-1]), ops), state[-1])

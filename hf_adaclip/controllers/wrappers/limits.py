@@ -168,6 +168,16 @@ class GovernedController(Controller[Any]):
         )
         return Decision(threshold, coefficient, pace, reason), type(state)(*after, *watched)
 
+    def narrowed(self, state: Any, ops: Ops) -> Any:
+        split = len(state) - len(OversightState._fields)
+        mine = OversightState(*state[split:])
+        before = self._inner_type(*state[:split])
+        after = [*self.inner.narrowed(before, ops), *mine._replace(held_pace=ops.minimum(mine.held_pace, ops(1.0)))]
+        if self.freeze_after is not None:  # what is frozen keeps range and pace
+            frozen = mine.steps >= ops(float(self.freeze_after))
+            after = [ops.where(frozen, b, a) for b, a in zip(state, after, strict=True)]
+        return type(state)(*after)
+
     def _bound(
         self, wanted: Value, reason: Value, mine: OversightState, *, known: Value, ops: Ops
     ) -> tuple[Value, Value, Value]:

@@ -45,3 +45,6 @@ class SkippingController(Controller[Any]):
             coefficient=ops.where(cut, ops(0.0), decision.coefficient),
             reason=ops.where(cut, ops(float(Reason.SKIPPED)), reason),
         ), state
+
+    def narrowed(self, state: Any, ops: Ops) -> Any:
+        return self.inner.narrowed(state, ops)

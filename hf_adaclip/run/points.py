@@ -1,0 +1,52 @@
+"""A moment of a run that it can go back to, and how a ledger says so."""
+
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from hf_adaclip.controllers.numerics.ops import Value
+
+State = TypeVar("State", bound=tuple[Value, ...])
+
+
+class Point(NamedTuple):
+    """The controller at a moment between two steps.
+
+    Attributes:
+        step: Steps decided on so far.
+        state: Of the controller, values of its own; None before the first step: then it is what that step begins with.
+        keeping: Whom it is kept for; another object once the parameters are others.
+        parent: Hash of the ledger's seal there and the step, as a resumed run names its parent; None without a ledger.
+    """
+
+    step: int
+    state: tuple[Value, ...] | None
+    keeping: object
+    parent: dict[str, Any] | None
+
+
+class Rewound(NamedTuple):
+    """A run that went back.
+
+    Attributes:
+        first: First step that was undone, and to which the weights belong now.
+        last: Last step that was undone; the next one follows it by number.
+        reason: Why, in a sentence.
+    """
+
+    first: int
+    last: int
+    reason: str
+
+    def __str__(self) -> str:
+        span = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
+        return (
+            f"after step {self.last} the weights were put back to those before step {self.first}, and {span} left out with the data: "
+            f"{self.reason}"
+        )
+
+
+def own(state: State) -> State:
+    """The same values in memory of their own."""
+    return type(state)(*(v.clone() if isinstance(v, Tensor) else np.array(v)[()] for v in state))
