@@ -17,6 +17,7 @@ from hf_adaclip.compare.commands import add_commands as add_convergence_commands
 from hf_adaclip.compare.commands import show_comparison
 from hf_adaclip.errors import ConfigError, HfAdaclipError
 from hf_adaclip.hints import near, near_flag
+from hf_adaclip.integrations.incident_command import add_incident
 from hf_adaclip.integrations.launch import VARIABLE, run_command
 from hf_adaclip.reliance import require
 from hf_adaclip.report.commands import add_commands as add_audit_commands
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_convergence_commands(commands)
     add_audit_commands(commands)
+    add_incident(commands)
     report = commands.add_parser(
         "report",
         help="a page that shows a run or a comparison",
@@ -122,7 +124,7 @@ def _add_run(commands: Any) -> None:
     parser.add_argument(
         "--clip",
         default="adaptive",
-        help="a controller, NAME:FIELD=VALUE,..., or the path of a config's JSON (default: %(default)s)",
+        help="a controller or preset (rl), NAME:FIELD=VALUE,..., or the path of a config's JSON (default: %(default)s)",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="program and arguments")
     parser.set_defaults(run=_run)

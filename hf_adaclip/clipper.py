@@ -17,6 +17,7 @@ from hf_adaclip.drivers.driver import Driver
 from hf_adaclip.drivers.following import FollowingDriver
 from hf_adaclip.drivers.going_back import GoingBack
 from hf_adaclip.drivers.lifetime import detach, let_go, weakly
+from hf_adaclip.drivers.settling import settle
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients import check_loss
 from hf_adaclip.gradients.distance import check_rates
@@ -36,6 +37,7 @@ from hf_adaclip.run.losses import LossObserver
 from hf_adaclip.run.recorder import is_rank_zero
 from hf_adaclip.run.run import Run
 from hf_adaclip.run.selftest import check_on_a_copy
+from hf_adaclip.run.shape_gate import ShapeGate
 from hf_adaclip.support import check_optimizer_given
 
 logger = logging.getLogger(__name__)
@@ -115,12 +117,13 @@ class AdaptiveClipper(GoingBack):
         optimizers = (
             () if optimizer is None else tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
         )
-        check_optimizer_given(config, optimizers, accelerator)
-        if config.max_pace > 1:
-            check_rates(optimizers)
         models = [] if model is None else [model]
         port: Port = PlainLoop(models) if accelerator is None else AcceleratorPort(accelerator)
         engine = port if isinstance(port, AcceleratorPort) and port.steps_in_engine else None
+        config, self._off, by_itself = settle(config, optimizers, models or port.models, in_engine=engine is not None)
+        check_optimizer_given(config, optimizers, accelerator)
+        if config.max_pace > 1:
+            check_rates(optimizers)
         if engine is not None:
             config = config.replace(one_step_late=True)
         writes = is_rank_zero() if is_main_process is None else is_main_process
@@ -131,7 +134,8 @@ class AdaptiveClipper(GoingBack):
         self._driver: Driver
         if engine is None:
             self._driver = ClippingDriver(
-                config, self._run, port, optimizers, lambda: models or port.models, self._losses, self._capture
+                *(config, self._run, port, optimizers, lambda: models or port.models, self._losses, self._capture),
+                gate=ShapeGate(by_itself) if by_itself else None,
             )
         else:
             self._driver = FollowingDriver(self._run, engine, self._losses, self._capture)
@@ -226,6 +230,20 @@ class AdaptiveClipper(GoingBack):
         """
         self._driver.set_static_threshold(value)
 
+    def begin_epoch(self) -> None:
+        """The data is about to be gone through again, or for the first time. In a Trainer that happens by itself.
+
+        What has been seen before must not be known much better than what had not: then the pace goes back to 1.
+        """
+        self._driver.begin_epoch()
+
+    def evaluated(self, loss: float) -> None:
+        """The loss on held-out data, the same on every rank. In a Trainer that happens by itself.
+
+        Where it rises while the training loss falls, the pace goes back to 1.
+        """
+        self._driver.evaluated(float(loss))
+
     # -- incidents -----------------------------------------------------------------------------------------------
 
     def watch(self, batch: Batch, indices: Sequence[int] | None = None, *, processing_class: Any = None) -> Batch:
@@ -247,7 +265,12 @@ class AdaptiveClipper(GoingBack):
         if self._capture.processing_class is None:
             self._capture.processing_class = processing_class
         self._capture.add(batch, indices)
+        self._driver.sees(batch)
         return batch
+
+    def unwatch(self) -> None:
+        """The batches since the last step belong to none: a loop has given it up."""
+        self._capture.drop()
 
     def watched(self, dataloader: Any, *, processing_class: Any = None) -> "Watched":
         """The same dataloader, of which every batch is shown to [`watch`]: `for batch in clipper.watched(dataloader)`.
@@ -344,7 +367,8 @@ class AdaptiveClipper(GoingBack):
         """Which way this clipper takes, and why, in a few lines for people."""
         driver, threshold = self._driver, self._run.static_threshold
         return describe(
-            self.config, threshold, driver.why_skipping, self._port.how, driver.why_scaling, self._run.ceiling_held
+            *(self.config, threshold, driver.why_skipping, self._port.how, driver.why_scaling, self._run.ceiling_held),
+            {**self._off, **driver.off},
         )
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------

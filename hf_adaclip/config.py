@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias
 
 from hf_adaclip.controllers import CONTROLLERS, Controller, name_of
 from hf_adaclip.controllers.percentile import from_autoclip, from_bitsandbytes_percentile
+from hf_adaclip.controllers.presets import PRESETS
 from hf_adaclip.controllers.settings import by_key, setting, settings_of
 from hf_adaclip.controllers.zscore import from_zclip
 from hf_adaclip.errors import ConfigError
-from hf_adaclip.flat import carried, choose, fields_of_text, flat_names, json_or_text, keyed, lost
+from hf_adaclip.flat import carried, choose, clip_names, fields_of_text, flat_names, json_or_text, keyed, lost
 from hf_adaclip.hints import near_clip, shown
 from hf_adaclip.validation import (
     controller_problem,
@@ -25,6 +26,8 @@ from hf_adaclip.validation import (
 )
 
 P = ParamSpec("P")
+SHAPE_OFF: Final = {"spectral_width": None, "agreement": False}
+"""How a run of a version without these parts was set."""
 _MAY_BE_INFINITE: Final = ("static_threshold", "spectral_width")
 
 
@@ -92,19 +95,22 @@ class AdaptiveClipConfig:
         range="[1, inf)",
         flag=True,
     )
-    spectral_width: float | None = setting(
-        None,
+    spectral_width: float | str | None = setting(
+        "auto",
         help="Clip the singular values of each hidden matrix's gradient softly at this many times their root mean square, and give the "
-        "matrix its norm back: 0 makes them equal, 'inf' changes nothing. Unset: off.",
+        "matrix its norm back: 0 makes them equal, 'inf' changes nothing, 'none' is off. 'auto': 0 with the controller `adaptive` where "
+        "nothing speaks against it (`explain` says what does), else off.",
         range="[0, inf]",
+        words=("auto",),
     )
     spectral_every: int = setting(
         1, help="Steps from one in which the spectral range acts to the next.", range="[1, inf)"
     )
-    agreement: bool = setting(
-        False,
+    agreement: bool | str = setting(
+        "auto",
         help="Take back, after each step of the optimizer, what of it goes against the sign of the present gradient, and make the rest "
-        "larger by as much. Needs the optimizer.",
+        "larger by as much. Needs the optimizer. 'auto': with the controller `adaptive` and Adam or AdamW.",
+        words=("auto",),
     )
     ledger: str | None = setting(
         "auto",
@@ -253,6 +259,8 @@ class AdaptiveClipConfig:
             run["parameter_rules"] = json_or_text(run["parameter_rules"])
         if run["ledger"] == "none":  # as a flag says it
             run["ledger"] = None
+        if run["spectral_width"] == "none":
+            run["spectral_width"] = None
         # As `to_dict` writes it, because JSON has no infinity.
         run |= {key: math.inf for key in _MAY_BE_INFINITE if run[key] == "inf"}
         chosen = choose(controller, values, run["parameter_rules"], run)
@@ -280,8 +288,13 @@ class AdaptiveClipConfig:
 
     @property
     def max_pace(self) -> float:
-        """Largest multiplier on the learning rate of a step; 1.0 with a controller that has no pace."""
-        return float(getattr(self.settings, "max_pace", 1.0))
+        """Largest multiplier on the learning rate of a step; 1.0 without a pace, and where nobody has said yet whether there is one."""
+        return float(getattr(self.settings, "max_pace", None) or 1.0)
+
+    @property
+    def spectral(self) -> float | None:
+        """The spectral width as a number; None where it is off, and where nobody has said yet."""
+        return None if self.spectral_width in (None, "auto") else float(self.spectral_width)
 
     @property
     def looks_at_loss(self) -> bool:
@@ -344,8 +357,8 @@ class AdaptiveClipConfig:
         """Turn what users pass as `clip=` into a config.
 
         Args:
-            clip: The name of a controller; `NAME:FIELD=VALUE,FIELD=VALUE`; a controller; a config; its fields; or the path of its JSON. A
-                value with a comma in it (`parameter_rules`) needs one of the latter three.
+            clip: The name of a controller, or of a preset (`rl`); `NAME:FIELD=VALUE,FIELD=VALUE`; a controller; a config; its fields; or
+                the path of its JSON. A value with a comma in it (`parameter_rules`) needs one of the latter three.
 
         Raises:
             ConfigError: `clip` is none of these, or a setting is wrong.
@@ -366,8 +379,9 @@ class AdaptiveClipConfig:
                 return cls.from_json(path)
         names = ", ".join(sorted(CONTROLLERS))
         raise ConfigError(
-            f"`clip` must be a controller ({names}) by name or as an object, NAME:FIELD=VALUE,..., an `AdaptiveClipConfig`, a dict of its "
-            f"fields, or the path of its JSON file, but is {shown(clip)} instead.{near_clip(clip, CONTROLLERS)}"
+            f"`clip` must be a controller ({names}) by name or as an object, a preset ({', '.join(PRESETS)}), NAME:FIELD=VALUE,..., an "
+            f"`AdaptiveClipConfig`, a dict of its fields, or the path of its JSON file, but is {shown(clip)} instead."
+            f"{near_clip(clip, clip_names())}"
         )
 
     @classmethod
@@ -443,7 +457,7 @@ def as_written_now(values: dict[str, Any]) -> dict[str, Any]:
     What this version cannot read stays as it is.
     """
     try:
-        return AdaptiveClipConfig.from_dict(values).to_dict()
+        return AdaptiveClipConfig.from_dict({**SHAPE_OFF, **values}).to_dict()
     except ConfigError:
         return values
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 from hf_adaclip.controllers import CONTROLLERS, Controller, name_of
+from hf_adaclip.controllers.presets import PRESETS
 from hf_adaclip.controllers.settings import Setting, by_key, conflicts_left, drafted, keys_of, settings_of
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.hints import FIELDS_ELSEWHERE, near
@@ -16,8 +17,8 @@ from hf_adaclip.hints import FIELDS_ELSEWHERE, near
 COMMON: Final = frozenset({"warmup_observations", "pace_start"})
 """Settings that no controller minds: there is a warm-up or there is none, and a Trainer sets the start of a pace by itself."""
 
-_NEVER: Final = ("ceiling_share", 1)
-"""What belongs to every controller but `adaptive`, and was written so into ledgers of earlier versions."""
+_NEVER: Final = (("ceiling_share", 1), ("max_pace", 1), ("pace_growth", 1.1))
+"""What is so with every controller but `adaptive`, and was written into ledgers of earlier versions."""
 
 
 class Chosen(NamedTuple):
@@ -98,7 +99,7 @@ def _owners(key: str) -> list[tuple[str, Setting]]:
 
 
 def _means_nothing(name: str, value: Any) -> bool:
-    return name in COMMON or (name, value) == _NEVER or any(value == s.default for _, s in _owners(name))
+    return name in COMMON or (name, value) in _NEVER or any(value == s.default for _, s in _owners(name))
 
 
 def _handed_down(
@@ -130,7 +131,7 @@ def _handed_down(
 
 def _as_fields(controller: Controller[Any]) -> dict[str, Any]:
     # Left at its default the pace is that of the run, which all parameters share.
-    kept = {key: value for key, value in by_key(controller).items() if (key, value) != ("max_pace", 1.0)}
+    kept = {key: value for key, value in by_key(controller).items() if key != "max_pace" or value not in (None, 1)}
     return {"controller": name_of(controller), **kept}
 
 
@@ -206,8 +207,13 @@ def json_or_text(text: str) -> Any:
         return text
 
 
+def clip_names() -> tuple[str, ...]:
+    """What text for `clip=` may begin with: a controller or a preset."""
+    return (*CONTROLLERS, *PRESETS)
+
+
 def fields_of_text(text: str, what: str) -> dict[str, Any] | None:
-    """Settings from `NAME:FIELD=VALUE,FIELD=VALUE`; None where the text has no such form.
+    """Settings from `NAME:FIELD=VALUE,FIELD=VALUE`, or of a preset by its name alone; None where the text has no such form.
 
     Args:
         text: The text. There is no way to write a value with a comma in it.
@@ -217,14 +223,15 @@ def fields_of_text(text: str, what: str) -> dict[str, Any] | None:
         ConfigError: A piece behind the name is no FIELD=VALUE, or a field comes twice.
     """
     name, colon, settings = text.partition(":")
-    if not colon or name not in CONTROLLERS:
+    if not (colon and name in CONTROLLERS) and name not in PRESETS:
         return None
-    fields: dict[str, Any] = {"controller": name}
+    preset = PRESETS[name].fields if name in PRESETS else {"controller": name}
+    given: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
-        if not equals or key.strip() in fields:
+        if not equals or key.strip() in (*given, "controller"):
             raise ConfigError(
                 f"`{what}` must be NAME or NAME:FIELD=VALUE,... with each field once, but is {text!r} instead: look at {setting!r}."
             )
-        fields[key.strip()] = json_or_text(value.strip())
-    return fields
+        given[key.strip()] = json_or_text(value.strip())
+    return {**preset, **(keyed(CONTROLLERS[preset["controller"]], given) if name in PRESETS else given)}

@@ -101,11 +101,25 @@ RELIANCES: Final[tuple[Reliance, ...]] = (
     _trainer("_maybe_log_save_evaluate", "the line is known that `clip/*` is logged in"),
     _trainer("_save_optimizer_and_scheduler", "the controller's state is written into checkpoints"),
     _trainer("_load_optimizer_and_scheduler", "the controller's state is read from checkpoints"),
-    _trainer("_load_from_checkpoint", "training goes back to a checkpoint where no snapshot is old enough"),
     _trainer("_load_rng_state", "training goes back to a checkpoint where no snapshot is old enough"),
     _trainer("_get_output_dir", "trials of a search have ledgers of their own"),
     _trainer("_prepare_inputs", "the batch of an incident is what its loss was made of"),
+    _trainer("_load_from_checkpoint", "the batch of an incident goes through the weights before it"),
     _trainer("_globalstep_last_logged", "losses that are not finite are filtered as the Trainer does it"),
+    Reliance(
+        *(
+            "transformers",
+            "Parameter",
+            "_is_hf_initialized",
+            _METHOD,
+            "a model that was trained before is told from a fresh one",
+        ),
+        "Without it a model that has a `name_or_path` counts as trained before",
+    ),
+    Reliance(
+        *("trl", "GRPOTrainer", "_logs", "1.0 and 1.16", "the rewards of an incident are kept with it"),
+        "Without it there are the completions and their advantages",
+    ),
     _deepspeed("_global_grad_norm", "a step that is not finite is left out in bfloat16"),
     _deepspeed("clip_grad", "the engine is told its threshold"),
     Reliance(

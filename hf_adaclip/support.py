@@ -162,7 +162,7 @@ def check_optimizer_given(config: Any, optimizers: Sequence[Any], accelerator: A
             f"`optimizer` must be given when `max_pace` > 1 (it is {config.max_pace}), but is None instead: "
             "the pace multiplies its learning rate."
         )
-    if config.agreement and not optimizers and accelerator is None:
+    if config.agreement is True and not optimizers and accelerator is None:
         raise ConfigError(
             "`optimizer` must be given with `agreement`, but is None instead: it takes back a part of that optimizer's step."
         )

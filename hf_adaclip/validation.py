@@ -123,9 +123,10 @@ def _late_rules(config: Any) -> str | None:
 
 
 def _late_shape(config: Any) -> str | None:
-    if not config.one_step_late or (config.spectral_width is None and not config.agreement):
+    wide, agrees = config.spectral_width not in (None, "auto"), config.agreement is True
+    if not config.one_step_late or not (wide or agrees):
         return None
-    name, off = ("agreement", False) if config.spectral_width is None else ("spectral_width", None)
+    name, off = ("spectral_width", None) if wide else ("agreement", False)
     return (
         f"`{name}` must be {off} under DeepSpeed, but is {getattr(config, name)} instead: its engine steps before anything outside "
         "sees the gradients."

@@ -39,6 +39,7 @@ from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import ConfigError, TrainingTroubleError
 from hf_adaclip.gradients.transfer import HOST, moved
+from hf_adaclip.incidents.replay import replay_if_asked
 from hf_adaclip.integrations.rewinding import set_aside
 from hf_adaclip.integrations.script_args import ClipArguments, Ingredients, parse_arguments, run_script
 from hf_adaclip.integrations.transformers import pace_start
@@ -164,6 +165,10 @@ class Loop:
         )
 
     def train(self) -> dict[str, float]:
+        # Does nothing but for `hf-adaclip incident OUTPUT_DIR STEP --replay scripts/no_trainer.py FLAGS`.
+        replay_if_asked(
+            self.model, lambda model, batch: model(**batch).loss, self._accelerator.load_state, self._parts.processor
+        )
         step = self._resume()
         offset = 0 if self._clipper is None else step - self._clipper.step
         try:
@@ -195,6 +200,8 @@ class Loop:
             for batch in batches:
                 if left_out is None:  # the first of a step
                     left_out = self._clipper is not None and self._clipper.leaves_out()
+                if self._clipper is not None and not left_out:
+                    self._clipper.watch(batch, processing_class=self._parts.processor)
                 with self._accelerator.accumulate(self.model):
                     if not left_out:
                         loss = self.model(**batch).loss
@@ -337,6 +344,7 @@ class Loop:
                 energy_source=None if meter is None else meter.source,
                 energy_measured=None if meter is None else meter.measured,
                 metrics=self.last_evaluation,
+                cpu_seconds=self._watch.cpu_seconds,
             )
             append_point(self._output / CONVERGENCE_FILE, point)
 
@@ -344,7 +352,7 @@ class Loop:
         folder = self._output / f"checkpoint-{step}"
         self._accelerator.save_state(str(folder))
         if self._accelerator.is_main_process:
-            spent = json.dumps({"train_seconds": self._watch.seconds})
+            spent = json.dumps({"train_seconds": self._watch.seconds, "cpu_seconds": self._watch.cpu_seconds})
             self.only_record("seconds.json", lambda: _write_text(folder / "seconds.json", spent))
             self._saved.append(folder)
             limit = self._arguments.save_total_limit
@@ -374,8 +382,8 @@ class Loop:
         return step
 
     def _go_on_counting(self, folder: Path, points: Path, step: int) -> None:
-        seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))["train_seconds"]
-        self._watch.go_on(seconds=seconds, energy_wh=0.0)
+        spent = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
+        self._watch.go_on(seconds=spent["train_seconds"], energy_wh=0.0, cpu_seconds=spent.get("cpu_seconds"))
         if self._accelerator.is_main_process:
             write_points(points, [p for p in (read_points(points) if points.is_file() else []) if p.step <= step])
 

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any
 
 from datasets import load_dataset
+from optimizers import OptimizerArguments
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -211,7 +212,9 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any, se
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say; returns all results."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args, clip_args = parse_arguments(argv, ModelArguments, DataArguments)
+    model_args, data_args, optimizer_args, training_args, clip_args = parse_arguments(
+        argv, ModelArguments, DataArguments, OptimizerArguments
+    )
     parts = prepare(model_args, data_args, training_args.main_process_first(desc="tokenizing"), training_args.seed)
     trainer = make_trainer(
         clip_args,
@@ -221,6 +224,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=parts.eval_rows,
         processing_class=parts.processor,
         data_collator=parts.collate,
+        **optimizer_args.ingredients(parts.model, training_args),
     )
     card: dict[str, Any] = {"tasks": "text-generation"}
     if model_args.model_name_or_path:

@@ -16,6 +16,7 @@ from typing import Any
 import evaluate
 import numpy as np
 from datasets import load_dataset
+from optimizers import OptimizerArguments
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -203,7 +204,9 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, first: Any) ->
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say; returns all results."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args, clip_args = parse_arguments(argv, ModelArguments, DataArguments)
+    model_args, data_args, optimizer_args, training_args, clip_args = parse_arguments(
+        argv, ModelArguments, DataArguments, OptimizerArguments
+    )
     parts = prepare(model_args, data_args, training_args.main_process_first(desc="tokenizing"))
     trainer = make_trainer(
         clip_args,
@@ -214,6 +217,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=parts.processor,
         data_collator=parts.collate,
         compute_metrics=parts.compute_metrics,
+        **optimizer_args.ingredients(parts.model, training_args),
     )
     card: dict[str, Any] = {"tasks": "text-classification", "language": "en"}
     if model_args.model_name_or_path:

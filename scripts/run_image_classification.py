@@ -17,6 +17,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Image, load_dataset
+from optimizers import OptimizerArguments
 from PIL import Image as Pictures
 from transformers import (
     AutoConfig,
@@ -199,7 +200,9 @@ def prepare(model_args: ModelArguments, data_args: DataArguments) -> Ingredients
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as the arguments say; returns all results."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args, clip_args = parse_arguments(argv, ModelArguments, DataArguments)
+    model_args, data_args, optimizer_args, training_args, clip_args = parse_arguments(
+        argv, ModelArguments, DataArguments, OptimizerArguments
+    )
     training_args.remove_unused_columns = False  # the image column is needed to make pixels from
     parts = prepare(model_args, data_args)
     trainer = make_trainer(
@@ -210,6 +213,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=parts.eval_rows,
         data_collator=parts.collate,
         compute_metrics=parts.compute_metrics,
+        **optimizer_args.ingredients(parts.model, training_args),
     )
     card: dict[str, Any] = {"tasks": "image-classification"}
     if model_args.model_name_or_path:

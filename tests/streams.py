@@ -23,6 +23,7 @@ def reaches(rng, steps=400):
     reach[120:180] *= -0.2
     reach[250:260] = np.nan
     reach[300:330] *= 100
+    reach[370:375] = -np.inf
     return reach.astype(np.float32)
 
 

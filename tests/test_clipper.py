@@ -120,7 +120,7 @@ def test_host_reads_of_an_optimizer_that_cannot_skip_are_one_per_step(on_device)
 
 
 def test_both_lanes_give_the_same_run_and_the_same_ledger(tmp_path):
-    runs, config = [], CONFIG.replace(fold="never")
+    runs, config = [], CONFIG.replace(fold="never", max_pace=1.0, agreement=False)
     for name in LANES:
         model, optimizer = make()
         with on_lane(name):
@@ -338,7 +338,7 @@ def test_watching_for_divergence_without_a_loss_is_warned_of_once(caplog):
 
 def test_metrics_names_and_fraction():
     model, optimizer = make()
-    clipper = AdaptiveClipper(CONFIG, optimizer=optimizer, static_threshold=1e-6)
+    clipper = AdaptiveClipper(CONFIG.replace(agreement=False), optimizer=optimizer, static_threshold=1e-6)
     assert clipper.metrics() == {}
     train(model, optimizer, clip_with(clipper), 10)
     metrics = clipper.metrics()

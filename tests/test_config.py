@@ -51,7 +51,7 @@ def test_each_field_has_a_rule(field, value):
 
 
 def test_only_adaptive_has_a_pace():
-    with pytest.raises(ConfigError, match=r"`max_pace` must be left at 1.0 with controller 'zscore'"):
+    with pytest.raises(ConfigError, match=r"`max_pace` must be left at None with controller 'zscore'"):
         AdaptiveClipConfig(controller="zscore", max_pace=2.0)
 
 
@@ -418,7 +418,9 @@ def test_files_of_the_version_before_still_load(changes, tmp_path):
     path.write_text(json.dumps({**BEFORE, **changes}))
     config = AdaptiveClipConfig.from_json(path)
 
-    assert config == AdaptiveClipConfig(**changes)
+    # A file says all settings of its time, other defaults among them; those of other controllers mean nothing.
+    was = {} if "controller" in changes else {"max_pace": 1.0, "pace_growth": 1.1}
+    assert config == AdaptiveClipConfig(**{**was, **changes})
     written = config.to_dict()
     rules = changes.get("parameter_rules")
     assert all(written[key] == value for key, value in changes.items() if key in written and not rules)
@@ -429,3 +431,24 @@ def test_files_of_the_version_before_still_load(changes, tmp_path):
         head = config.for_pattern("head.*")
         assert head is not None
         assert head.settings == Median(factor=3.0)
+
+
+def test_a_preset_is_a_name_for_settings(tmp_path):
+    from hf_adaclip.controllers.presets import PRESETS
+
+    preset = AdaptiveClipConfig.resolve("rl")
+    assert preset == AdaptiveClipConfig.resolve("rl:") == AdaptiveClipConfig.from_dict(PRESETS["rl"].fields)
+    assert (preset.controller, preset.on_spike, preset.to_dict()["accept_after"]) == ("adaptive", "skip", 30)
+    changed = AdaptiveClipConfig.resolve("rl:accept_after=60,on_spike=clip,static_threshold=0.2")
+    assert changed == preset.replace(accept_after=60, on_spike="clip", static_threshold=0.2)
+    preset.to_json(tmp_path / "rl.json")
+    assert AdaptiveClipConfig.resolve(tmp_path / "rl.json") == preset
+    assert not set(PRESETS) & set(CONTROLLERS)
+    for wrong, said in {
+        "rl:nonsense=1": "`nonsense` must be a field",
+        "rl:accept_after": "but is 'rl:accept_after' instead",
+        "rl:controller=static": "each field once",
+        "grpo": "a preset (",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            AdaptiveClipConfig.resolve(wrong)

@@ -151,3 +151,27 @@ def test_few_norms_say_nothing(rng):
     assert judge(stream) == []
     stream[10:] = 0.0  # steps without a gradient
     assert judge(stream) == []
+
+
+def test_the_healthy_runs_that_were_recorded_have_at_most_one_in_a_thousand():
+    from scripts.study.incidents import GOAL, judged, rate, recorded, table
+
+    lines = recorded()
+    outcomes = [judged(line) for line in lines]
+    assert sum(outcome.steps for outcome in outcomes) >= 6000
+    assert {line["task"].partition(" ")[0] for line in lines} >= {"wikitext-2", "cifar-10", "gsm8k", "grpo"}
+    assert rate(outcomes) <= GOAL, table(outcomes)
+
+
+def test_what_is_planted_in_them_is_found():
+    from scripts.study.incidents import judged, recorded
+
+    found, planted = 0, 0
+    for line in recorded():
+        for at in range(60, len(line["norms"]), 41) if "grpo" not in line["task"] else ():
+            norms = list(line["norms"])
+            norms[at] *= 20
+            found += any(step == at for step, _ in judged({**line, "norms": norms}).found)
+            planted += 1
+    assert planted > 20
+    assert found >= 0.9 * planted  # two of the tasks scatter so widely that 20 times is not much

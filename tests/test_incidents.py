@@ -100,7 +100,7 @@ def test_watching_reads_nothing_and_copies_no_batch(lane):
     counts = []
     for watch in (False, True):
         model, optimizer = make()
-        clipper = AdaptiveClipper("adaptive", optimizer=optimizer, model=model)
+        clipper = AdaptiveClipper("guard", optimizer=optimizer, model=model)
         reads, before = 0, [batch(0)]
         for step in range(40):
             one = batch(step)
@@ -382,7 +382,9 @@ def test_a_run_goes_on_with_other_settings_of_incidents_and_back_within_itself(l
     assert [i.folder.name for i in clipper.incidents] == ["step-00010", "step-00010-2"]
     for incident, number in zip(clipper.incidents, (10, 110), strict=True):
         same(load_batch(incident.folder), [batch(number)])
-    clipper = AdaptiveClipper({**settings, "incident_limit": 3, "incident_batch": "hash"}, optimizer=optimizer)
+    clipper = AdaptiveClipper(
+        {**settings, "incident_limit": 3, "incident_batch": "hash"}, optimizer=optimizer, model=model
+    )
     assert clipper.load_state(tmp_path)
 
 
@@ -400,3 +402,21 @@ def test_a_clipper_that_is_dropped_lets_go_of_its_batches_and_of_the_loop(lane):
     optimizer.zero_grad()
     gc.collect()
     assert [ref() for ref in refs] == [None, None]
+
+
+def test_batches_of_a_step_that_is_given_up_belong_to_no_other(lane, tmp_path):
+    model, optimizer = make()
+    clipper = AdaptiveClipper("adaptive", optimizer=optimizer, model=model, output_dir=tmp_path)
+    for step in range(40):
+        if step == 30:
+            clipper.watch({"x": torch.zeros(1)})
+            clipper.unwatch()
+        one = clipper.watch(batch(step))
+        loss = torch.nn.functional.mse_loss(model(one["x"]), one["y"]) * (float("nan") if step == 30 else 1.0)
+        loss.backward()
+        clipper.clip_(model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    clipper.close()
+    [incident] = clipper.incidents
+    same(load_batch(incident.folder), [batch(30)])

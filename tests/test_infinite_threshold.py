@@ -116,14 +116,14 @@ def test_numbers_of_all_kinds_are_thresholds(value):
 @pytest.mark.parametrize(("before", "now"), [(1.0, math.inf), (math.inf, 1.0), (2.0, 1.0)])
 def test_another_threshold_on_resumption_is_named_as_people_know_it(tmp_path, before, now):
     model, optimizer = make()
-    clipper = AdaptiveClipper("adaptive", optimizer=optimizer, static_threshold=before)
+    clipper = AdaptiveClipper("guard", optimizer=optimizer, static_threshold=before)
     train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters()), 3)
     clipper.save_state(tmp_path)
-    same = AdaptiveClipper("adaptive", static_threshold=before)
+    same = AdaptiveClipper("guard", static_threshold=before)
     assert same.load_state(tmp_path)
     assert same.config.static_threshold == before
     with pytest.raises(StateError, match=r"`static_threshold` \(in a Trainer `max_grad_norm`\) was .* and is "):
-        AdaptiveClipper("adaptive", static_threshold=now).load_state(tmp_path)
+        AdaptiveClipper("guard", static_threshold=now).load_state(tmp_path)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(lane, tmp_path):
@@ -166,7 +166,10 @@ def test_a_trainer_trains_as_the_stock_one_does_and_resumes(tmp_path):
 
     stock = trainers.stock(tmp_path, args=args("stock", max_steps=8))
     ours = trainers.build(
-        AdaptiveClipTrainer, tmp_path, args=args("ours", max_steps=8, save_strategy="steps", save_steps=4)
+        AdaptiveClipTrainer,
+        tmp_path,
+        clip="guard",
+        args=args("ours", max_steps=8, save_strategy="steps", save_steps=4),
     )
     trainers.run(stock)
     trainers.run(ours)
@@ -174,11 +177,11 @@ def test_a_trainer_trains_as_the_stock_one_does_and_resumes(tmp_path):
     assert strict(tmp_path / "ours" / "clip_ledger.jsonl")[0]["static_threshold"] == "inf"
     for value in (1.0, 0.5):
         again = trainers.build(
-            AdaptiveClipTrainer, tmp_path, args=args(f"again{value}", max_steps=8, max_grad_norm=value)
+            AdaptiveClipTrainer, tmp_path, clip="guard", args=args(f"again{value}", max_steps=8, max_grad_norm=value)
         )
         with pytest.raises(StateError, match="`max_grad_norm`"):
             trainers.run(again, resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-4"))
-    again = trainers.build(AdaptiveClipTrainer, tmp_path, args=args("again", max_steps=8))
+    again = trainers.build(AdaptiveClipTrainer, tmp_path, clip="guard", args=args("again", max_steps=8))
     trainers.run(again, resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-4"))
     assert torch.equal(trainers.weights(again), trainers.weights(ours))
 

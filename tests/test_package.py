@@ -49,7 +49,7 @@ READERS = ("audit", "config", "controllers", "errors", "ledger", "run", "telemet
 MAY_IMPORT["gauntlet"] = (*READERS,)
 MAY_IMPORT["report"] = (*READERS, "gauntlet", "incidents")
 MAY_IMPORT["integrations"] = (*READERS, "clipper", "gradients", "incidents", "ports", "reliance", "report", "support")
-MAY_IMPORT["compare"] = (*READERS, "integrations", "report")
+MAY_IMPORT["compare"] = (*READERS, "gradients", "integrations", "report")
 MAY_IMPORT["cli"] = (*READERS, "compare", "gauntlet", "integrations", "reliance", "report")
 
 

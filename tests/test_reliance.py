@@ -165,6 +165,15 @@ def of_the_commands(monkeypatch):
     parser.error("unrecognized arguments: --nonsense")
 
 
+def from_the_replay(monkeypatch):
+    from hf_adaclip.incidents.replay import Request
+    from hf_adaclip.integrations.incident_replay import _Answering
+
+    monkeypatch.delattr(Trainer, "_load_from_checkpoint")
+    request: Any = mock.Mock(spec=Request)
+    _Answering(mock.Mock(spec=Trainer, args=None), request).prepare()
+
+
 TAKEN = {
     **{name: without(torch, name) for name in ROWS if name.startswith("_foreach_") and name != "_foreach_utils"},
     "_foreach_utils": without(torch.utils, "_foreach_utils"),
@@ -184,6 +193,7 @@ TAKEN = {
     "_models": from_accelerator("_models"),
     "accelerator_state": from_its_optimizer,
     **{n: from_the_trainer(n) for n, row in ROWS.items() if row.owner == "Trainer" and n != "_prepare_inputs"},
+    "_load_from_checkpoint": from_the_replay,
     "_globalstep_last_logged": from_all_its_methods,
     "_global_grad_norm": from_the_engine("_global_grad_norm"),
     "clip_grad": from_the_engine("clip_grad"),
@@ -197,7 +207,18 @@ TAKEN = {
 # Rows that are done without where they are missing, by the test that shows how.
 KERNEL = "tests/controllers/test_kernel.py::test_without_a_kernel_the_training_is_the_same_and_one_line_says_so"
 SHOWN = "tests/integrations/test_incidents.py::test_a_training_step_that_prepares_nothing_shows_what_it_was_given"
-DONE_WITHOUT = {"_prepare_inputs": SHOWN, "_utils": KERNEL, "_get_nvrtc_library": KERNEL, "_cuda_load_module": KERNEL}
+MARKED = "tests/drivers/test_settling.py::test_where_loaded_weights_are_not_marked_a_name_tells"
+REWARDS = (
+    "tests/integrations/test_incidents_grpo.py::test_without_the_logs_of_the_trainer_there_are_no_rewards_and_no_harm"
+)
+DONE_WITHOUT = {
+    "_is_hf_initialized": MARKED,
+    "_prepare_inputs": SHOWN,
+    "_logs": REWARDS,
+    "_utils": KERNEL,
+    "_get_nvrtc_library": KERNEL,
+    "_cuda_load_module": KERNEL,
+}
 
 
 def test_every_row_is_tried():
@@ -310,6 +331,7 @@ OWN = {
     "gradients/guards.py": {"guards"},
     "integrations/attaching.py": {"AdaptiveClipMixin"},
     "integrations/checkpoints.py": {"trainer"},
+    "integrations/incident_replay.py": {"trainer"},
     "integrations/launch.py": {"trainer"},
     "integrations/rewinding.py": {"trainer", "self._trainer"},
     "integrations/watch.py": {"self._trainer"},

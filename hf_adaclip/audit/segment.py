@@ -250,8 +250,8 @@ class Segment:
     @property
     def beyond_recomputing(self) -> str | None:
         """What records of this segment hold that follows from gradients, which no ledger has; None where there is nothing of the kind."""
-        fields = [*(SHAPE_FIELDS[1:3] if self._config.spectral_width is not None else ())]
-        fields += SHAPE_FIELDS[3:] if self._config.agreement else ()
+        fields = [*(SHAPE_FIELDS[1:3] if self._config.spectral is not None else ())]
+        fields += SHAPE_FIELDS[3:] if self._config.agreement is True else ()
         if not fields:
             return None
         names = ", ".join(f"`{name}`" for name in fields)
@@ -260,7 +260,7 @@ class Segment:
     def _compare_shape(self, shape: dict[str, float], recorded: dict[str, float], step: Any) -> list[str]:
         """What the spectral range and the agreement have done, as far as the settings and the norm say what it can be."""
         problems = []
-        width, every = self._config.spectral_width, self._config.spectral_every
+        width, every = self._config.spectral, self._config.spectral_every
         spectral = [key for key in SHAPE_FIELDS[:3] if key in shape]
         if spectral and (width is None or not isinstance(step, int) or step % every):
             problems.append(
@@ -279,7 +279,7 @@ class Segment:
                     problems.append(
                         f"`matrix_norm` is recorded as {shape['matrix_norm']:g}, but the norm of all gradients was {left:g}."
                     )
-        if "agreeing_share" in shape and not self._config.agreement:
+        if "agreeing_share" in shape and self._config.agreement is not True:
             problems.append("`agreeing_share` is recorded, but by the settings the agreement is off.")
         problems += [
             f"`{key}` is recorded as {shape[key]:g}, not a share between 0 and 1."

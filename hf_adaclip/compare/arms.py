@@ -6,13 +6,12 @@ from typing import Any, Final
 
 from hf_adaclip.compare.runs import MODULE, ScriptRun, python_launcher
 from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.controllers.presets import PRESETS
 
 STOCK: Final = "stock"
 TUNED: Final = "tuned"
 SUFFIX: Final = f"-{TUNED}"
 DEFAULT_LEARNING_RATE: Final = 5e-5
-PACE: Final = 64.0
-"""`max_pace` of the arm `adaptive-pace`: room for the pace to find a rate far above the given one."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ ARMS: Final[dict[str, Arm]] = {
     STOCK: Arm("stock Trainer, the flags as they were given", ("--clip", "stock")),
     "none": Arm("stock Trainer without clipping", ("--clip", "none")),
     "stable_adamw": Arm("stock Trainer with optim=stable_adamw", ("--clip", "stock", "--optim", "stable_adamw")),
-    "adaptive-pace": Arm(f"adaptive clipping with max_pace {PACE:g}", ("--clip", f"adaptive:max_pace={PACE:g}")),
+    **{name: Arm(f"preset {preset.use}", ("--clip", name)) for name, preset in PRESETS.items()},
     **{name: Arm(f"{kind.idea} ({kind.source})", ("--clip", name)) for name, kind in CONTROLLERS.items()},
 }
 
@@ -62,7 +61,7 @@ class Study:
         coordinates: Flags that the tuning searches, in this order.
         command: The command line, for the record.
         quiet: No progress bar.
-        warm: See `run_scripts`.
+        warm, threads: See `run_scripts`.
     """
 
     output: Path
@@ -85,6 +84,7 @@ class Study:
     command: str = ""
     quiet: bool = False
     warm: bool = False
+    threads: int | None = None
 
     @property
     def task(self) -> str:
@@ -101,7 +101,7 @@ class Study:
     @property
     def pooling(self) -> dict[str, Any]:
         """How `run_scripts` is to run it."""
-        return {"jobs": self.jobs, "quiet": self.quiet, "warm": self.warm}
+        return {"jobs": self.jobs, "quiet": self.quiet, "warm": self.warm, "threads": self.threads}
 
     def flags_of(self, arm: str) -> tuple[str, ...]:
         """Flags of an arm, before any tuning."""

@@ -33,8 +33,9 @@ def _add_compare(commands: Commands) -> None:
         help="train with the stock Trainer and with adaptive clipping, and report the time to a target",
         description=(
             "Train two small real tasks (a ViT on scikit-learn's digits, a Llama on Python's manual; nothing is downloaded) with the stock "
-            "Trainer at its best learning rate and with AdaptiveClipTrainer, same data order and initial weights seed by seed, and report "
-            "steps, seconds and energy to a target loss that was fixed beforehand. Interrupted, the same command goes on where it stopped."
+            "Trainer and with AdaptiveClipTrainer, both at the stock Trainer's best learning rate and at the library's default, same data "
+            "order and initial weights seed by seed, and report steps, seconds and energy to a target loss that was fixed beforehand. "
+            "Interrupted, the same command goes on where it stopped."
         ),
         epilog=(
             "Leaves comparison.json, curves.png, report.html, README.md (a model card) and runs/ in the output folder. "
@@ -47,9 +48,10 @@ def _add_compare(commands: Commands) -> None:
     parser.add_argument("--tasks", default=None, help="comma-separated tasks (default: digits-vit,pydoc-llama)")
     parser.add_argument(
         "--arms",
-        default="stock,adaptive,adaptive-pace",
-        help="comma-separated arms: stock, none, any controller, adaptive-pace, stable_adamw; tuned (the stock arm at its best setting) "
-        "and NAME-tuned; without a script stock-default too, at the library's default learning rate (default: %(default)s)",
+        default=None,
+        help="comma-separated arms: stock, none, any controller or preset (guard), stable_adamw; tuned (the stock arm at its best setting) "
+        "and NAME-tuned; without a script stock-default and adaptive-default too, at the library's default learning rate (default: "
+        "stock,adaptive with a script, else stock,stock-default,adaptive,adaptive-default)",
     )
     parser.add_argument(
         "--seeds", type=_positive, default=3, help="seeds per arm; a claim needs at least 5 (default: %(default)s)"
@@ -169,6 +171,7 @@ def _refuse_flags_of_the_other(arguments: argparse.Namespace) -> None:
 def _study(arguments: argparse.Namespace) -> "Study":
     """The study that the flags describe; that of a script is complete."""
     from hf_adaclip.compare.arms import Arm, Study
+    from hf_adaclip.compare.demo_study import DEMO_ARMS
     from hf_adaclip.compare.runs import python_launcher
 
     extra = {}
@@ -177,7 +180,8 @@ def _study(arguments: argparse.Namespace) -> "Study":
         if not equals or not name:
             raise ConfigError(f"`--arm` must be NAME=FLAGS, but is {text!r} instead.")
         extra[name] = Arm(flags, tuple(shlex.split(flags)))
-    arms = [a for a in arguments.arms.split(",") if a]
+    usual = ",".join(("stock", "adaptive") if arguments.script else DEMO_ARMS)
+    arms = [a for a in (usual if arguments.arms is None else arguments.arms).split(",") if a]
     return Study(
         output=arguments.output,
         script=tuple(arguments.script),

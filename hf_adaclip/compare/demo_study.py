@@ -22,7 +22,9 @@ from hf_adaclip.run.versions import environment
 
 TARGET_FILE: Final = "demo_target.json"
 STOCK_DEFAULT: Final = "stock-default"
-"""The arm with the library's default learning rate."""
+ADAPTIVE_DEFAULT: Final = "adaptive-default"
+"""Arms with the library's default learning rate, which nobody has tuned."""
+DEMO_ARMS: Final = (STOCK, STOCK_DEFAULT, "adaptive", ADAPTIVE_DEFAULT)
 
 
 def demo_studies(study: Study, tasks: Sequence[str], steps: int | None, fixed: dict[str, Any] | None) -> list[Study]:
@@ -51,11 +53,17 @@ def _study(study: Study, name: str, steps: int | None, fixed: dict[str, Any] | N
     task = TASKS[name]
     length = () if steps is None else ("--max_steps", str(steps), "--eval_steps", str(min(steps, task.eval_steps)))
     script = (MODULE, "hf_adaclip.compare.demo", "--task", name, *length)
+    as_it_comes = ("--learning_rate", f"{DEFAULT_LEARNING_RATE:g}")
     own = {
         STOCK: Arm("stock Trainer, max_grad_norm 1.0, its best learning rate", ("--clip", "stock")),
         STOCK_DEFAULT: Arm(
             f"stock Trainer exactly as it comes (learning rate {DEFAULT_LEARNING_RATE:g})",
-            ("--clip", "stock", "--learning_rate", f"{DEFAULT_LEARNING_RATE:g}"),
+            ("--clip", "stock", *as_it_comes),
+        ),
+        "adaptive": Arm("adaptive clipping, defaults, the stock arm's best learning rate", ("--clip", "adaptive")),
+        ADAPTIVE_DEFAULT: Arm(
+            f"adaptive clipping exactly as it comes (learning rate {DEFAULT_LEARNING_RATE:g})",
+            ("--clip", "adaptive", *as_it_comes),
         ),
     }
     study = replace(

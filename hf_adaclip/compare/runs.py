@@ -7,10 +7,12 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,9 +23,9 @@ from typing import Any, Final
 import numpy as np
 
 from hf_adaclip.compare import fork_server
-from hf_adaclip.config import AdaptiveClipConfig, incident_settings
+from hf_adaclip.config import SHAPE_OFF, AdaptiveClipConfig, incident_settings
 from hf_adaclip.controllers import CONTROLLERS
-from hf_adaclip.errors import LedgerError
+from hf_adaclip.errors import ConfigError, LedgerError
 from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.telemetry.point import CONVERGENCE_FILE, read_points
 from hf_adaclip.telemetry.progress import Progress
@@ -39,6 +41,8 @@ CAME_LATER: Final = {
     "max_rewinds": 3,
 }
 """Settings younger than recorded runs, with the default that leaves a run what it was before there were any: only another one counts."""
+PACE_ONLY: Final[frozenset[int]] = frozenset()
+"""Revisions of `adaptive` that changed the pace and nothing else: where that is off, a run is that of the revision before."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def file_of(script: Sequence[str]) -> Path | None:
 
 
 def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
-    """Defaults of this package that a run goes by: none for the stock Trainer, those of a config, or of several by controller.
+    """Defaults of this package that a run goes by, with the revisions of what takes part: none for the stock Trainer, those of a config,
+    or of several by controller. What the flags say themselves is left out, and so are settings of a part that is off.
 
     Args:
         arguments: All flags of the run; of several `--clip` the last one counts.
@@ -103,15 +108,47 @@ def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
         return {}
     chosen = (name or "").partition(":")[0]
     if chosen in CONTROLLERS and not any("parameter_rules" in argument.replace("-", "_") for argument in arguments):
-        return _defaults_of(chosen)
+        return _behind(chosen, name or "")
     # A file of settings, or rules, may name any controller.
-    return {other: _defaults_of(other) for other in CONTROLLERS}
+    return {**{other: _defaults_of(other) for other in CONTROLLERS}, **_revisions_of_parts(True, True)}
+
+
+def revision_that_counts(controller: str, revision: int, *, paced: bool) -> int:
+    """The latest revision of a rule, up to the given one, that changed anything for a run with or without the pace."""
+    while controller == "adaptive" and not paced and revision in PACE_ONLY:
+        revision -= 1
+    return revision
+
+
+def _behind(controller: str, clip: str) -> dict[str, Any]:
+    found = _defaults_of(controller)
+    try:
+        config = AdaptiveClipConfig.resolve(clip)
+    except ConfigError:  # the run will say so
+        return found
+    given = {part.partition("=")[0].strip() for part in clip.partition(":")[2].split(",")}
+    ours = controller == "adaptive"  # to which alone 'auto' gives anything
+    paced, width = getattr(config.settings, "max_pace", 1) != 1, config.spectral_width
+    ranged = ours if width == "auto" else config.spectral is not None and not math.isinf(config.spectral)
+    agreed = ours if config.agreement == "auto" else config.agreement is True
+    off = [*([] if paced else ["pace_"]), *([] if ranged else ["spectral_"])]
+    kept = {name: v for name, v in found.items() if name not in given and not name.startswith(tuple(off))}
+    kept["revision"] = revision_that_counts(controller, found["revision"], paced=paced)
+    return {**kept, **_revisions_of_parts(ranged, agreed)}
+
+
+def _revisions_of_parts(ranged: bool, agreed: bool) -> dict[str, int]:
+    from hf_adaclip.gradients import agreement, spectral  # they import torch
+
+    parts = {"spectral": (ranged, spectral.REVISION), "agreement": (agreed, agreement.REVISION)}
+    return {f"{name}_revision": revision for name, (on, revision) in parts.items() if on}
 
 
 def _defaults_of(controller: str) -> dict[str, Any]:
-    values = AdaptiveClipConfig(controller=controller).to_dict()
+    values = AdaptiveClipConfig(controller=controller).to_dict() | ({} if controller == "adaptive" else SHAPE_OFF)
     decides = {name: value for name, value in values.items() if name not in incident_settings()}
-    return {name: value for name, value in decides.items() if name not in CAME_LATER or value != CAME_LATER[name]}
+    kept = {name: value for name, value in decides.items() if name not in CAME_LATER or value != CAME_LATER[name]}
+    return {**kept, "revision": CONTROLLERS[controller].revision}
 
 
 def _clip_of(arguments: Sequence[str]) -> str | None:
@@ -123,7 +160,13 @@ def _clip_of(arguments: Sequence[str]) -> str | None:
 
 
 def run_scripts(
-    runs: Sequence[ScriptRun], output: Path, *, jobs: int, quiet: bool = False, warm: bool = False
+    runs: Sequence[ScriptRun],
+    output: Path,
+    *,
+    jobs: int,
+    quiet: bool = False,
+    warm: bool = False,
+    threads: int | None = None,
 ) -> list[dict[str, Any]]:
     """Run what has not been run yet; results come in the order of `runs`.
 
@@ -133,9 +176,10 @@ def run_scripts(
     Args:
         runs: What to run.
         output: Folder of the comparison.
-        jobs: Runs at a time; each gets an equal share of the cores.
+        jobs: Runs at a time.
         quiet: No progress bar.
         warm: Fork runs without a launcher of their own off a process that has imported the libraries; see `fork_server`.
+        threads: Of each run; None: an equal share of the cores.
     """
     results: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -145,13 +189,16 @@ def run_scripts(
     waiting = [run for run in runs if run.digest not in results]
     if waiting and len(waiting) < len(runs) and not quiet:
         Progress.write(f"{len(runs) - len(waiting)} of {len(runs)} runs are there already; going on with the rest.")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     with (
         ThreadPoolExecutor(jobs) as pool,
         Progress(total=len(waiting), disable=quiet or not waiting, unit="run") as bar,
     ):
         processes: list[Any] = []
-        futures = {pool.submit(_execute, run, output, threads, processes.append, warm): run for run in waiting}
+        ended = threading.Event()
+        futures = {
+            pool.submit(_execute, run, output, threads, processes.append, warm, jobs, ended): run for run in waiting
+        }
         try:
             for future in as_completed(futures):
                 run, result = futures[future], future.result()
@@ -161,6 +208,7 @@ def run_scripts(
                 if "error" in result:
                     Progress.write(f"FAILED {run.label}: {result['error']} (see {output / run.folder / LOG_FILE})")
         except BaseException:
+            ended.set()
             for future in futures:
                 future.cancel()
             for process in processes:
@@ -169,7 +217,15 @@ def run_scripts(
     return [results[run.digest] for run in runs]
 
 
-def _execute(run: ScriptRun, output: Path, threads: int, started: Callable[[Any], None], warm: bool) -> dict[str, Any]:
+def _execute(
+    run: ScriptRun,
+    output: Path,
+    threads: int,
+    started: Callable[[Any], None],
+    warm: bool,
+    jobs: int,
+    ended: threading.Event,
+) -> dict[str, Any]:
     folder = output / run.folder
     mark = folder / "run.json"
     text = json.dumps({**asdict(run), "digest": run.digest}, indent=1) + "\n"
@@ -199,8 +255,9 @@ def _execute(run: ScriptRun, output: Path, threads: int, started: Callable[[Any]
         result.update(read_run(folder))
     except (RuntimeError, OSError, ValueError, LedgerError) as error:
         result["error"] = str(error)
-    result["wall_seconds"] = round(time.perf_counter() - begin, 3)
-    write_result(folder, result)
+    result["wall_seconds"], result["jobs"] = round(time.perf_counter() - begin, 3), jobs
+    if not ended.is_set():  # what was cut off has not failed
+        write_result(folder, result)
     return result
 
 

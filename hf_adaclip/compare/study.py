@@ -17,7 +17,12 @@ from hf_adaclip.ledger.schema import plain
 from hf_adaclip.telemetry.point import Target
 
 _NAMING: Final = ("--task_name", "--dataset_name", "--dataset_config_name", "--model_name_or_path", "--model_type")
-_WORDS: Final = {"--learning_rate": "learning rate", "--max_grad_norm": "max_grad_norm", "--warmup_steps": "warm-up"}
+_WORDS: Final = {
+    "--learning_rate": "learning rate",
+    "--max_grad_norm": "max_grad_norm",
+    "--warmup_steps": "warm-up",
+    "--adam_beta2": "beta2",
+}
 
 
 def compare_script(*studies: Study) -> dict[str, Any]:

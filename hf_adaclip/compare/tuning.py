@@ -24,7 +24,19 @@ RATE_FACTORS: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
 _GRID: Final[dict[str, tuple[float, tuple[float, ...]]]] = {
     "--max_grad_norm": (1.0, (0.1, 0.3, 1.0, 3.0)),
     "--warmup_steps": (0.0, (0.0, 0.1, 0.3)),
+    "--adam_beta2": (0.999, (0.95, 0.99, 0.999)),
 }
+
+
+def tuning_runs(coordinates: Sequence[str], rates: int = len(RATE_FACTORS)) -> int:
+    """How many runs the tuning of one arm takes at most: what is chosen so far is not run again.
+
+    Args:
+        coordinates: Flags that are searched.
+        rates: How many learning rates are tried.
+    """
+    settings = 1 + sum((len(_GRID[flag][1]) if flag in _GRID else rates) - 1 for flag in coordinates)
+    return settings * len(TUNING_SEEDS)
 
 
 def early(values: Sequence[float]) -> Sequence[float]:
@@ -75,12 +87,17 @@ def sweep(study: Study, arm: str, settings: Sequence[dict[str, float]]) -> list[
     """
     runs = []
     for chosen in settings:
-        name = f"tuning/{arm}/" + ",".join(f"{k.lstrip('-')}={v:g}" for k, v in sorted(chosen.items()))
+        name = f"tuning/{arm}/{setting_name(chosen)}"
         flags = (*study.flags_of(arm), *as_flags(chosen))
         runs += [study.run(name, flags, seed) for seed in TUNING_SEEDS]
     finals = [_final(study, result) for result in run_scripts(runs, study.output, **study.pooling)]
     size = len(TUNING_SEEDS)
     return [median(finals[i * size : (i + 1) * size]) for i in range(len(settings))]
+
+
+def setting_name(settings: dict[str, float]) -> str:
+    """Values by flag, as part of the name of a run."""
+    return ",".join(f"{flag.lstrip('-')}={value:g}" for flag, value in sorted(settings.items()))
 
 
 def set_target(study: Study, tuned: tuple[str, ...] | None) -> float:

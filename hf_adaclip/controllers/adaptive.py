@@ -134,7 +134,7 @@ class AdaptiveController(Controller[AdaptiveState]):
     source: ClassVar[str] = "this package"
     choose: ClassVar[str] = "by default"
     paces: ClassVar[bool] = True
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     looks_at_loss: ClassVar[bool] = True
     new_fields: ClassVar[frozenset[str]] = frozenset(
         {"given", "quiet", *Memory._fields, "above", "loss_mean", "loss_spread", "loss_best", "loss_seen"}
@@ -179,10 +179,10 @@ class AdaptiveController(Controller[AdaptiveState]):
         "than a fifth of that. 0: for good if it cut any step; 1: never. Only for the global norm.",
         range="[0, 1]",
     )
-    max_pace: float = setting(
-        1.0,
-        help="Largest multiplier on the learning rate of a step. 1.0 switches the pace off; 64 leaves it room to find a rate that is far "
-        "above the given one.",
+    max_pace: float | None = setting(
+        None,
+        help="Largest multiplier on the learning rate of a step; 1 switches the pace off. Unset: 64, which leaves it room to find a rate "
+        "that is far above the given one, where the optimizer is known; else 1.",
         range="[1, inf)",
     )
     pace_start: int | None = setting(
@@ -199,7 +199,7 @@ class AdaptiveController(Controller[AdaptiveState]):
     pace_hold: float = setting(
         1 / 3, help="Part of the largest estimate that the pace keeps when the estimate falls.", range="[0, 1]"
     )
-    pace_growth: float = setting(1.1, help="Largest factor by which the pace grows per step.", range="(1, 2]")
+    pace_growth: float = setting(1.25, help="Largest factor by which the pace grows per step.", range="(1, 2]")
     pace_shrink: float = setting(
         0.95,
         help="Factor by which it goes back per step, also after an upward excursion or a skipped step.",
@@ -229,6 +229,10 @@ class AdaptiveController(Controller[AdaptiveState]):
         return frozenset({"pace", "best_reach", "pace_steps", "loss_mean", "loss_spread", "loss_best", "loss_seen"})
 
     @property
+    def _paced(self) -> bool:
+        return self.max_pace is not None and self.max_pace > 1
+
+    @property
     def _start(self) -> float:
         return float(PACE_START if self.pace_start is None else self.pace_start)
 
@@ -237,7 +241,7 @@ class AdaptiveController(Controller[AdaptiveState]):
         return zeros._replace(
             spread=ops.full(shape, self.min_spread),
             width=ops.full(shape, self.far_width),
-            pace=ops.full(shape, 1.0 if self.max_pace == 1 else 1.0 / self._start),
+            pace=ops.full(shape, 1.0 / self._start if self._paced else 1.0),
         )
 
     def update(self, state: AdaptiveState, observation: Observation) -> tuple[Decision, AdaptiveState]:
@@ -416,7 +420,7 @@ class AdaptiveController(Controller[AdaptiveState]):
 
     def _pace(self, state: AdaptiveState, judged: Judgement, observation: Observation, ops: Ops) -> PaceState:
         paced = PaceState(state.pace, state.best_reach, state.pace_steps)
-        if self.max_pace == 1:
+        if self.max_pace is None or not self._paced:
             return paced
         parameters = Pace(
             self.max_pace, self._start, self.pace_trust, self.pace_hold, self.pace_growth, self.pace_shrink

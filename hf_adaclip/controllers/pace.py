@@ -9,6 +9,7 @@
             = max(aim_t, shrink pace_{t-1})                  while it is above; and after an excursion upward or a skipped step
                                                              max(floor_t, shrink pace_{t-1})
             never below floor_t; pace_0 = 1 / start
+    reach_t = -inf                       the data is learned by heart: best_t = 0, pace_t = floor_t
 
 d answers "at which rate would this be quick?" from what has been travelled so far, and it is known only to a factor of two or three. So
 it speaks up only where it is more than `trust` times the given rate; below that, the given rate stands, after a start. An estimate that
@@ -48,7 +49,8 @@ def update_pace(pace: Pace, state: PaceState, reach: Value, *, trouble: Value, l
     Args:
         pace: Parameters.
         state: State before the step.
-        reach: Distance estimate over the base learning rate; NaN when it is not known, which teaches nothing.
+        reach: Distance estimate over the base learning rate; NaN when it is not known, which teaches nothing; -inf takes the pace back
+            to 1 at once and forgets the best (see `hf_adaclip.run.overfitting`).
         trouble: Bool, whether the norm left the range upward.
         left_out: Bool, whether the step is left out: then it does not count.
         ops: Ops on the state's device.
@@ -57,10 +59,11 @@ def update_pace(pace: Pace, state: PaceState, reach: Value, *, trouble: Value, l
     known = abs(reach) < ops(float("inf"))  # a NaN compares as False
     steps = ops.where(left_out, state.steps, state.steps + one)
     floor = ops.minimum(one, ops.maximum(steps, one) / ops(pace.start))
-    best = ops.where(known, ops.maximum(state.best, reach), state.best)
+    back = reach == ops(float("-inf"))
+    best = ops.where(known, ops.maximum(state.best, reach), ops.where(back, ops(0.0), state.best))
     aim = ops.where(known, ops.maximum(reach, ops(pace.hold) * best), ops(pace.hold) * best)
     aim = ops.where(aim < ops(pace.trust), floor, ops.minimum(aim, ops(pace.maximum)))
     less = state.pace * ops(pace.shrink)
     moved = ops.where(state.pace < aim, ops.minimum(aim, state.pace * ops(pace.growth)), ops.maximum(aim, less))
     moved = ops.where(trouble | left_out, less, moved)
-    return PaceState(ops.maximum(floor, moved), best, steps)
+    return PaceState(ops.where(back, floor, ops.maximum(floor, moved)), best, steps)

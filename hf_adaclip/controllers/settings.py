@@ -31,6 +31,7 @@ class Setting(NamedTuple):
         help: What it does, for people.
         range: An interval such as "(0, 1]"; empty for none.
         choices: The only values; empty for any.
+        words: Values beside those of its type, such as "auto".
         check: A rule of its own in place of type, range and choices: from name and value to a sentence or None.
         flag: Whether scripts have a flag for it.
     """
@@ -43,6 +44,7 @@ class Setting(NamedTuple):
     help: str
     range: str = ""
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     check: Callable[[str, Any], str | None] | None = None
     flag: bool = False
 
@@ -56,8 +58,11 @@ class Setting(NamedTuple):
         name = name or self.name
         if self.check is not None:
             return self.check(name, value)
+        if isinstance(value, str) and value in self.words:
+            return None
         if not (_is_a(value, self.kind) or (self.optional and value is None)):
-            rule = _RULES[self.kind] + (" or None" if self.optional else "")
+            others = [*map(repr, self.words), *(["None"] if self.optional else [])]
+            rule = " or ".join([_RULES[self.kind], *others])
             return f"`{name}` must be {rule}, but is {value!r} instead."
         if value is None:
             return None
@@ -75,11 +80,12 @@ def setting(
     help: str,
     range: str = "",
     choices: Iterable[str] = (),
+    words: Iterable[str] = (),
     key: str = "",
     check: Callable[[str, Any], str | None] | None = None,
     flag: bool = False,
 ) -> Any:
-    """A field of a dataclass that is a setting; see [`Setting`]. Its type is that of the annotation: bool, int, float or str, or None.
+    """A field of a dataclass that is a setting; see [`Setting`]. Its type is the first of the annotation: bool, int, float or str.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True)
@@ -88,7 +94,15 @@ def setting(
         >>> problems_of(Rule(width=-1.0))
         {'width': '`width` must be in (0, inf), but is -1.0 instead.'}
     """
-    metadata = {"help": help, "range": range, "choices": tuple(choices), "key": key, "check": check, "flag": flag}
+    metadata = {
+        "help": help,
+        "range": range,
+        "choices": tuple(choices),
+        "words": tuple(words),
+        "key": key,
+        "check": check,
+        "flag": flag,
+    }
     return dataclasses.field(default=default, metadata={name: said for name, said in metadata.items() if said})
 
 

@@ -1,6 +1,7 @@
 """A run that clips by itself, between the backward pass and the optimizer's step."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -18,10 +19,12 @@ from hf_adaclip.gradients.probe import check_torch
 from hf_adaclip.incidents.capture import IncidentCapture
 from hf_adaclip.ports.plain import Port
 from hf_adaclip.run.losses import LossObserver
+from hf_adaclip.run.overfitting import OverfitWatch
 from hf_adaclip.run.per_parameter import PerParameter
 from hf_adaclip.run.plan import StepPlan
 from hf_adaclip.run.run import Run
 from hf_adaclip.run.selftest import FirstStepCheck
+from hf_adaclip.run.shape_gate import ShapeGate
 from hf_adaclip.run.shaping import Shaping
 from hf_adaclip.support import check_capture
 
@@ -66,6 +69,7 @@ class ClippingDriver:
         models: Gives the models in which names are looked up.
         losses: What makes a training loss of the run's kind.
         incidents: Hears of every step.
+        gate: Decides on parts that are on by themselves; None where people have set them.
 
     Attributes:
         guards: What stands before the optimizers' steps.
@@ -80,6 +84,7 @@ class ClippingDriver:
         models: Callable[[], Sequence[Any]],
         losses: LossObserver,
         incidents: IncidentCapture,
+        gate: ShapeGate | None = None,
     ) -> None:
         self._incidents = incidents
         self._config, self._run, self._port, self._losses = config, run, port, losses
@@ -90,7 +95,9 @@ class ClippingDriver:
         self._check = FirstStepCheck(enabled=config.self_test)
         self._absence = AbsenceCheck(run.alerts.warn_once)
         self._kept = PerParameter(config, run, self.guards, models, run.alerts)
-        self._shaping = Shaping(config, run, self.guards, models)
+        self._shaping = Shaping(config, run, self.guards, models, gate)
+        self._overfit = OverfitWatch() if config.max_pace > 1 else None
+        self._back: Value | None = None  # what the pace is told then
 
     @property
     def grip(self) -> Guards:
@@ -103,6 +110,11 @@ class ClippingDriver:
     @property
     def why_skipping(self) -> Sequence[str]:
         return self.guards.why
+
+    @property
+    def off(self) -> Mapping[str, str]:
+        gate = self._shaping.gate
+        return {} if gate is None else gate.why
 
     @property
     def why_scaling(self) -> str | None:
@@ -148,7 +160,19 @@ class ClippingDriver:
         left = kept.scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._losses.observe(loss, total.device)
         reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
+        if self._overfit is not None and reach is not None:
+            reach = self._judged_by_heart(self._overfit, seen_loss, reach)
         return Seen(gradients, total, norms, norm, finite, observed, seen_loss, left, reach)
+
+    def _judged_by_heart(self, watch: OverfitWatch, loss: Value, reach: Value) -> Value:
+        """The reach; -inf once the data is learned by heart."""
+        watch.add(loss)
+        if watch.found is None:
+            return reach
+        if self._back is None:
+            self._back = self._run.ops(-math.inf)
+            self._run.alerts.warn_once(f"{watch.found} The data is learned by heart, and the pace is 1 from here on.")
+        return self._back
 
     def _decide(self, seen: Seen) -> StepPlan:
         planned = self._run.decide(
@@ -238,10 +262,41 @@ class ClippingDriver:
         self._run.leave_out()
 
     def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
-        return self._kept.keep(tensors)
+        estimate = self._kept.keep(tensors)
+        watch = self._overfit
+        by_heart = None if watch is None or tensors is not None else watch.keep()
+
+        def put_back() -> None:
+            estimate()
+            if by_heart is not None:
+                by_heart()
+            elif watch is not None and tensors is not None and "by_heart" in tensors:
+                watch.restore(tensors["by_heart"])
+
+        return put_back
 
     def kept(self) -> dict[str, Tensor] | None:
-        return None if self._kept.reach is None else self._kept.reach.tensors()
+        kept: dict[str, Tensor] = {}
+        if self._kept.reach is not None and self._overfit is not None:
+            kept = {**self._kept.reach.tensors(), "by_heart": self._overfit.tensor()}
+        gate = self._shaping.gate
+        return {**kept, "shape_gate": gate.tensor()} if gate is not None and gate.decided else kept
 
     def loaded(self) -> None:
         self._kept.forget()
+        kept, gate = self._run.beside or {}, self._shaping.gate
+        if self._overfit is not None and "by_heart" in kept:
+            self._overfit.restore(kept["by_heart"])
+        if gate is not None and "shape_gate" in kept:
+            gate.restore(kept["shape_gate"])
+
+    def sees(self, batch: Any) -> None:
+        self._shaping.sees(batch)
+
+    def begin_epoch(self) -> None:
+        if self._overfit is not None:
+            self._overfit.begin_epoch()
+
+    def evaluated(self, loss: float) -> None:
+        if self._overfit is not None:
+            self._overfit.evaluated(loss)

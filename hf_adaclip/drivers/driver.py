@@ -1,7 +1,7 @@
 """What a clipper asks of its driver. Which one it is depends on who makes the optimizer's step, and is settled when it is made."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Driver(Protocol):
     @property
     def why_skipping(self) -> Sequence[str]:
         """Per known optimizer, how a step is left out and why so."""
+
+    @property
+    def off(self) -> Mapping[str, str]:
+        """Why parts of the default do not act, by part, as far as the steps have shown."""
 
     @property
     def why_scaling(self) -> str | None:
@@ -67,3 +71,12 @@ class Driver(Protocol):
 
     def loaded(self) -> None:
         """The run has been loaded, before its first step or to go back."""
+
+    def begin_epoch(self) -> None:
+        """See `AdaptiveClipper.begin_epoch`."""
+
+    def evaluated(self, loss: float) -> None:
+        """See `AdaptiveClipper.evaluated`."""
+
+    def sees(self, batch: Any) -> None:
+        """See `AdaptiveClipper.watch`."""

@@ -1,6 +1,8 @@
 """A run under an engine that steps by itself (DeepSpeed): its norms are followed, its next threshold is set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ class FollowingDriver:
     why_scaling: str | None = EnginePort.SCALING
     parameters: Sequence[Tensor] = ()
     optimizers: Sequence[torch.optim.Optimizer] = ()
+    off: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, run: Run, port: AcceleratorPort, losses: LossObserver, incidents: IncidentCapture) -> None:
         self._incidents = incidents
@@ -79,6 +82,15 @@ class FollowingDriver:
         """Let go of the engine."""
         if self._engine is not None:
             self._engine.detach()
+
+    def begin_epoch(self) -> None:
+        """There is no pace to take back."""
+
+    def evaluated(self, loss: float) -> None:
+        """There is no pace to take back."""
+
+    def sees(self, batch: Any) -> None:
+        """There is no spectral range."""
 
     def _attach(self) -> EnginePort:
         """From here on the engine is told its threshold before every step.

@@ -26,6 +26,8 @@ from hf_adaclip.gradients.pacing import decouples
 from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
 from hf_adaclip.gradients.transfer import HOST, moved
 
+REVISION: Final = 1
+"""Raised with every change of what a step becomes: runs of before are recognised by it."""
 SMALLEST_SHARE: Final = 0.1
 """Where less agrees, the step is not made larger any more: no component moves more than ten times as far as the optimizer would."""
 MOST_AT_ONCE: Final = 1 << 22

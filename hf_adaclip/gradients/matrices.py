@@ -1,11 +1,13 @@
-"""Which parameters are hidden matrices: weights that map features to features, neither an embedding of the input nor the head.
+"""Which parameters the spectral range acts on: weights that map features to features or to outputs, but no embedding of the input.
 
-A matrix is a 2-D weight, a LoRA factor among them, or a convolution kernel as a matrix of outputs by everything else. Left alone are
+A matrix is a 2-D weight, the head and LoRA factors among them, or a convolution kernel as a matrix of outputs by everything else. Left
+alone are
 
 - embeddings: by the class of their module, by `get_input_embeddings`, or by "embed" in their name (patches, positions);
-- the head: `get_output_embeddings`, and what stands outside of the `base_model` of a model of transformers; elsewhere the last weight;
-- tensors that are one of these somewhere and a matrix elsewhere (tied weights);
+- tensors that are one of these somewhere and a matrix elsewhere (a head that is tied to the embedding);
 - depthwise kernels, whose rows meet different inputs, and what has one row, one column, or nothing.
+
+With the head the runs of model_cards/spectral/ end better, at the full length and in 0.72 of the steps.
 """
 
 import weakref
@@ -59,7 +61,8 @@ def hidden_matrices(models: Iterable[Any]) -> list[Tensor]:
     matrices: dict[int, Tensor] = {}
     left: set[int] = set()
     for model in models:
-        left |= _heads(model)
+        for module in model.modules():
+            left |= _embeddings_of(module)
         for path, module in model.named_modules(remove_duplicate=False):
             embeds = isinstance(module, nn.Embedding | nn.EmbeddingBag) or "embed" in path.lower()
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -87,26 +90,10 @@ def _is_matrix(module: nn.Module, name: str, parameter: Tensor) -> bool:
     return min(rows, columns) > 1
 
 
-def _heads(model: Any) -> set[int]:
-    """Ids of the weights that make outputs of features, and of embeddings that only the model's own methods name."""
-    left: set[int] = set()
-    of_transformers = [m for m in model.modules() if isinstance(getattr(m, "base_model_prefix", None), str)]
-    for module in of_transformers:
-        base = getattr(module, module.base_model_prefix, module)
-        if isinstance(base, nn.Module) and base is not module:
-            inside = {id(p) for p in base.parameters()}
-            left |= {id(p) for p in module.parameters() if id(p) not in inside}
-        for method in ("get_input_embeddings", "get_output_embeddings"):
-            left |= _parameters_of(module, method)
-    if not of_transformers:
-        weights = [p for _, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1]
-        left |= {id(p) for p in weights[-1:]}
-    return left
-
-
-def _parameters_of(module: Any, method: str) -> set[int]:
+def _embeddings_of(module: Any) -> set[int]:
+    """Ids of the embeddings that only a model's own method names."""
     try:
-        found = getattr(module, method)()
+        found = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # transformers: a model without
         return set()
     return {id(p) for p in found.parameters()} if isinstance(found, nn.Module) else set()

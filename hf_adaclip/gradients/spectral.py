@@ -20,6 +20,8 @@ from hf_adaclip.gradients.norms import Gradients, global_norm, tensor_norms
 from hf_adaclip.gradients.sharding import is_sharded
 from hf_adaclip.gradients.transfer import moved
 
+REVISION: Final = 1
+"""Raised with every change of what a step becomes: runs of before are recognised by it."""
 MOST_AT_ONCE: Final = 1 << 26
 """Numbers of gradients that are stacked together, 256 MB in float32; a larger matrix is taken alone."""
 _SMALLEST: Final = 1e-15

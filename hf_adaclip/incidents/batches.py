@@ -68,8 +68,12 @@ class BatchRing:
             found = step if step.number == number else None
         return found
 
-    def clear(self) -> None:
+    def drop(self) -> None:
+        """The present step is given up."""
         self._inputs, self._indices = [], []
+
+    def clear(self) -> None:
+        self.drop()
         self._steps.clear()
 
     def __len__(self) -> int:

@@ -92,6 +92,10 @@ class IncidentCapture:
         self._look()  # before anything is let go
         self._ring.add(inputs, indices)
 
+    def drop(self) -> None:
+        """Let go of the micro-batches of a step that will not be made."""
+        self._ring.drop()
+
     def made(
         self,
         norms: Tensor | None = None,

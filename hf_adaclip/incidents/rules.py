@@ -201,7 +201,8 @@ class _Losses:
         if not math.isfinite(loss):
             return
         usual = median(map(abs, self._recent)) if len(self._recent) >= _FEWEST else 0.0
-        if usual > 0 and abs(loss) <= _GONE * usual:
+        # That of a policy is 0 wherever its rewards are alike.
+        if self._positive and usual > 0 and abs(loss) <= _GONE * usual:
             self._zeros += 1
             if self._zeros == max(self._steps // 5, 1):
                 self.lasts = self._zeros

@@ -10,6 +10,8 @@ from torch import Tensor
 from hf_adaclip.gradients.transfer import HOST, moved
 
 TEXT_FILE: Final = "text.jsonl"
+GENERATIONS_FILE: Final = "generations.jsonl"
+"""Of a policy: what was generated for the step, and what it was worth."""
 _MOST_LINES: Final = 256
 _LONGEST: Final = 20_000
 

@@ -71,8 +71,7 @@ class ConvergenceCallback(TrainerCallback):
         self._watch = Stopwatch(open_meter(estimate=self._estimate))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [p for p in self._earlier(resumed=state.global_step > 0) if 0 < p.step <= state.global_step]
-        seconds, energy = self._spent(state.global_step, kept)
-        self._watch.go_on(seconds=seconds, energy_wh=energy)
+        self._watch.go_on(**self._spent(state.global_step, kept))
         write_points(self._path, kept)
 
     @_only_records
@@ -110,7 +109,11 @@ class ConvergenceCallback(TrainerCallback):
         self._watch.pause()
         folder = self._path.parent / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            spent = {"train_seconds": self._watch.seconds, "energy_wh": self._watch.energy_wh}
+            spent = {
+                "train_seconds": self._watch.seconds,
+                "energy_wh": self._watch.energy_wh,
+                "cpu_seconds": self._watch.cpu_seconds,
+            }
             (folder / STATE_FILE).write_text(json.dumps(spent) + "\n", encoding="utf-8")
 
     @_only_records
@@ -136,6 +139,7 @@ class ConvergenceCallback(TrainerCallback):
             energy_source=None if meter is None else meter.source,
             energy_measured=None if meter is None else meter.measured,
             metrics=_numbers(metrics or {}),
+            cpu_seconds=self._watch.cpu_seconds,
         )
         append_point(self._path, point)
 
@@ -178,13 +182,24 @@ class ConvergenceCallback(TrainerCallback):
     def _aside(self, number: int) -> Path:
         return self._path.with_suffix(f".{number}.jsonl")
 
-    def _spent(self, step: int, kept: list[Point]) -> tuple[float, float]:
-        """Seconds and energy up to the checkpoint that the run goes on from; without its file, up to the last evaluation."""
+    def _spent(self, step: int, kept: list[Point]) -> dict[str, Any]:
+        """For `Stopwatch.go_on`: spent up to the checkpoint that the run goes on from; without its file, up to the last evaluation."""
         try:
             spent = json.loads((self._path.parent / f"checkpoint-{step}" / STATE_FILE).read_text(encoding="utf-8"))
-            return float(spent["train_seconds"]), float(spent["energy_wh"] or 0.0)
-        except (OSError, ValueError, KeyError, TypeError):
-            return (kept[-1].train_seconds, kept[-1].energy_wh or 0.0) if kept else (0.0, 0.0)
+            return {
+                "seconds": float(spent["train_seconds"]),
+                "energy_wh": float(spent["energy_wh"] or 0.0),
+                "cpu_seconds": None if spent.get("cpu_seconds") is None else float(spent["cpu_seconds"]),
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            if not kept:
+                return {"seconds": 0.0, "energy_wh": 0.0, "cpu_seconds": 0.0 if step == 0 else None}
+            last = kept[-1]
+            return {
+                "seconds": last.train_seconds,
+                "energy_wh": last.energy_wh or 0.0,
+                "cpu_seconds": last.cpu_seconds,
+            }
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument
-from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.errors import ConfigError, HfAdaclipError, UnsupportedSetupError
+from hf_adaclip.flat import clip_names
 
 VARIABLE: Final = "HF_ADACLIP"
 NOTES: Final = "HF_ADACLIP_NOTES"
@@ -81,7 +81,7 @@ def run_command(command: Sequence[str], clip: str = "adaptive") -> int:
 
     Args:
         command: Program and arguments.
-        clip: As in `HF_ADACLIP`: a controller, `NAME:FIELD=VALUE,...`, or the path of a config's JSON.
+        clip: As in `HF_ADACLIP`: a controller or preset, `NAME:FIELD=VALUE,...`, or the path of a config's JSON.
 
     Returns:
         The command's exit status, 128 + N where signal N ended it; 1 where it ended well and no Trainer was attached.
@@ -114,7 +114,7 @@ def portable(clip: str) -> str:
         ConfigError: It is nothing that `clip=` takes, or a setting is wrong.
     """
     AdaptiveClipConfig.resolve(clip)
-    return clip if clip.partition(":")[0] in CONTROLLERS else str(Path(clip).resolve())
+    return clip if clip.partition(":")[0] in clip_names() else str(Path(clip).resolve())
 
 
 def _check_found() -> None:

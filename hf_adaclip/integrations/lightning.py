@@ -63,7 +63,8 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
             supported.
 
     The ledger is `clip_ledger.jsonl` in the logger's folder, or else in `default_root_dir`; a second optimizer's is `clip_ledger_1.jsonl`.
-    Logs `clip/threshold` and the other numbers every `log_every_n_steps`. The state is in every checkpoint.
+    What is kept of steps that go wrong is in `incidents/` beside it. Logs `clip/threshold` and the other numbers every `log_every_n_steps`.
+    The state is in every checkpoint.
 
     Example:
         >>> trainer = Trainer(callbacks=[AdaptiveClip("adaptive")])  # doctest: +SKIP
@@ -133,6 +134,11 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
         self.clippers.append(clipper)
         return clipper
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        processing_class = getattr(pl_module, "tokenizer", getattr(pl_module, "processor", None))
+        for clipper in self.clippers:
+            clipper.watch(batch, processing_class=processing_class)
+
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         scale = getattr(_scaler(trainer), "_scale", None)  # the loss comes scaled
         loss = loss.detach() if scale is None else loss.detach() / scale
@@ -141,9 +147,11 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         loss, self._loss = self._loss, None
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        clipper = self._clipper(trainer, pl_module, optimizer)
         if all(p.grad is None for p in parameters):
+            clipper.unwatch()
             return  # `training_step` returned None, and this step is none
-        self._clipper(trainer, pl_module, optimizer).clip_(parameters, loss=loss)
+        clipper.clip_(parameters, loss=loss)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.clippers[0].step if self.clippers else 0

@@ -14,7 +14,9 @@ class SampleIndices:
     def __init__(self) -> None:
         self._drawn: deque[list[int]] = deque()
         self._known = False
-        self._begun_midway = False
+        self._skipped: int | None = 0
+        self._left = 0
+        self._keeps_state = False
 
     def follow(self, dataloader: Any) -> None:
         """From its next epoch on, note what the dataloader's batch sampler draws; what it gives stays the same.
@@ -29,6 +31,7 @@ class SampleIndices:
             or any(kind.__name__ == "DataLoaderDispatcher" for kind in type(dataloader).__mro__)
         ):
             return
+        self._keeps_state = any(kind.__name__ == "StatefulDataLoader" for kind in type(dataloader).__mro__)
         kind, begin, note = type(sampler), self._begin, self._note
 
         def draw(own: Any) -> Any:
@@ -42,9 +45,14 @@ class SampleIndices:
         except TypeError:  # a class whose objects cannot change theirs
             return
 
-    def begin_midway(self) -> None:
-        """The coming epoch is gone on with: batches are drawn that nobody will see, and how many is not known here."""
-        self._begun_midway = True
+    def begin_midway(self, batches: int | None) -> None:
+        """The coming epoch is gone on with.
+
+        Args:
+            batches: Micro-batches of this rank that are drawn first and that nobody will see; None where that is not known.
+        """
+        # A dataloader that keeps its place begins there, and draws none of them.
+        self._skipped = None if batches and self._keeps_state else batches
 
     def next(self) -> list[int] | None:
         """Of the micro-batch that is trained on now; to be called for each of them."""
@@ -52,10 +60,12 @@ class SampleIndices:
 
     def _begin(self) -> None:
         self._drawn.clear()
-        self._known, self._begun_midway = not self._begun_midway, False
+        self._known, self._left, self._skipped = self._skipped is not None, self._skipped or 0, 0
 
     def _note(self, indices: Any) -> None:
-        if self._known and isinstance(indices, list | tuple):
+        if self._left:
+            self._left -= 1
+        elif self._known and isinstance(indices, list | tuple):
             self._drawn.append(list(indices))
             self._known = len(self._drawn) <= _MOST
         else:

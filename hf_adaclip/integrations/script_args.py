@@ -22,8 +22,10 @@ from transformers.utils import logging as transformers_logging
 
 from hf_adaclip.config import AdaptiveClipConfig, run_settings
 from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.controllers.presets import PRESETS
 from hf_adaclip.controllers.settings import Setting, keys_of, settings_of
 from hf_adaclip.errors import ConfigError, LedgerError, StateError, UnsupportedSetupError
+from hf_adaclip.flat import clip_names
 from hf_adaclip.hints import near, near_clip, near_flag
 from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
 from hf_adaclip.integrations.transformers import AdaptiveClipTrainer
@@ -77,7 +79,9 @@ class ClipArguments(_Flags):  # type: ignore[misc]  # made of the settings of th
         metadata={
             "help": "'stock': the plain Trainer with --max_grad_norm; 'none': the plain Trainer without clipping; or a controller ("
             + ", ".join(CONTROLLERS)
-            + "); or one with settings, as NAME:FIELD=VALUE,...; or the path of a config's JSON. A --clip_ flag wins over those."
+            + "); or a preset ("
+            + "; ".join(f"{name}, {preset.use}" for name, preset in PRESETS.items())
+            + "); or one of these with settings, as NAME:FIELD=VALUE,...; or the path of a config's JSON. A --clip_ flag wins over those."
         },
     )
 
@@ -89,14 +93,14 @@ class ClipArguments(_Flags):  # type: ignore[misc]  # made of the settings of th
         """
         if self.clip in STOCK:
             return None
-        if self.clip.partition(":")[0] not in CONTROLLERS and not Path(self.clip).is_file():
+        if self.clip.partition(":")[0] not in clip_names() and not Path(self.clip).is_file():
             raise ConfigError(
-                f"`--clip` must be one of {', '.join((*STOCK, *CONTROLLERS))}, NAME:FIELD=VALUE,..., or the path of a JSON file, but is "
-                f"{self.clip!r} instead.{near_clip(self.clip, (*STOCK, *CONTROLLERS))}"
+                f"`--clip` must be one of {', '.join((*STOCK, *clip_names()))}, NAME:FIELD=VALUE,..., or the path of a JSON file, but is "
+                f"{self.clip!r} instead.{near_clip(self.clip, (*STOCK, *clip_names()))}"
             )
         given = {s.name: getattr(self, PREFIX + s.name) for s in FLAGS}
         config = AdaptiveClipConfig.resolve(
-            self.clip if ":" in self.clip or self.clip in CONTROLLERS else Path(self.clip)
+            self.clip if ":" in self.clip or self.clip in clip_names() else Path(self.clip)
         )
         return config.replace(**{name: value for name, value in given.items() if value is not None})
 

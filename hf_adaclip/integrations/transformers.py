@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
-from hf_adaclip.incidents.folder import Incident
+from hf_adaclip.gradients.provenance import trained_before
 from hf_adaclip.incidents.skip_list import read_skip_list
 from hf_adaclip.integrations.left_out_samples import leave_out_samples, too_late
 from hf_adaclip.integrations.model_card import add_section
@@ -33,10 +33,10 @@ from hf_adaclip.integrations.seam import (
     warn_of_own_clipping,
 )
 from hf_adaclip.integrations.step_losses import StepLosses
+from hf_adaclip.integrations.telling import Telling
 from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.run.counts import for_reporters
-from hf_adaclip.run.events import ClipEvent
 from hf_adaclip.run.ranks import of_first_rank
 from hf_adaclip.support import (
     check_accelerator,
@@ -214,11 +214,10 @@ class AdaptiveClipMixin(_Base):
                 model=self.model,
                 output_dir=self._run_folder(),
             )
-            self.clipper.on_event(self._tell_callbacks)
-            self.clipper.on_incident(self._tell_of_incident)
+            self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
             if self.is_world_process_zero():
-                _shown.warning(_in_one_line(self.clipper.config))
+                _shown.warning(_in_one_line(self.clipper.config, trained=trained_before([self.model])))
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())
         return self.clipper
 
@@ -254,7 +253,9 @@ class AdaptiveClipMixin(_Base):
     def _show_batch(self, inputs: Any) -> None:
         self._shown_inputs = True
         processing_class = getattr(self, "processing_class", None)
-        self._ready_clipper().watch(inputs, self._samples.next(), processing_class=processing_class)
+        clipper = self._ready_clipper()
+        self._telling.note(clipper.step)
+        clipper.watch(inputs, self._samples.next(), processing_class=processing_class)
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         dataloader = super().get_train_dataloader(*args, **kwargs)
@@ -300,18 +301,6 @@ class AdaptiveClipMixin(_Base):
         logger.error("%s A checkpoint of the weights as they are now is kept.", error)
         self.control.should_save = True
         self.control.should_training_stop = True
-
-    def _tell_callbacks(self, event: ClipEvent) -> None:
-        for callback in self.callback_handler.callbacks:
-            hook = getattr(callback, "on_clip_event", None)
-            if hook is not None:
-                hook(self.args, self.state, self.control, event=event)
-
-    def _tell_of_incident(self, incident: Incident) -> None:
-        for callback in self.callback_handler.callbacks:
-            hook = getattr(callback, "on_clip_incident", None)
-            if hook is not None:
-                hook(self.args, self.state, self.control, incident=incident)
 
     def _logs_after_this_step(self) -> bool:
         step = self.state.global_step + 1
@@ -409,10 +398,16 @@ def pace_start(steps: int, warmup_steps: float) -> int:
     return max(1, round(PACE_START_SHARE * steps - warmup_steps))
 
 
-def _in_one_line(config: AdaptiveClipConfig) -> str:
+def _in_one_line(config: AdaptiveClipConfig, *, trained: bool) -> str:
     threshold = f"static threshold {config.static_threshold:g}"
     ledger = config.ledger_path or "none"
+    parts = [f"pace up to x{config.max_pace:g}"] if config.max_pace > 1 else []
+    # Where they are on by themselves they do not act in a model that was trained before.
+    parts += ["spectral range"] if config.spectral is not None and not trained else []
+    parts += ["agreement"] if config.agreement is True and not trained else []
+    beside = f" with {', '.join(parts)}" if parts else ""
+    less = ' `clip="guard"` only clips.' if parts and config.controller == "adaptive" else ""
     return (
-        f"Adaptive clipping by `{config.controller}`{' in shadow' if config.shadow else ''}, {threshold}; ledger {ledger}. "
+        f"Adaptive clipping by `{config.controller}`{beside}{' in shadow' if config.shadow else ''}, {threshold}; ledger {ledger}.{less} "
         "`trainer.clipper.explain()` says more."
     )

@@ -29,6 +29,7 @@ class SeamWatch(TrainerCallback):
         self._trainer = trainer
         self.offset = self._decided = self._stepped = 0
         self._looked = False
+        self._evaluated: str | None = None
         self._once = 1
         self._handle: Any = None
 
@@ -42,10 +43,24 @@ class SeamWatch(TrainerCallback):
         self.offset = state.global_step - clipper.step  # above 0 when the stock Trainer made the checkpoint
         self._decided, self._looked = clipper.step, False
         if state.global_step and not args.ignore_data_skip:
-            self._trainer._samples.begin_midway()
+            self._trainer._samples.begin_midway(_skipped(args, state, kwargs.get("train_dataloader")))
         if self._trainer.clip_config.self_test:
             clipper.self_test(model.parameters())
         self._count_steps(self._trainer.optimizer)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._ready_clipper().begin_epoch()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        # Somebody's own call of `evaluate`, before training or after it, says nothing about this run.
+        if self._handle is None or self._trainer.clipper is None or not isinstance(metrics, dict):
+            return
+        losses = {k: v for k, v in metrics.items() if k.startswith("eval_") and k.endswith("_loss")}
+        self._evaluated = self._evaluated or next(
+            iter(losses), None
+        )  # of several sets each has its own level: the first counts
+        if self._evaluated in losses:
+            self._trainer.clipper.evaluated(losses[self._evaluated])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._look()
@@ -106,6 +121,17 @@ class SeamWatch(TrainerCallback):
 
     def _count(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._stepped += 1
+
+
+def _skipped(args: Any, state: Any, dataloader: Any) -> int | None:
+    """Micro-batches of the present epoch that a resumed Trainer passes over; None where an epoch has no known length."""
+    try:
+        batches = len(dataloader)
+    except (TypeError, AttributeError):
+        return None
+    accumulated = int(args.gradient_accumulation_steps)
+    within = int(state.global_step) % max(-(-batches // accumulated), 1)
+    return within * accumulated
 
 
 def _hooks_of_a_step(kind: type) -> int:

@@ -1,4 +1,4 @@
-"""The commands `verify`, `replay`, `advise`, `diff`, `incident` and `gauntlet`."""
+"""The commands `verify`, `replay`, `advise`, `diff` and `gauntlet`."""
 
 import argparse
 import json
@@ -32,7 +32,6 @@ def add_commands(commands: Commands) -> None:
     _add_replay(commands)
     _add_advise(commands)
     _add_diff(commands)
-    _add_incident(commands)
     _add_gauntlet(commands)
 
 
@@ -315,44 +314,6 @@ def _diff(arguments: argparse.Namespace) -> int:
         for name, (a, b) in found["settings"].items():
             print(f"  setting {name}: {a} | {b}")
     return 0 if found["first"] is None else 1
-
-
-def _add_incident(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "incident",
-        help="steps of a run that went wrong: what is kept of them, and which module and batch they came from",
-        description="List the incidents of a run, or show all that is known of those at one step. Each lies in RUN/incidents/step-NNNNN: "
-        "incident.json, batch.safetensors (`hf_adaclip.incidents.contents.load_batch` reads it), text.jsonl.",
-    )
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run, or its ledger")
-    parser.add_argument(
-        "step",
-        type=int,
-        nargs="?",
-        default=None,
-        metavar="STEP",
-        help="optimizer step, counted from 0 as in the ledger",
-    )
-    parser.add_argument("--json", action="store_true", help="print what incident.json holds")
-    parser.set_defaults(run=_incident)
-
-
-def _incident(arguments: argparse.Namespace) -> int:
-    from hf_adaclip.report.incidents import in_full, incidents_of, overview
-
-    found = incidents_of(arguments.run_folder)
-    chosen = found if arguments.step is None else [i for i in found if i.step == arguments.step]
-    if arguments.step is not None and not chosen:
-        known = ", ".join(map(str, dict.fromkeys(i.step for i in found))) or "none"
-        raise ConfigError(f"`STEP` must be one with an incident ({known}), but is {arguments.step} instead.")
-    if arguments.json:
-        print(json.dumps([{**i.facts, "folder": str(i.folder)} for i in chosen], indent=1))
-    elif not found:
-        print(f"{arguments.run_folder} has no incidents.")
-    else:
-        lines = overview(found) if arguments.step is None else [line for i in chosen for line in in_full(i)]
-        print("\n".join(lines))
-    return 0
 
 
 def _setting(text: str) -> tuple[str, Any]:

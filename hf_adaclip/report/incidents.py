@@ -12,8 +12,9 @@ from torch import Tensor
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.incidents.contents import BATCH_FILE, load_batch
 from hf_adaclip.incidents.folder import FOLDER, Incident, find_incidents
-from hf_adaclip.incidents.texts import TEXT_FILE
+from hf_adaclip.incidents.texts import GENERATIONS_FILE, TEXT_FILE
 from hf_adaclip.ledger.reader import read_regular
+from hf_adaclip.ledger.schema import parse_number
 from hf_adaclip.report import page
 from hf_adaclip.report.thumbnails import thumbnails
 
@@ -62,6 +63,9 @@ def in_full(incident: Incident) -> list[str]:
     if texts := _texts(incident.folder):
         lines.append(f"  text ({TEXT_FILE} has all):")
         lines += [f"    {where}: {text}" for where, text in texts]
+    if written := _generations(incident.folder):
+        lines.append(f"  completions, the largest advantage first ({GENERATIONS_FILE} has all):")
+        lines += [f"    {' '.join(row)}" for row in written]
     return lines
 
 
@@ -95,6 +99,10 @@ def _one(incident: Incident) -> Iterator[page.Part]:
         yield page.folded("Modules by their share of the squared norm", ["share", "module"], rows)
     if texts := _texts(incident.folder):
         yield page.folded("Text of the batch", ["sample", "text"], [list(row) for row in texts])
+    if written := _generations(incident.folder):
+        yield page.folded(
+            "Completions and rewards", ["advantage", "rewards", "completion"], [list(row) for row in written]
+        )
     if drawn := thumbnails(_batch_of(incident)):
         images = "".join(f'<img alt="{escape(name)}" title="{escape(name)}" src="{source}">' for name, source in drawn)
         yield page.images(images)
@@ -145,6 +153,24 @@ def _batch_of(incident: Incident) -> list[Any]:
     try:
         return load_batch(incident.folder / BATCH_FILE)
     except LedgerError:
+        return []
+
+
+def _generations(folder: Path) -> list[tuple[str, str, str]]:
+    """Advantage, rewards and completion of a few, the largest advantage first."""
+    try:
+        lines = read_regular(folder / GENERATIONS_FILE, _TEXT_BYTES).decode("utf-8", errors="replace").splitlines()
+        rows = [json.loads(line) for line in lines]
+        rows.sort(key=lambda row: -abs(parse_number(row["advantage"])))
+        return [
+            (
+                _shortly(row["advantage"]),
+                ", ".join(f"{_printable(str(name))} {_shortly(value)}" for name, value in row["rewards"].items()),
+                _printable(str(row["completion"]))[:_LENGTH],
+            )
+            for row in rows[:_TEXTS]
+        ]
+    except (OSError, LedgerError, ValueError, LookupError, TypeError, AttributeError):
         return []
 
 

@@ -24,6 +24,7 @@ Kind = Literal[
     "fallback",
     "trouble",
     "skipped",
+    "departed",
     "pace_raised",
     "pace_lowered",
     "left_out",
@@ -31,7 +32,7 @@ Kind = Literal[
 ]
 Quantity = Literal["norm", "threshold", "pace"]
 
-ALARMING: Final = frozenset({"trouble", "fallback", "limit", "skipped", "spike"})
+ALARMING: Final = frozenset({"trouble", "fallback", "limit", "skipped", "spike", "departed"})
 """Kinds that are logged as warnings. Spikes and skipped steps: of each at most one a minute, with the number of those in between;
 the others once per run and reason. All other kinds are only information."""
 
@@ -80,6 +81,14 @@ _PACE_SENTENCES: Final[dict[str, str]] = {
     "pace_lowered": "The multiplier on the learning rate fell: the way says less than before, the norm left its range, a step was left "
     "out, or the controller was put aside.",
 }
+_DEPARTED: Final = (
+    'The learning rate is multiplied from here on, by as much as the way travelled so far says. `clip="guard"`, or `max_pace=1`, '
+    "leaves it as it was given."
+)
+_BY_HEART: Final = (
+    "The data is learned by heart: the evaluation loss rose while the training loss fell, or the training loss fell as an epoch began. "
+    "The pace is 1 from here on."
+)
 _MAX_PACE: Final = "The pace has reached `max_pace` and goes no higher."
 _TIGHTENED: Final = "The threshold is lower after an excursion than it was before it."
 _LEFT_OUT: Final = "left out: no weight, moment or counter moved."
@@ -201,7 +210,7 @@ class EventTracker:
         self._run: _Run | None = None
         self._pace_run: _Run | None = None
         self._narrowed = False
-        self._held = False
+        self._held = self._by_heart = self._departed = False
         self._norms: deque[float] = deque(maxlen=_NEIGHBOURS)
 
     @classmethod
@@ -221,7 +230,7 @@ class EventTracker:
 
         Args:
             step: Optimizer step.
-            row: At least `norm`, `threshold`, `coefficient` and `pace`.
+            row: At least `norm`, `threshold`, `coefficient` and `pace`; `reach` where there is a pace.
             reason: The step's reason.
         """
         # A ledger holds the shortest decimals of float32 numbers.
@@ -256,7 +265,7 @@ class EventTracker:
             yield from self._step(now)
         else:
             yield from self._end("_run")
-        yield from self._pace_step(step, row["pace"])
+        yield from self._pace_step(step, row["pace"], row.get("reach", math.nan))
         if reason is Reason.SPIKE:
             self._narrowed = True
         if quiet:
@@ -311,9 +320,20 @@ class EventTracker:
         else:
             self._run = now
 
-    def _pace_step(self, step: int, pace: float) -> Iterator[ClipEvent]:
+    def _pace_step(self, step: int, pace: float, reach: float) -> Iterator[ClipEvent]:
         pace = float(np.float32(pace))
         before, self._pace = self._pace, pace
+        if pace > 1 and not (self._departed or self._shadow):
+            self._departed = True
+            yield ClipEvent(step, step, "departed", 1.0, pace, _DEPARTED, "pace")
+        if reach == -math.inf and not self._by_heart:
+            self._by_heart = True
+            yield from self._end("_pace_run")
+            done = _SHADOW if self._shadow else ""
+            yield ClipEvent(
+                step, step, "pace_lowered", pace if before is None else before, pace, _BY_HEART, "pace", done=done
+            )
+            return
         if before is None or pace == before:
             return
         kind: Kind = "pace_raised" if pace > before else "pace_lowered"

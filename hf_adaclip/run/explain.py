@@ -1,7 +1,7 @@
 """What a clipper does, and why it does it that way, in words: `AdaptiveClipper.explain`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from hf_adaclip.config import AdaptiveClipConfig
@@ -34,6 +34,7 @@ def describe(
     setup: str | None,
     unfolded: str | None,
     held: bool | None,
+    off: Mapping[str, str],
 ) -> str:
     """A few lines for people.
 
@@ -44,6 +45,7 @@ def describe(
         unfolded: Why gradients are scaled in a pass of their own; None when the step does it.
         setup: How the distributed setup is supported; None without an accelerator.
         held: Whether the static threshold is the ceiling; None while that is not known.
+        off: Why parts of the default are off.
     """
     shadow = f", shadow: the static threshold {static_threshold:g} is what is applied" if config.shadow else ""
     kind = config.settings
@@ -74,8 +76,9 @@ def describe(
     lines.append(
         "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
     )
-    lines.append(f"pace        {_pace(config)}")
-    lines += _shaping(config)
+    lines.append(f"pace        {_pace(config)}{_why('pace', off)}")
+    lines += [line for line in _shaping(config) if line.split()[0] not in off]
+    lines += [f"{part:<11} off{_why(part, off)}" for part in ("spectral", "agreement") if part in off]
     lines.append(f"ledger      {config.ledger_path or 'none'}")
     return "\n".join(lines)
 
@@ -101,16 +104,20 @@ def _ceiling(rule: AdaptiveController, static_threshold: float, held: bool | Non
 def _shaping(config: AdaptiveClipConfig) -> list[str]:
     """What is done beside the length of a step; nothing where all of it is off."""
     lines, shadow = [], " (recorded only: shadow)" if config.shadow else ""
-    if config.spectral_width is not None:
-        width, every = config.spectral_width, config.spectral_every
+    if config.spectral is not None:
+        width, every = config.spectral, config.spectral_every
         often = "" if every == 1 else f", in one step of {every}"
         what = {0.0: "made equal", math.inf: "left as they are"}.get(
             width, f"clipped softly at {width:g} x their root mean square"
         )
         lines.append(f"spectral    singular values of each hidden matrix {what}, its norm kept{often}{shadow}")
-    if config.agreement:
+    if config.agreement is True:
         lines.append(f"agreement   of each step, what goes against the sign of the gradient is taken back{shadow}")
     return lines
+
+
+def _why(part: str, off: Mapping[str, str]) -> str:
+    return f": {off[part]}" if part in off else ""
 
 
 def _pace(config: AdaptiveClipConfig) -> str:

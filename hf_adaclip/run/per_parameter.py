@@ -78,7 +78,7 @@ class PerParameter:
         def put_back() -> None:
             if self.reach is not None:
                 self.reach = self.reach.anew()
-                if tensors:
+                if "start" in tensors:
                     self.reach.restore(tensors, self._run.ops)
 
         return put_back
@@ -133,14 +133,14 @@ class PerParameter:
             joined = 0 if change is None else len(change.joined)
             known = gradients.parameters[: len(gradients.parameters) - joined]
             self.reach = ReachEstimate(known, self._guards.optimizers, device)
-            if self._run.beside:
+            if set(self._run.beside or ()) - {"by_heart", "shape_gate"}:
                 try:
                     self.reach.restore(self._run.beside, ops)
                 except (ValueError, LookupError) as error:
                     raise StateError(
                         f"The state that was loaded does not fit: {error}. Resume with the same model."
                     ) from error
-                self._run.beside = {}
+            self._run.beside = {}
             if joined and change is not None:
                 self.reach = self.reach.moved(gradients.parameters, change.kept)
 

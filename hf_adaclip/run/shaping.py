@@ -1,8 +1,9 @@
 """What is done beside the length of a step: the spectral range on the gradients, and the agreement on the step, each where it is on."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,10 +12,15 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients import Gradients, Guards
-from hf_adaclip.gradients.matrices import HiddenMatrices
+from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix
 from hf_adaclip.gradients.spectral import SpectralRange
 from hf_adaclip.gradients.transfer import moved
 from hf_adaclip.run.run import Run
+from hf_adaclip.run.shape_gate import ShapeGate
+
+logger = logging.getLogger(__name__)
+
+_NAMES: Final = {"spectral": "the spectral range is", "agreement": "the agreement is"}
 
 
 class Shaping:
@@ -24,21 +30,28 @@ class Shaping:
         config: The settings.
         run: Whose records it fills in.
         guards: The optimizers.
-        models: Gives the models that tell hidden matrices from embeddings and heads.
+        models: Gives the models that tell matrices from embeddings.
+        gate: Decides on parts that are on by themselves; None where people have set them.
 
     Raises:
         UnsupportedSetupError: The step of an optimizer cannot be taken back in part.
     """
 
     def __init__(
-        self, config: AdaptiveClipConfig, run: Run, guards: Guards, models: Callable[[], Sequence[Any]]
+        self,
+        config: AdaptiveClipConfig,
+        run: Run,
+        guards: Guards,
+        models: Callable[[], Sequence[Any]],
+        gate: ShapeGate | None,
     ) -> None:
-        self._config, self._run, self._guards = config, run, guards
+        self._config, self._run, self._guards, self._models = config, run, guards, models
+        self.gate = gate
         self._matrices = HiddenMatrices(models)
-        width = config.spectral_width
+        width = config.spectral
         self._range = None if width is None else SpectralRange(width, self._matrices)
         self._taken: Value | None = None
-        if config.agreement:
+        if config.agreement is True and gate is None:  # what cannot be done is refused at once
             guards.agree(self._count, change=not config.shadow)
         self._agreeing: Tensor | None = None  # of the present step, over the optimizers that have made theirs
 
@@ -55,7 +68,9 @@ class Shaping:
             UnsupportedSetupError: The gradients, or the optimizer, cannot be worked on.
         """
         self._taken = taken
-        if self._config.agreement:
+        self._decide(gradients)
+        gate = self.gate
+        if self._config.agreement is True and (gate is None or gate.agreement):
             self._agreeing = None
             if not self._guards:
                 raise ConfigError(
@@ -70,11 +85,11 @@ class Shaping:
                 "the modules that own them. Pass `AdaptiveClipper(..., model=model)`."
             )
         ops = self._run.ops
-        if not gradients.tensors or (ops.on_host and not taken):
+        if not gradients.tensors or (ops.on_host and not taken) or (gate is not None and not gate.spectral):
             return
         effect = self._range.act_(gradients, change=not self._config.shadow)
         if effect is None:
-            if not self._matrices.found:
+            if not self._matrices.found and gate is None:  # set by hand, it should act on something
                 self._run.alerts.warn_once(
                     "`spectral_width` acts on nothing: no trainable parameter is a hidden matrix. Only embeddings, heads, vectors or "
                     "parameters of another model than `model` have a gradient."
@@ -85,6 +100,29 @@ class Shaping:
             norm = norm * moved(factor, norm.device) if isinstance(factor, Tensor) else norm * float(factor)
         width = torch.full_like(altered, self._range.width)
         self._record(spectral_width=width, altered_energy=altered, matrix_norm=norm)
+
+    def _decide(self, gradients: Gradients) -> None:
+        """Whether parts that are on by themselves act, in the first step that has gradients."""
+        gate = self.gate
+        if gate is None or gate.decided or not gradients.tensors:
+            return
+        there = self._matrices.among([gradients.parameters[i] for i in gradients.present]) if self._range else []
+        matrices = [as_matrix(g) for g, is_one in zip(gradients.tensors, there, strict=False) if is_one]
+        ranks = self._run.ranks
+        gate.decide(
+            self._models(),
+            [(m.shape[0], m.shape[1]) for m in matrices],
+            gradients.tensors[0].device,
+            None if ranks is None else ranks.group,
+            ranks_known=ranks is not None,
+        )
+        for part, why in gate.why.items():
+            logger.info("Adaptive clipping: %s off: %s.", _NAMES[part], why)
+
+    def sees(self, batch: Any) -> None:
+        """A micro-batch of the coming step."""
+        if self.gate is not None:
+            self.gate.sees(batch, self._models())
 
     def _count(self, counts: Tensor) -> None:
         """An optimizer has stepped: how many components agree, of how many."""

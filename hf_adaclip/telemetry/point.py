@@ -33,6 +33,7 @@ class Point:
         energy_source: `nvml`, `rapl` or `codecarbon`; None with `energy_wh`.
         energy_measured: False for an estimate (codecarbon).
         metrics: What the evaluation returned.
+        cpu_seconds: Seconds of processor time of this process, all threads, over the time of `train_seconds`; None where it is not known.
     """
 
     step: int
@@ -43,6 +44,7 @@ class Point:
     energy_source: str | None
     energy_measured: bool | None
     metrics: dict[str, float]
+    cpu_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,37 +73,51 @@ def first_reaching(points: Sequence[Point], target: Target) -> Point | None:
 
 
 class Stopwatch:
-    """Seconds and energy of training, with pauses.
+    """Seconds, of the clock and of processors, and energy of training, with pauses.
 
     Args:
         meter: Counter of energy, or None.
-        seconds, energy_wh: Where to go on from when a run is resumed.
+        seconds, energy_wh, cpu_seconds: Where to go on from when a run is resumed.
     """
 
-    def __init__(self, meter: EnergyMeter | None = None, *, seconds: float = 0.0, energy_wh: float = 0.0) -> None:
+    def __init__(
+        self,
+        meter: EnergyMeter | None = None,
+        *,
+        seconds: float = 0.0,
+        energy_wh: float = 0.0,
+        cpu_seconds: float | None = 0.0,
+    ) -> None:
         self._meter = meter
-        self.go_on(seconds=seconds, energy_wh=energy_wh)
-        self._since: tuple[float, float] | None = None
+        self.go_on(seconds=seconds, energy_wh=energy_wh, cpu_seconds=cpu_seconds)
+        self._since: tuple[float, float, float] | None = None
 
-    def go_on(self, *, seconds: float, energy_wh: float) -> None:
-        """Count on from what a checkpoint holds."""
-        self._seconds, self._energy_wh = seconds, energy_wh
+    def go_on(self, *, seconds: float, energy_wh: float, cpu_seconds: float | None = None) -> None:
+        """Count on from what a checkpoint holds; one that knows no processor time leaves it unknown."""
+        self._seconds, self._energy_wh, self._cpu_seconds = seconds, energy_wh, cpu_seconds
 
     def run(self) -> None:
         """Start or go on; running already, nothing changes."""
         if self._since is None:
-            self._since = (time.perf_counter(), self._counter())
+            self._since = (time.perf_counter(), self._counter(), time.process_time())
 
     def pause(self) -> None:
         """Stop counting; stopped already, nothing changes."""
         if self._since is not None:
             self._seconds += time.perf_counter() - self._since[0]
             self._energy_wh += self._counter() - self._since[1]
+            if self._cpu_seconds is not None:
+                self._cpu_seconds += time.process_time() - self._since[2]
             self._since = None
 
     @property
     def seconds(self) -> float:
         return self._seconds
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """None where the run was resumed from a checkpoint that does not say."""
+        return self._cpu_seconds
 
     @property
     def meter(self) -> EnergyMeter | None:

@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_adaclip import CONTROLLERS, AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.controllers.numerics import fused
 from hf_adaclip.controllers.numerics.ops import Shape, TensorOps, tensor_ops
+from hf_adaclip.controllers.presets import PRESETS
 from scripts.docs.readme_section import ROOT, write_section
 
 CARD = ROOT / "model_cards" / "speed" / "README.md"
+GUARD: dict[str, Any] = PRESETS["guard"].fields
 LIMITS = {
     "min_threshold": 1e-3,
     "max_threshold": 9.0,
@@ -32,12 +34,12 @@ LIMITS = {
     "divergence_spreads": 6.0,
 }
 ROWS: dict[str, dict[str, Any]] = {
-    "adaptive": {},
-    "adaptive, with a pace": {"max_pace": 4.0},
-    "adaptive, all limits": LIMITS,
-    "adaptive, pace and all limits": {"max_pace": 4.0, **LIMITS},
-    "adaptive, per tensor": {"granularity": "tensor"},
-    "adaptive, another static threshold for one tensor": {"parameter_rules": {"1": {"static_threshold": 2.0}}},
+    "guard": GUARD,
+    "adaptive, without what shapes the step": {**GUARD, "max_pace": None},
+    "guard, all limits": {**GUARD, **LIMITS},
+    "adaptive, all limits": {**GUARD, "max_pace": None, **LIMITS},
+    "guard, per tensor": {**GUARD, "granularity": "tensor"},
+    "guard, another static threshold for one tensor": {**GUARD, "parameter_rules": {"1": {"static_threshold": 2.0}}},
     **{name: {"controller": name} for name in CONTROLLERS if name != "adaptive"},
     "second_moment": {"controller": "second_moment", "warmup_observations": 2},  # acts only afterwards
 }

@@ -27,8 +27,8 @@ from scripts.bench.step import require_device
 
 ARMS: dict[str, AdaptiveClipConfig | None] = {
     "stock": None,
-    "adaptive": AdaptiveClipConfig(),
-    "adaptive per tensor": AdaptiveClipConfig(granularity="tensor"),
+    "adaptive": AdaptiveClipConfig.resolve("guard"),
+    "adaptive per tensor": AdaptiveClipConfig.resolve("guard").replace(granularity="tensor"),
 }
 
 

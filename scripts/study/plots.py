@@ -10,15 +10,15 @@ import numpy as np
 from hf_adaclip.report.chart import ARM_COLOURS, COLOURS
 from scripts.study.results import STEP, TaskResults, losses
 
-CURVES = ("stock", "tuned", "adaptive", "adaptive-pace")
-RANGES = ("stock", "adaptive-pace")
+CURVES = ("stock", "tuned", "adaptive", "adaptive-tuned")
+RANGES = ("stock", "adaptive")
 
 
-def draw_curves(results: Sequence[TaskResults], path: Path) -> None:
+def draw_curves(results: Sequence[TaskResults], path: Path, arms: Sequence[str] = CURVES) -> None:
     """A panel per task; thin lines are seeds, thick ones medians, dashed ones the targets."""
     figure, axes = _panels(len(results))
     for axis, r in zip(axes, results, strict=False):
-        for arm, colour in zip(CURVES, map(COLOURS.get, ARM_COLOURS), strict=False):
+        for arm, colour in zip(arms, map(COLOURS.get, ARM_COLOURS), strict=False):
             curves = [
                 ([p[STEP] for p in r.runs[arm, s]["points"]], losses(r.runs[arm, s]))
                 for s in (r.seeds(arm) if arm in r.arms else [])
@@ -39,12 +39,12 @@ def draw_curves(results: Sequence[TaskResults], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def draw_ranges(results: Sequence[TaskResults], path: Path) -> None:
+def draw_ranges(results: Sequence[TaskResults], path: Path, arms: Sequence[str] = RANGES) -> None:
     """A panel per task: final loss over the learning rate, an arm a line."""
     shown = [r for r in results if r.range_of("stock") is not None]
     figure, axes = _panels(len(shown))
     for axis, r in zip(axes, shown, strict=False):
-        for arm, colour in zip(RANGES, (COLOURS[ARM_COLOURS[0]], COLOURS[ARM_COLOURS[3]]), strict=True):
+        for arm, colour in zip(arms, (COLOURS[ARM_COLOURS[0]], COLOURS[ARM_COLOURS[3]]), strict=True):
             found = r.range_of(arm)
             if found is not None:
                 finals = list(found.finals.values())

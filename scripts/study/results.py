@@ -4,24 +4,25 @@ Everything is computed from model_cards/study/*.jsonl, which `study.run` writes,
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hf_adaclip.compare.arms import STOCK
 from hf_adaclip.compare.statistics import BOOTSTRAP_SAMPLES, PairedRatio, paired_ratio
 from hf_adaclip.compare.tuning import TUNING_SEEDS, early
-from scripts.study.records import current_lines
-from scripts.study.tasks import TASKS, StudyTask
+from scripts.study.arms import UNTUNED
+from scripts.study.records import STUDY_NUMBER, foreign, recorded_lines
+from scripts.study.tasks import FIRST, RETIRED, TASKS, StudyTask
 from scripts.study.tasks_cuda import CUDA_TASKS
 
 STUDY = Path(__file__).parents[2] / "model_cards" / "study"
 STEP, SECONDS, LOSS, QUALITY = range(4)
 """Where in a point of the raw results things are."""
-AT = "@tuned"
-"""Ends the name of an arm that is run with the flags that were best for the stock arm."""
 RANGE_BELOW, RANGE_ABOVE = 3, 1
 """Octaves by which the range of learning rates goes beyond the rates of the tuning."""
 NEAR_BEST = 1.05
@@ -64,10 +65,14 @@ class TaskResults:
     Args:
         task: The task.
         lines: Raw results, see `study.records.record`.
+        foreign: How many of them another revision or other settings than those of today made, by what it was.
     """
 
-    def __init__(self, task: StudyTask, lines: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, task: StudyTask, lines: Sequence[dict[str, Any]], foreign: Mapping[str, int] | None = None
+    ) -> None:
         self.task = task
+        self.foreign = dict(foreign or {})
         self.runs = {(line["arm"], line["seed"]): line for line in lines}
         self.arms = list(dict.fromkeys(line["arm"] for line in lines if "/" not in line["arm"]))
 
@@ -88,8 +93,12 @@ class TaskResults:
         return [_cost(self.runs[arm, seed], target, column) for seed in self.seeds(arm)]
 
     def ratio(self, arm: str, baseline: str, target: float, column: int = STEP) -> PairedRatio:
-        """Costs of an arm over those of a baseline, paired by seed."""
-        pairs = self._pairs(arm, baseline)
+        """Costs of an arm over those of a baseline, paired by seed; seconds only of runs that were measured alike.
+
+        Raises:
+            ValueError: There is no such pair.
+        """
+        pairs = [(a, b) for a, b in self.pairs(arm, baseline) if column != SECONDS or load(a) == load(b)]
         return paired_ratio([_cost(a, target, column) for a, _ in pairs], [_cost(b, target, column) for _, b in pairs])
 
     def finals(self, arm: str, column: int = LOSS) -> list[float]:
@@ -101,7 +110,7 @@ class TaskResults:
 
     def difference(self, arm: str, baseline: str) -> Interval:
         """Final loss of an arm less that of a baseline, paired by seed; below 0 is better."""
-        finals = [(_final(a, LOSS), _final(b, LOSS)) for a, b in self._pairs(arm, baseline)]
+        finals = [(_final(a, LOSS), _final(b, LOSS)) for a, b in self.pairs(arm, baseline)]
         return interval([0.0 if math.isinf(a) and math.isinf(b) else a - b for a, b in finals])
 
     def alarms(self, arm: str) -> tuple[int, int] | None:
@@ -122,21 +131,64 @@ class TaskResults:
         finals: dict[float, list[float]] = {}
         for (label, _), run in self.runs.items():
             settings = _settings(label, name)
-            if settings is not None and (settings["max_grad_norm"], settings["warmup_steps"]) == (1.0, 0.0):
+            if settings is not None and _is_untuned(settings):
                 finals.setdefault(settings["learning_rate"], []).append(_final(run, LOSS))
         if any(len(finals.get(rate, ())) < len(TUNING_SEEDS) for rate in rates_of_range(self.task)):
             return None
         return stable_range({rate: float(np.median(values)) for rate, values in finals.items()}, reference)
 
-    def _pairs(self, arm: str, baseline: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def lowest(self, arm: str, seed: int) -> float | None:
+        """Lowest eval loss of a run; None where it has none."""
+        run = self.runs[arm, seed]
+        return None if run["error"] or not run["points"] else min(losses(run))
+
+    def tuning_runs(self, arm: str) -> int:
+        """How many runs the tuning of an arm took; those of the range of learning rates that it did not share are left out."""
+        found = 0
+        for label, _ in self.runs:
+            settings = _settings(label, arm)
+            found += settings is not None and settings["learning_rate"] in self.task.rates
+        return found
+
+    def step_ratio(self, arm: str, baseline: str = STOCK) -> float | None:
+        """Seconds of training per step over those of a baseline: medians of runs that were measured alike; None where none were."""
+        ours, theirs = self._step_seconds(arm), self._step_seconds(baseline)
+        for measured in ours:
+            if measured in theirs:
+                return float(np.median(ours[measured]) / np.median(theirs[measured]))
+        return None
+
+    def loads(self) -> set[tuple[str | None, int | None]]:
+        """How the seconds of its runs were measured."""
+        return {load(run) for run in self.runs.values() if run["points"]}
+
+    def _step_seconds(self, arm: str) -> dict[tuple[str | None, int | None], list[float]]:
+        found: dict[tuple[str | None, int | None], list[float]] = {}
+        for (name, _), run in self.runs.items():
+            if name == arm and run["points"] and run["points"][-1][SECONDS] is not None:
+                found.setdefault(load(run), []).append(run["points"][-1][SECONDS] / run["points"][-1][STEP])
+        return found
+
+    def pairs(self, arm: str, baseline: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Runs of an arm and of a baseline on the same seed."""
         return [(self.runs[arm, s], self.runs[baseline, s]) for s in self.seeds(arm) if (baseline, s) in self.runs]
 
 
 def load_study(folder: Path = STUDY) -> list[TaskResults]:
-    """All tasks whose stock arm has been run, in the order of `TASKS`."""
-    found = [TaskResults(task, current_lines(folder, task)) for task in (*TASKS.values(), *CUDA_TASKS.values())]
-    return [results for results in found if "stock" in results.arms]
+    """All tasks whose stock arm has been run, in the order of `TASKS`; runs of another revision or other settings are counted, and kept."""
+    found = []
+    for task in (*TASKS.values(), *CUDA_TASKS.values()):
+        lines = [line for line in recorded_lines(folder, task) if line.get("study") == STUDY_NUMBER]
+        reasons = Counter(reason for line in lines if (reason := foreign(task, line)) is not None)
+        found.append(TaskResults(task, lines, reasons))
+    return [results for results in found if STOCK in results.arms]
+
+
+def load_first(folder: Path = STUDY) -> list[TaskResults]:
+    """The tasks of the first study, as they were recorded."""
+    tasks = [replace(TASKS.get(name) or RETIRED[name], rates=rates) for name, rates in FIRST.items()]
+    found = [TaskResults(t, [x for x in recorded_lines(folder, t) if "study" not in x]) for t in tasks]
+    return [results for results in found if STOCK in results.arms]
 
 
 def interval(values: Sequence[float], seed: int = 0) -> Interval:
@@ -180,12 +232,27 @@ def _settings(label: str, arm: str) -> dict[str, float] | None:
     return {key: float(value) for key, value in (part.split("=") for part in label.removeprefix(prefix).split(","))}
 
 
+def _is_untuned(settings: dict[str, float]) -> bool:
+    return all(settings.get(flag.lstrip("-"), value) == value for flag, value in UNTUNED.items())
+
+
 def losses(run: dict[str, Any]) -> list[float]:
     """Eval losses of a run; a loss that is no number counts as infinite."""
     return [
         math.inf if point[LOSS] is None or math.isnan(float(point[LOSS])) else float(point[LOSS])
         for point in run["points"]
     ]
+
+
+def load(run: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """Under which the seconds of a run were measured: by which clock, and how many runs there were at a time."""
+    return run.get("clock"), run.get("jobs")
+
+
+def same_points(run: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs have the same evaluations, as far as they were recorded: six digits. Times may differ."""
+    ours, theirs = ([[p[STEP], *p[LOSS:]] for p in r["points"]] for r in (run, other))
+    return not run["error"] and not other["error"] and ours == theirs
 
 
 def _cost(run: dict[str, Any], target: float, column: int) -> float:

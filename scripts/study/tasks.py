@@ -18,6 +18,9 @@ VIT_SOURCE = "1e-3: ViT, Dosovitskiy et al. 2021, table 3, ImageNet-21k"
 LLAMA_SOURCE = "3e-4: LLaMA, Touvron et al. 2023, table 2, 7B"
 SCRIPT_OF = {"glue": "run_glue.py", "vit": "run_image_classification.py", "clm": "run_clm.py"}
 FROM_SCRATCH = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+FINE_TUNING = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+SMALL_LLAMA = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+"""The first study tuned the small Llama's rate up to 4e-3 or 8e-3, and several arms chose the last one."""
 Group: TypeAlias = Literal["development", "confirmation", "gpu"]
 BASE = "base-llama"
 """Folder, in the study's, of the Llama that two tasks fine-tune."""
@@ -78,6 +81,10 @@ class StudyTask:
         steps, batch: Length of a run, samples per step.
         rates: Learning rates of the tuning.
         needs_base: Whether the Llama of WikiText-2, or its tokenizer, has to be there first.
+        scratch: Whether the model begins with random weights.
+        epochs: How often it sees its data.
+        step_seconds: Of the stock Trainer on one thread, two runs at a time, as the first study recorded them, and an eighth for start and
+            evaluation; for the plan.
     """
 
     name: str
@@ -91,6 +98,9 @@ class StudyTask:
     batch: int
     rates: tuple[float, ...]
     needs_base: bool = False
+    scratch: bool = False
+    epochs: float = 1.0
+    step_seconds: float = 0.1
 
     @property
     def quality(self) -> str:
@@ -126,10 +136,13 @@ def _minilm(
     length: int,
     train: int,
     evaluation: int,
+    step_seconds: float = 0.36,
 ) -> StudyTask:
+    epochs = steps * 16 / train
+    many = f": {epochs:g} epochs of {train:,} sentences" if epochs >= 2 else ""
     return StudyTask(
         name=name,
-        title=f"MiniLM, {layers} of 6 layers, on {label}, {steps} steps of 16",
+        title=f"MiniLM, {layers} of 6 layers, on {label}, {steps} steps of 16{many}",
         kind="glue",
         group=group,
         source=GLUE_SOURCE,
@@ -147,50 +160,115 @@ def _minilm(
         rate=2e-5,
         steps=steps,
         batch=16,
-        rates=(5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
+        rates=FINE_TUNING,
+        epochs=max(1.0, epochs),
+        step_seconds=step_seconds,
     )
 
 
 def _vit(
-    name: str, label: str, group: Group, data: tuple[str, str], *more: str, size: int, patch: int, channels: int
+    name: str,
+    label: str,
+    group: Group,
+    data: tuple[str, str],
+    *more: str,
+    size: int,
+    patch: int,
+    channels: int,
+    decay: float = 0.0,
 ) -> StudyTask:
+    weight_decay = ("--weight_decay", f"{decay:g}") if decay else ()
     model = (
         f"hidden_size=64,num_hidden_layers=4,num_attention_heads=4,intermediate_size=128,image_size={size},patch_size={patch},"
         f"num_channels={channels},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
     )
     return StudyTask(
         name=name,
-        title=f"ViT (0.15 M parameters, from scratch) on {label}, 400 steps of 32",
+        title=f"ViT (0.15 M parameters, from scratch) on {label}, 400 steps of 32"
+        + (f", weight decay {decay:g}" if decay else ""),
         kind="vit",
         group=group,
         source=VIT_SOURCE,
         flags=lambda place: [
             *place.images(*data),
             *("--config_overrides", model, "--max_train_samples", "12000", "--max_eval_samples", "500", *more),
+            *weight_decay,
         ],
         rate=1e-3,
         steps=400,
         batch=32,
         rates=FROM_SCRATCH,
+        scratch=True,
+        step_seconds=0.027,
     )
 
 
-def _fine_tuned_llama(name: str, label: str, text: Callable[[Place], list[str]]) -> StudyTask:
+def _llama(name: str, steps: int) -> StudyTask:
+    return StudyTask(
+        name=name,
+        title=f"Llama (0.2 M parameters, from scratch) on WikiText-2, {steps} steps of 16 x 48 tokens",
+        kind="clm",
+        group="development",
+        source=LLAMA_SOURCE,
+        flags=lambda place: [
+            *place.text(*WIKITEXT),
+            *("--model_type", "llama", "--tokenizer_name", str(place.base), "--config_overrides", LLAMA, *BLOCKS),
+        ],
+        rate=3e-4,
+        steps=steps,
+        batch=16,
+        rates=SMALL_LLAMA,
+        needs_base=True,
+        scratch=True,
+        step_seconds=0.095,
+    )
+
+
+def _fine_tuned_llama(
+    name: str,
+    label: str,
+    text: Callable[[Place], list[str]],
+    *,
+    group: Group = "confirmation",
+    rate: float = 5e-5,
+    rates: tuple[float, ...] = SMALL_LLAMA,
+    source: str = CLM_SOURCE,
+    more: tuple[str, ...] = (),
+) -> StudyTask:
     return StudyTask(
         name=name,
         title=f"that Llama, trained on WikiText-2, fine-tuned on {label}, 300 steps of 16 x 48 tokens",
         kind="clm",
-        group="confirmation",
-        source=CLM_SOURCE,
-        flags=lambda place: [*text(place), "--model_name_or_path", str(place.base), *BLOCKS],
-        rate=5e-5,
+        group=group,
+        source=source,
+        flags=lambda place: [*text(place), "--model_name_or_path", str(place.base), *BLOCKS, *more],
+        rate=rate,
         steps=300,
         batch=16,
-        rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+        rates=rates,
         needs_base=True,
+        step_seconds=0.1,
     )
 
 
+def _shakespeare(place: Place) -> list[str]:
+    return place.text("tiny_shakespeare", "karpathy/tiny_shakespeare", None)
+
+
+def _instructions(place: Place) -> list[str]:
+    file = INSTRUCTIONS if place.data is None else str(place.data / "instruct_small" / "train.parquet")
+    return ["--train_file", file, "--text_columns", "instruction,input,output"]
+
+
+INSTRUCTIONS = (
+    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
+)
+"""1,100 instructions that no hub has as a data set of its own."""
+LORA_SOURCE = "2e-4: QLoRA, Dettmers et al. 2023, table 9, 7B"
+LORA = (
+    *("--lora_r", "8", "--lora_alpha", "16"),
+    *("--lora_target_modules", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
+)
 FASHION = ("fashion_mnist", "zalando-datasets/fashion_mnist")
 CIFAR = ("cifar10", "uoft-cs/cifar10")
 
@@ -200,28 +278,9 @@ TASKS = {
         _vit(
             "fashion-mnist", "Fashion-MNIST", "development", FASHION, "--no_random_flip", size=28, patch=7, channels=1
         ),
-        StudyTask(
-            name="wikitext-2",
-            title="Llama (0.2 M parameters, from scratch) on WikiText-2, 400 steps of 16 x 48 tokens",
-            kind="clm",
-            group="development",
-            source=LLAMA_SOURCE,
-            flags=lambda place: [
-                *place.text(*WIKITEXT),
-                *("--model_type", "llama", "--tokenizer_name", str(place.base), "--config_overrides", LLAMA, *BLOCKS),
-            ],
-            rate=3e-4,
-            steps=400,
-            batch=16,
-            rates=FROM_SCRATCH,
-            needs_base=True,
-        ),
+        _llama("wikitext-2", 400),
         _vit("cifar-10", "CIFAR-10", "confirmation", CIFAR, size=32, patch=8, channels=3),
-        _fine_tuned_llama(
-            "tiny-shakespeare",
-            "tiny_shakespeare",
-            lambda place: place.text("tiny_shakespeare", "karpathy/tiny_shakespeare", None),
-        ),
+        _fine_tuned_llama("tiny-shakespeare", "tiny_shakespeare", _shakespeare),
         _fine_tuned_llama(
             "gsm8k",
             "GSM8K",
@@ -230,12 +289,66 @@ TASKS = {
                 *("--text_columns", "question,answer"),
             ],
         ),
+        _fine_tuned_llama("instructions", "1,100 instructions", _instructions, group="development"),
         # With three layers and 160 steps, as the others, nothing is learned on SST-2 at its rate as it comes.
         _minilm("sst-2", "SST-2", "development", "sst2", layers=6, steps=240, length=16, train=12000, evaluation=300),
-        _minilm("mrpc", "MRPC", "confirmation", "mrpc", layers=3, steps=160, length=48, train=3668, evaluation=200),
+        _minilm(
+            "mrpc",
+            "MRPC",
+            "confirmation",
+            "mrpc",
+            layers=3,
+            steps=160,
+            length=48,
+            train=3668,
+            evaluation=200,
+            step_seconds=0.48,
+        ),
+        _llama("wikitext-2-long", 720),
+        _vit(
+            "cifar-10-decay",
+            "CIFAR-10",
+            "confirmation",
+            CIFAR,
+            size=32,
+            patch=8,
+            channels=3,
+            decay=0.1,
+        ),
+        _minilm(
+            *("sst-2-epochs", "SST-2", "development", "sst2"),
+            layers=6,
+            steps=240,
+            length=16,
+            train=640,
+            evaluation=300,
+        ),
+        _fine_tuned_llama(
+            "shakespeare-lora",
+            "tiny_shakespeare by LoRA of rank 8",
+            _shakespeare,
+            rate=2e-4,
+            rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+            source=LORA_SOURCE,
+            more=LORA,
+        ),
+    )
+}
+
+RETIRED = {
+    task.name: task
+    for task in (
         _minilm("rte", "RTE", "development", "rte", layers=3, steps=160, length=48, train=2490, evaluation=200),
     )
 }
+"""Tasks of the first study that are not run any more: on RTE no arm learned anything."""
+_FIRST_LLAMA = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+FIRST = {
+    **dict.fromkeys(("fashion-mnist", "wikitext-2", "cifar-10"), FROM_SCRATCH),
+    **dict.fromkeys(("tiny-shakespeare", "gsm8k"), _FIRST_LLAMA),
+    **dict.fromkeys(("sst-2", "mrpc", "rte"), FINE_TUNING),
+}
+"""The tasks of the first study, in its order, and the learning rates that it tuned."""
 
 
 def base_command(place: Place) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from scripts.study.tasks import CIFAR, FROM_SCRATCH, LLAMA_SOURCE, VIT_SOURCE, WIKITEXT, StudyTask
 
 Precision: TypeAlias = Literal["bf16", "fp16"]
-CUDA_ARMS = ("stock", "adaptive", "adaptive-pace")
+CUDA_ARMS = ("stock", "adaptive", "pace")
 VIT_S16 = (
     "hidden_size=384,num_hidden_layers=12,num_attention_heads=6,intermediate_size=1536,image_size=224,patch_size=16,"
     "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"

@@ -65,7 +65,8 @@ def test_lines_are_strict_json_with_all_fields(ledger_bytes):
     assert header["kind"] == "header"
     assert header["schema"] == 1
     assert {"torch", "hf_adaclip", "python"} <= set(header["versions"])
-    assert header["config"] == {**CONFIG.resolved().to_dict(), "ledger": header["config"]["ledger"]}
+    settled = {"max_pace": 64.0, "spectral_width": None, "agreement": True}  # an optimizer was known, and no model
+    assert header["config"] == {**CONFIG.resolved().to_dict(), "ledger": header["config"]["ledger"], **settled}
     assert header["parent"] is None
     assert [s["step"] for s in steps] == list(range(45))
     assert steps[30]["norm"] == "nan"

@@ -263,10 +263,11 @@ def test_changed_settings_come_first_and_the_rest_is_folded(tmp_path):
     settings = text[text.index("<h2>Settings") :]
     changed, rest = settings.split("<details>")
 
-    for name in ("warmup_observations", "ceiling_share", "ring_capacity", "max_pace", "max_edge"):
+    decided = ("spectral_width", "agreement")  # by what was known when the clipper was made
+    for name in ("warmup_observations", "ceiling_share", "ring_capacity", "max_pace", "max_edge", *decided):
         assert name in changed
         assert name not in rest
-    assert changed.count('<tr class="marked">') == 5
+    assert changed.count('<tr class="marked">') == 7
     assert "min_far_width" in rest
 
 

@@ -62,12 +62,15 @@ def test_several_evaluations_in_a_row_are_none_of_them_training_time(tmp_path):
     few = dataset().select(range(16))
     args = arguments(tmp_path, eval_on_start=True, **EVAL)
     callbacks = [ConvergenceCallback(tmp_path), SlowEvaluation()]
+    begin = time.perf_counter()
     run(stock(tmp_path, args=args, eval_dataset={"a": few, "b": few, "c": few}, callbacks=callbacks))
+    wall = time.perf_counter() - begin
     points = [p for p in read_points(tmp_path / "convergence.jsonl") if p.step == 40]
 
     assert len(points) == 3
     assert len({p.train_seconds for p in points}) == 1
-    assert points[0].train_seconds < 2.0  # fifteen evaluations of two batches took six seconds
+    evaluations = len(read_points(tmp_path / "convergence.jsonl"))
+    assert points[0].train_seconds < wall - evaluations * 2 * 0.2
 
 
 def test_the_time_between_an_evaluation_and_the_checkpoint_is_not_lost(tmp_path):
@@ -86,6 +89,7 @@ def test_the_time_between_an_evaluation_and_the_checkpoint_is_not_lost(tmp_path)
 
     assert saved["train_seconds"] > whole[0].train_seconds
     assert resumed[-1].train_seconds > saved["train_seconds"]
+    assert resumed[-1].cpu_seconds > saved["cpu_seconds"] > 0
 
 
 def test_a_damaged_file_is_kept_under_another_name(tmp_path, caplog):

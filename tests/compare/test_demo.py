@@ -228,7 +228,8 @@ def test_a_study_is_the_recorded_setting_of_the_script():
     [digits] = demo_studies(study, ["digits-vit"], None, fixed_before())
     assert digits.script == ("-m", "hf_adaclip.compare.demo", "--task", "digits-vit", "--learning_rate", "0.003")
     assert digits.flags_of("stock") == ("--clip", "stock")
-    assert digits.flags_of("adaptive-pace") == ("--clip", "adaptive:max_pace=64")
+    assert digits.flags_of("adaptive") == ("--clip", "adaptive")
+    assert digits.flags_of("adaptive-default") == ("--clip", "adaptive", "--learning_rate", "5e-05")
     assert digits.flags_of("stock-default")[2:] == ("--learning_rate", "5e-05")
     assert (digits.task, digits.target, digits.warm) == (
         "digits-vit",

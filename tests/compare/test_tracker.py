@@ -1,3 +1,4 @@
+import json
 import math
 import time
 
@@ -52,6 +53,27 @@ def test_pauses_are_not_counted_in_seconds_or_energy(monkeypatch):
 
     assert watch.seconds == seconds == 5.5
     assert watch.energy_wh == 3.0
+
+
+def test_processor_time_counts_with_the_seconds_and_is_unknown_after_a_checkpoint_that_does_not_say(monkeypatch):
+    spent = [3.0]
+    monkeypatch.setattr("hf_adaclip.telemetry.point.time.process_time", lambda: spent[0])
+    watch = Stopwatch(cpu_seconds=1.0)
+    watch.run()
+    spent[0] += 0.25
+    watch.pause()
+    spent[0] += 9.0  # an evaluation
+    assert watch.cpu_seconds == 1.25
+    watch.go_on(seconds=2.0, energy_wh=0.0)
+    watch.run()
+    watch.pause()
+    assert watch.cpu_seconds is None
+
+
+def test_a_point_of_before_has_no_processor_time(tmp_path):
+    line = json.dumps({key: value for key, value in vars(point(10, 2.0)).items() if key != "cpu_seconds"})
+    (tmp_path / "convergence.jsonl").write_text(line + "\n")
+    assert read_points(tmp_path / "convergence.jsonl") == [point(10, 2.0)]
 
 
 def test_absent_energy_is_absent():

@@ -32,12 +32,21 @@ def test_below_the_zone_of_trust_there_is_a_linear_start_and_then_exactly_one(re
 
 def test_above_it_the_pace_climbs_by_its_factor_to_the_estimate_and_no_further_than_allowed():
     seen = paces(np.full(200, 6.0))
-    assert seen[40] == pytest.approx(min(6.0, seen[39] * 1.1), rel=1e-5)
+    assert seen[24] == pytest.approx(min(6.0, seen[23] * 1.25), rel=1e-5)
     assert seen[-1] == pytest.approx(6.0)
     assert all(
-        b <= a * 1.1 * (1 + 1e-6) or b <= (i + 2) / 20 + 1e-6 for i, (a, b) in enumerate(itertools.pairwise(seen))
+        b <= a * 1.25 * (1 + 1e-6) or b <= (i + 2) / 20 + 1e-6 for i, (a, b) in enumerate(itertools.pairwise(seen))
     )
     assert max(paces(np.full(200, 1000.0))) == 16.0
+
+
+def test_what_is_learned_by_heart_takes_the_pace_back_at_once_and_forgets_the_best():
+    seen = paces([*np.full(100, 9.0), -np.inf, *np.full(50, 1.0), *np.full(50, 9.0)])
+    assert seen[99] == pytest.approx(9.0)
+    assert set(seen[100:151]) == {1.0}
+    assert seen[151] == pytest.approx(1.25)
+    early = paces([*np.full(5, 9.0), -np.inf, *np.full(20, 1.0)])
+    assert early[5] == pytest.approx(6 / 20)  # the start goes on
 
 
 def test_an_estimate_that_falls_takes_the_pace_back_to_a_third_of_the_best():

@@ -11,7 +11,7 @@ from hf_adaclip.gradients import StepGuard
 from tests.gradients.test_guard import equal, snapshot
 from tests.loops import HostReads, guards_of, make, weights
 
-PACED = AdaptiveClipConfig(max_pace=64.0, pace_start=4)
+PACED = AdaptiveClipConfig(max_pace=64.0, pace_start=4, spectral_width=None, agreement=False)
 PLAIN = AdaptiveClipConfig("static", static_threshold=1.0)
 
 

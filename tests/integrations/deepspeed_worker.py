@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer, ConfigError
+from hf_adaclip.incidents.contents import load_batch
 from tests.integrations.launching import leave
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
@@ -83,6 +84,7 @@ def loop(stage, bf16, clip, folder):
         for step in range(first, last):
             x, y = batch(step, rank, world)
             before = weights(engine)
+            clipper.watch({"x": x, "step": step})
             # One rank alone has the fault.
             factor = faults.get(step, 1.0) if rank == world - 1 else 1.0
             loss = (engine(x.to(torch.bfloat16 if bf16 else torch.float32)).float() - y).square().mean() * factor
@@ -107,6 +109,7 @@ def loop(stage, bf16, clip, folder):
                 "told": told,
                 "moved": moved,
                 "norms": norms,
+                "incidents": kept_of(clipper, lambda step: batch(step, rank, world)[0]),
                 "counts": clipper.statistics.counts_by_name(),
                 "state": {k: float(v).hex() for k, v in clipper.state.items()},
                 "same after resuming": torch.equal(ended, again),
@@ -115,6 +118,16 @@ def loop(stage, bf16, clip, folder):
             }
         )
     )
+
+
+def kept_of(clipper, expected):
+    """Step, kind and folder of every incident, and whether its batch is what this rank was fed."""
+    found = []
+    for incident in clipper.incidents:
+        [kept] = load_batch(incident.folder / incident.facts["batch"]["file"])
+        right = kept["step"] == incident.step and torch.equal(kept["x"], expected(incident.step))
+        found.append([incident.step, incident.kind, incident.folder.name, right, incident.facts.get("modules")])
+    return found
 
 
 def trainer(stage, folder):

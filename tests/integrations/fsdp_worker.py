@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch.distributed.tensor import DTensor
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
+from tests.integrations.deepspeed_worker import kept_of
 from tests.integrations.launching import leave
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
@@ -58,6 +59,7 @@ def loop(folder):
     def train(first, last):
         for step in range(first, last):
             x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))[rank::world]
+            clipper.watch({"x": x, "step": step})
             factor = {12: float("nan"), 30: 500.0}.get(step, 1.0)
             accelerator.backward((model(x) - 2 * x[:, :1]).square().mean() * factor)
             clipper.clip_(model.parameters())
@@ -77,6 +79,9 @@ def loop(folder):
         "sharded": isinstance(next(model.parameters()), DTensor),
         "resumed": (torch.equal(ended, whole(model)) and state == str(clipper.state)) if RESUMES else None,
         "finite": bool(ended.isfinite().all()),
+        "incidents": kept_of(
+            clipper, lambda step: torch.randn(16, 8, generator=torch.Generator().manual_seed(step))[rank::world]
+        ),
         "counts": clipper.statistics.counts_by_name(),
         "setup": clipper.explain(),
     }
@@ -100,6 +105,7 @@ def trainer(folder):
         "sharded": isinstance(next(whole_run.model.parameters()), DTensor),
         "resumed": torch.equal(whole(whole_run.model), whole(resumed.model)) if resumed else None,
         "finite": True,
+        "incidents": [],
         "counts": whole_run.clipper.statistics.counts_by_name(),
         "setup": whole_run.clipper.explain(),
     }

@@ -31,6 +31,10 @@ def test_a_step_is_bounded_by_what_was_known_before_it(tmp_path, kind, stage):
     assert first["told"][30] < 3 * max(first["norms"][21:30])
     assert first["moved"][20] == 0  # rank 1 alone had a NaN
     assert first["finite"]
+    # Every rank keeps what it was fed. Of single tensors the engine tells nothing.
+    incidents = [[20, "nonfinite", "step-00020"], [30, "spike", "step-00030"]]
+    assert first["incidents"][:2] == [[*one, True, None] for one in incidents]
+    assert first["incidents"] == second["incidents"]
     assert first["counts"]["NONFINITE"] == 1
     assert first["counts"]["SPIKE"] == 1
     assert first["same after resuming"]  # though the checkpoint had put an old threshold back

@@ -135,7 +135,7 @@ def test_nothing_is_warned_of_and_no_number_is_read_beyond_the_scalers_own(on_de
         model, _ = make()
         optimizer = OPTIMIZERS["fused"](model.parameters())
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        clipper = AdaptiveClipper("adaptive", optimizer=optimizer)
+        clipper = AdaptiveClipper("guard", optimizer=optimizer)
         for step in range(30):
             scaler.scale(model(torch.ones(2, 8)).square().mean()).backward()
             with HostReads() as seen:

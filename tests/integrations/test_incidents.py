@@ -1,14 +1,16 @@
 """Incidents in a Trainer: it shows its own batches, and says which samples they are."""
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_adaclip import AdaptiveClipTrainer, attach
 from hf_adaclip.incidents.contents import load_batch
 from hf_adaclip.incidents.folder import find_incidents
 from tests.integrations import launching
-from tests.integrations.trainers import arguments, build, dataset, run
+from tests.integrations.trainers import arguments, build, dataset, model, run
 
 pytestmark = pytest.mark.slow
 
@@ -116,18 +118,103 @@ def test_in_a_later_epoch_and_with_workers_the_samples_are_known(tmp_path):
     check(trainer)
 
 
-def test_after_a_resumption_within_an_epoch_no_wrong_samples_are_named(tmp_path):
-    args = arguments(tmp_path, max_steps=40, save_strategy="steps", save_steps=20)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_of_an_iterable_dataset_the_batch_is_kept_and_no_sample_is_named(workers, tmp_path):
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self):
+            yield from dataset()
+
+    args = arguments(tmp_path, dataloader_num_workers=workers, gradient_accumulation_steps=2)
+    trainer: Any = Ours(model=model(), args=args, train_dataset=Stream())
+    run(trainer)
+    [incident] = trainer.clipper.incidents
+    kept = load_batch(incident.folder)
+    assert len(kept) == len(trainer.fed[30]) == 2
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(kept, trainer.fed[30], strict=True))
+    assert "indices" not in incident.facts["batch"]
+    assert len(incident.facts["batch"]["hashes"][0]["samples"]) == 16
+
+
+@pytest.mark.skipif(
+    "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__, reason="by another name in this version"
+)
+def test_grouped_by_length_the_samples_are_named(tmp_path):
+    rows = [
+        {"input_ids": row[: 8 + i % 25], "labels": row[: 8 + i % 25]} for i, row in enumerate(dataset()["input_ids"])
+    ]
+    args = arguments(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=8, max_steps=80)
+
+    def collate(some):
+        longest = max(len(row["input_ids"]) for row in some)
+        padded = [torch.nn.functional.pad(row["input_ids"], (0, longest - len(row["input_ids"]))) for row in some]
+        return {"input_ids": torch.stack(padded), "labels": torch.stack(padded)}
+
+    trainer = Ours(model=model(), args=args, train_dataset=rows, data_collator=collate)
+    trainer.at = 70  # in the second epoch
+    run(trainer)
+    [incident] = trainer.clipper.incidents
+    [kept], [places] = load_batch(incident.folder), incident.facts["batch"]["indices"]
+    assert places != sorted(places)
+    assert torch.equal(kept["input_ids"], collate([rows[i] for i in places])["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "saved", "workers"), [(16, 1, 20, 0), (32, 2, 20, 2), (32, 2, 16, 0), (24, 5, 13, 0)]
+)
+def test_after_a_resumption_within_an_epoch_the_right_samples_are_named(batch, accumulation, saved, workers, tmp_path):
+    # Of 512 rows, epochs of 32, 8, 8 and 5 steps: the last of them within an epoch whose last window is short, the third at a beginning.
+    changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    args = arguments(
+        tmp_path, max_steps=40, save_strategy="steps", save_steps=saved, dataloader_num_workers=workers, **changes
+    )
+    first = build(Ours, tmp_path, args=args)
+    first.at = -1
+    run(first)
+    again = build(Ours, tmp_path, args=args)
+    run(again, resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
+    [incident] = again.clipper.incidents
+    check(again, micro_batches=len(again.fed[30]))
+    assert len(incident.facts["batch"]["indices"]) == len(again.fed[30])
+    near = build(Ours, tmp_path / "near", args=args)
+    near.at = saved  # the first step after it
+    run(near, resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
+    check(near, step=saved, micro_batches=len(near.fed[saved]))
+
+
+def test_a_resumption_that_ignores_the_data_names_the_right_samples(tmp_path):
+    args = arguments(tmp_path, max_steps=40, save_strategy="steps", save_steps=20, ignore_data_skip=True)
     first = build(Ours, tmp_path, args=args)
     first.at = -1
     run(first)
     again = build(Ours, tmp_path, args=args)
     run(again, resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
-    [incident] = again.clipper.incidents
-    assert incident.step == 30
-    assert "indices" not in incident.facts["batch"]
-    [kept] = load_batch(incident.folder)
-    assert torch.equal(kept["input_ids"], again.fed[30][0]["input_ids"])
+    check(again)
+
+
+def test_of_an_epoch_that_is_gone_on_with_nothing_is_named_where_nobody_counts():
+    from hf_adaclip.integrations.sample_indices import SampleIndices
+
+    rows: Any = range(8)
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=2)
+    for skipped, named in ((None, None), (0, [0, 1]), (2, [4, 5])):
+        samples = SampleIndices()
+        samples.follow(loader)
+        samples.begin_midway(skipped)
+        list(loader)
+        assert samples.next() == named
+        list(loader)  # the epoch after it is whole
+        assert samples.next() == [0, 1]
+        loader = torch.utils.data.DataLoader(rows, batch_size=2)
+
+    class StatefulDataLoader(torch.utils.data.DataLoader[int]):
+        pass
+
+    keeps: Any = StatefulDataLoader(rows, batch_size=2)
+    samples = SampleIndices()
+    samples.follow(keeps)
+    samples.begin_midway(2)
+    list(keeps)
+    assert samples.next() is None
 
 
 def test_the_text_is_decoded_where_somebody_can(tmp_path):

@@ -67,7 +67,7 @@ def test_nothing_is_said_of_accumulation_a_critic_or_an_optimizer_of_somebody_el
                 other.step()
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
 
-    with AdaptiveClipper("adaptive", accelerator=accelerator, optimizer=optimizer).install() as clipper:
+    with AdaptiveClipper("guard", accelerator=accelerator, optimizer=optimizer).install() as clipper:
         run(accelerator, model, optimizer, clip)
     assert clipper.step == 30
     assert not caplog.text

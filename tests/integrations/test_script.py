@@ -54,6 +54,17 @@ def test_flags_say_which_controller_and_how_it_is_set():
     )
 
 
+def test_a_preset_is_in_the_help_and_takes_flags():
+    from hf_adaclip.integrations.launch import portable
+
+    assert "rl, for policies, such as by GRPO" in ClipArguments.__dataclass_fields__["clip"].metadata["help"]
+    assert ClipArguments("rl").resolve() == AdaptiveClipConfig.resolve("rl")
+    assert ClipArguments("rl:accept_after=40", clip_max_threshold=2.0).resolve() == AdaptiveClipConfig.resolve(
+        "rl:accept_after=40,max_threshold=2.0"
+    )
+    assert portable("rl") == "rl"
+
+
 def test_a_flag_wins_over_text_and_file(tmp_path):
     path = tmp_path / "c.json"
     config = AdaptiveClipConfig(controller="zscore", z_threshold=3.0, shadow=True)

@@ -58,6 +58,14 @@ def test_fsdp2_as_accelerate_and_the_trainer_prepare_it(tmp_path, kind):
     assert first["counts"] == second["counts"]
     assert first["counts"]["WARMUP"] == 10
     assert "FSDP2" in first["setup"]
+    if kind == "loop":
+        # Every rank keeps what it was fed, and all say the same of the modules: of whole tensors, not of shards.
+        again = [[30, "spike", "step-00030-2"]] if first["resumed"] is not None else []
+        incidents = [[12, "nonfinite", "step-00012"], [30, "spike", "step-00030"], *again]
+        assert [one[:4] for one in first["incidents"]] == [[*one, True] for one in incidents]
+        assert first["incidents"] == second["incidents"]
+        shares = [module["share"] for module in first["incidents"][1][4]]
+        assert sum(shares) == pytest.approx(1, abs=1e-4)
     ledger = next(tmp_path.rglob("clip_ledger.jsonl"))
     report = verify_ledger(ledger)
     assert report.ok, report.findings

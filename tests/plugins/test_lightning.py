@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 
 from hf_adaclip import AdaptiveClipConfig, ClippingDefeatedError, ConfigError, StateError, UnsupportedSetupError
+from hf_adaclip.incidents.contents import load_batch
 from hf_adaclip.integrations import lightning as integration
 from hf_adaclip.integrations.lightning import AdaptiveClip, clipper_for_fabric
 from tests.plugins.launched import PYTHON, execute, verified
@@ -195,6 +196,42 @@ def test_a_step_without_a_loss_is_none(tmp_path):
     callback = AdaptiveClip(EAGER)
     fit(tmp_path, callback, module=Skipping(), max_epochs=1, max_steps=-1)
     assert callback.clippers[0].step == 39
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_batch_of_a_bad_step_is_kept(tmp_path, accumulate):
+    callback = AdaptiveClip(EAGER)
+    module = Regression(nan=31, spike=-1)
+    fit(tmp_path, callback, module=module, max_steps=40 // accumulate, accumulate_grad_batches=accumulate)
+    [incident] = callback.clippers[0].incidents
+    assert (incident.step, incident.kind) == (31 // accumulate, "nonfinite")
+    assert incident.folder.parent == tmp_path / "incidents"
+    kept, rows = load_batch(incident.folder), module.train_dataloader().dataset
+    assert len(kept) == accumulate
+    for number, (x, y) in enumerate(kept, start=32 - accumulate):
+        assert torch.equal(x, rows[8 * number : 8 * number + 8][0])
+        assert torch.equal(y, rows[8 * number : 8 * number + 8][1])
+
+
+def test_a_step_that_is_none_keeps_its_batch_from_the_next_one(tmp_path):
+    class Sometimes(Regression):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 30 else super().training_step(batch, batch_idx)
+
+    callback = AdaptiveClip(EAGER)
+    module = Sometimes(nan=31, spike=-1)
+    fit(tmp_path, callback, module=module, max_steps=38)
+    [incident] = callback.clippers[0].incidents
+    [(x, _)] = load_batch(incident.folder)
+    assert torch.equal(x, module.train_dataloader().dataset[8 * 31 : 8 * 32][0])
+
+
+def test_with_several_optimizers_each_keeps_what_its_step_was_made_of(tmp_path):
+    callback = AdaptiveClip(EAGER)
+    fit(tmp_path, callback, module=TwoOptimizers(), max_steps=30, max_epochs=1)
+    for clipper in callback.clippers:
+        for incident in clipper.incidents:
+            assert incident.facts["batch"]["file"]
 
 
 def test_gradient_clip_val_beside_it_is_refused(tmp_path):

@@ -30,11 +30,11 @@ class AdaptiveReference:
         max_edge=1.3,
         max_near=0.2,
         ceiling_share=0.5,
-        max_pace=1.0,
+        max_pace=None,
         pace_start=None,
         pace_trust=3.0,
         pace_hold=1 / 3,
-        pace_growth=1.1,
+        pace_growth=1.25,
         pace_shrink=0.95,
         **_,
     ):
@@ -53,7 +53,7 @@ class AdaptiveReference:
         self.max_near = max_near
         self.ceiling_share = ceiling_share
         self.share, self.ceiling = 0.0, None
-        self.max_pace = max_pace
+        self.max_pace = max_pace or 1.0
         self.pace_start = pace_start or 50
         self.pace_trust = pace_trust
         self.pace_hold = pace_hold
@@ -64,7 +64,7 @@ class AdaptiveReference:
         self.given, self.quiet, self.trend = None, None, TrendReference(2.0, 0.0)
         self.crest, self.memory, self.was_upward = 0.0, 0.0, False
         self.rivals = [[0.0, 0.0], [0.0, 0.0]]  # level, hits
-        self.pace, self.best, self.taken = 1.0 if max_pace == 1 else 1 / self.pace_start, 0.0, 0
+        self.pace, self.best, self.taken = 1.0 if self.max_pace == 1 else 1 / self.pace_start, 0.0, 0
 
     def step(self, norm, reach=math.nan, loss=math.nan):
         warm = self.count < self.warmup_observations
@@ -222,3 +222,5 @@ class AdaptiveReference:
         else:
             pace = max(aim, self.pace_shrink * self.pace)
         self.pace = max(floor, pace)
+        if reach == -math.inf:
+            self.pace, self.best = floor, 0.0

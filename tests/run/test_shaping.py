@@ -15,7 +15,9 @@ from tests.lanes import on_lane
 from tests.loops import HostReads, make, train, weights
 from tests.reference import spectral as reference
 
-CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
+CONFIG = AdaptiveClipConfig(
+    warmup_observations=10, ceiling_share=1.0, max_pace=1.0, spectral_width=None, agreement=False
+)
 BOTH = CONFIG.replace(spectral_width=0.3, agreement=True)
 
 
@@ -254,7 +256,7 @@ def test_refusals():
     with pytest.raises(ConfigError, match=r"spectral_width.*\[0, inf\]"):
         AdaptiveClipConfig(spectral_width=-1.0)
     with pytest.raises(ConfigError, match="spectral_every"):
-        AdaptiveClipConfig(spectral_every=2)
+        AdaptiveClipConfig(spectral_width=None, spectral_every=2)
     for changes in ({"spectral_width": 0.3}, {"agreement": True}):
         with pytest.raises(ConfigError, match="DeepSpeed"):
             CONFIG.replace(one_step_late=True, **changes)

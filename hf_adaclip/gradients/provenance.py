@@ -1,0 +1,35 @@
+"""Whether a model was trained before: what moved its weights to where they are decides what may be done with their gradients."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_adaclip.gradients.matrices import hidden_matrices
+from hf_adaclip.reliance import is_of
+
+
+def trained_before(models: Sequence[Any]) -> bool:
+    """Whether a hidden matrix of these models was loaded by `from_pretrained`; a fresh head on a trained body does not change that.
+
+    Where a version of transformers does not mark what it loads, a model that has a `name_or_path` counts as trained.
+    """
+    of_transformers = any(is_of("transformers", module) for model in models for module in model.modules())
+    if of_transformers and not _loaded_is_marked():
+        return any(getattr(module, "name_or_path", "") for model in models for module in model.modules())
+    return any(getattr(p, "_is_hf_initialized", False) for p in hidden_matrices(models))
+
+
+def _loaded_is_marked() -> bool:
+    """Whether transformers leaves alone what has the mark, as it does with weights that were loaded."""
+    initialization = sys.modules.get("transformers.initialization")
+    if initialization is None:
+        return False
+    number = torch.ones((), dtype=torch.float32, device="cpu")
+    setattr(number, "_is_hf_initialized", True)  # noqa: B010 - a tensor has no such attribute to type
+    try:
+        initialization.zeros_(number)
+    except Exception:  # another function of that name
+        return False
+    return bool(number == 1)

@@ -1,0 +1,207 @@
+"""The pace goes back to 1 once data is learned by heart, by the evaluation or by what the loss does as an epoch begins."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
+from hf_adaclip.audit.verify import verify_ledger
+from hf_adaclip.run.overfitting import WINDOW, OverfitWatch
+
+
+def fed(losses, watch=None):
+    watch = watch or OverfitWatch()
+    for loss in losses:
+        watch.add(np.float32(loss))
+    return watch
+
+
+def noisy(level, count, slope=0.0, seed=0):
+    return level + slope * np.arange(count) + 0.05 * np.random.default_rng(seed).standard_normal(count)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------
+
+
+def evaluated(*pairs):
+    """A watch that has seen these levels of the training loss, each with the evaluation after it."""
+    watch = OverfitWatch()
+    for training, loss in pairs:
+        fed(noisy(training, WINDOW), watch).evaluated(loss)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("pairs", "found"),
+    [
+        ([(1.0, 1.0), (0.8, 0.9), (0.6, 0.8)], False),
+        ([(1.0, 1.0), (0.8, 1.01), (0.6, 1.01)], False),  # within 2 %
+        ([(1.0, 1.0), (0.8, 1.05)], False),  # once
+        ([(1.0, 1.0), (0.8, 1.05), (0.7, 1.05)], True),
+        ([(1.0, 1.0), (0.8, 1.05), (0.7, 0.99), (0.6, 1.02)], False),
+        ([(1.0, 1.0), (0.8, 1.2)], True),
+        ([(1.0, 1.0), (1.2, 1.2)], False),  # that is a training which goes badly, and not data that is known
+    ],
+    ids=str,
+)
+def test_an_evaluation_that_rises_while_the_training_loss_falls(pairs, found):
+    assert (evaluated(*pairs).found is not None) == found
+
+
+def test_an_evaluation_without_training_losses_says_nothing():
+    watch = OverfitWatch()
+    for loss in (1.0, 2.0, 3.0, float("nan")):
+        watch.evaluated(loss)
+    assert watch.found is None
+
+
+# -- epochs ------------------------------------------------------------------------------------------------------
+
+
+def two_epochs(first, second):
+    watch = OverfitWatch()
+    watch.begin_epoch()
+    fed(first, watch).begin_epoch()
+    return fed(second, watch)
+
+
+def test_a_loss_that_drops_as_an_epoch_begins():
+    found = two_epochs(noisy(1.0, 200), noisy(0.7, 200, seed=1)).found
+    assert found is not None
+    assert re.search(r"fell from (0\.99|1\.0)\d* to 0\.(69|70)\d* as an epoch began", found)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        noisy(1.0, 200, seed=1),
+        noisy(0.95, 200, seed=1),  # by a twentieth
+        noisy(1.2, 200, seed=1),
+        np.full(200, np.nan),
+    ],
+    ids=["same", "little", "higher", "unknown"],
+)
+def test_a_loss_that_goes_on_as_it_did(second):
+    assert two_epochs(noisy(1.0, 200), second).found is None
+
+
+def test_what_was_about_to_fall_anyway_does_not_count():
+    falling = noisy(3.0, 400, slope=-0.006)
+    assert two_epochs(falling[:200], falling[200:]).found is None
+
+
+def test_short_epochs_are_not_judged():
+    assert two_epochs(noisy(1.0, 10), noisy(0.2, 200)).found is None
+    assert two_epochs(noisy(1.0, 30), noisy(0.2, 200)).found is not None
+
+
+def test_a_noisy_loss_needs_more_than_chance():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        assert two_epochs(rng.exponential(1.0, 150), rng.exponential(1.0, 150)).found is None
+
+
+def test_losses_on_a_device_are_read_once_an_epoch(monkeypatch):
+    reads: list[int] = []
+    real = torch.Tensor.tolist
+
+    def read(tensor):
+        reads.append(1)
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    watch = OverfitWatch()
+    watch.begin_epoch()
+    for value in noisy(1.0, 200):
+        watch.add(torch.tensor(value))
+    assert reads == []
+    watch.begin_epoch()
+    for value in noisy(0.5, 200):
+        watch.add(torch.tensor(value))
+    assert len(reads) == 2
+    assert watch.found is not None
+
+
+def test_it_goes_on_from_a_checkpoint():
+    watch = evaluated((1.0, 1.0), (0.8, 1.05))
+    again = OverfitWatch()
+    again.restore(watch.tensor())
+    fed(noisy(0.7, WINDOW), again).evaluated(1.05)
+    assert again.found is not None
+    third = OverfitWatch()
+    third.restore(again.tensor())
+    assert third.found is not None
+    fresh = OverfitWatch()
+    fresh.restore(OverfitWatch().tensor())
+    fed(noisy(1.0, WINDOW), fresh).evaluated(3.0)
+    assert fresh.found is None
+
+
+# -- in a training -----------------------------------------------------------------------------------------------
+
+
+def trainer(folder, **more):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, use_cache=False, **sizes))
+    generator = torch.Generator().manual_seed(1)
+    rows = [{"input_ids": (ids := torch.randint(0, 64, (8,), generator=generator)), "labels": ids} for _ in range(160)]
+    arguments = {"num_train_epochs": 24, "learning_rate": 1e-4, "per_device_train_batch_size": 4, **more}
+    args = TrainingArguments(
+        **{"output_dir": str(folder), "use_cpu": True, "report_to": [], "save_strategy": "no", "seed": 0, **arguments}
+    )
+    return AdaptiveClipTrainer(model=model, args=args, train_dataset=rows[:120], eval_dataset=rows[120:])
+
+
+def ledger(folder):
+    lines = [json.loads(line) for line in Path(folder, "clip_ledger.jsonl").read_text().splitlines()]
+    return [line for line in lines if "pace" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eval_strategy", ["epoch", "no"])
+def test_a_trainer_that_learns_by_heart_goes_back_to_the_given_rate(eval_strategy, tmp_path, caplog):
+    run = trainer(tmp_path, eval_strategy=eval_strategy)
+    run.train()
+    records = ledger(tmp_path)
+    paces = [record["pace"] for record in records]
+    told = [record.get("reach") == "-inf" for record in records]
+    first = told.index(True)
+    assert max(paces[:first]) > 2
+    assert all(told[first:])
+    assert set(paces[first:]) == {1.0}
+    assert "learned by heart" in caplog.text
+    assert verify_ledger(tmp_path / "clip_ledger.jsonl").ok
+
+
+@pytest.mark.slow
+def test_it_stays_so_after_a_resumption(tmp_path):
+    trainer(tmp_path, eval_strategy="epoch", save_strategy="steps", save_steps=600).train()
+    whole = [record["pace"] for record in ledger(tmp_path)]
+    assert whole[600] == 1.0
+    again = trainer(tmp_path, eval_strategy="epoch", save_strategy="steps", save_steps=600)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-600"))
+    assert [record["pace"] for record in ledger(tmp_path)][-len(whole[600:]) :] == whole[600:]
+
+
+def test_a_loop_tells_it_by_two_calls():
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    clipper = AdaptiveClipper(AdaptiveClipConfig(max_pace=64.0, warmup_observations=5), optimizer=optimizer)
+    for step in range(200):
+        if step % 50 == 0:
+            clipper.begin_epoch()
+        loss = (model(torch.ones(3, 4)) - 5).square().mean()
+        loss.backward()
+        clipper.clip_(model.parameters(), loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49:
+            clipper.evaluated(1.0 + step)  # it rises
+    assert clipper.metrics()["clip/pace"] == 1.0
+    assert clipper.state["best_reach"] == 0.0
