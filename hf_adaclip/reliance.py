@@ -101,7 +101,6 @@ RELIANCES: Final[tuple[Reliance, ...]] = (
     _trainer("_maybe_log_save_evaluate", "the line is known that `clip/*` is logged in"),
     _trainer("_save_optimizer_and_scheduler", "the controller's state is written into checkpoints"),
     _trainer("_load_optimizer_and_scheduler", "the controller's state is read from checkpoints"),
-    _trainer("_load_from_checkpoint", "training goes back to a checkpoint where no snapshot is old enough"),
     _trainer("_load_rng_state", "training goes back to a checkpoint where no snapshot is old enough"),
     _trainer("_get_output_dir", "trials of a search have ledgers of their own"),
     _trainer("_prepare_inputs", "the batch of an incident is what its loss was made of"),

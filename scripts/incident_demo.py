@@ -35,7 +35,15 @@ ROWS_OF_ONE: Final = 32
 HELD_OUT: Final = 160
 RATE: Final = 1.5e-2
 SETTINGS: Final = AdaptiveClipConfig(
-    on_trouble="rewind", snapshot_steps=5, divergence_spreads=4.0, divergence_steps=3, incident_spike=4.0
+    # Clipping alone, so that nothing but going back makes the difference.
+    max_pace=1.0,
+    spectral_width=None,
+    agreement=False,
+    on_trouble="rewind",
+    snapshot_steps=5,
+    divergence_spreads=4.0,
+    divergence_steps=3,
+    incident_spike=4.0,
 )
 
 _WHO: Final = ("the cat", "a dog", "my sister", "the old man", "our teacher", "the queen", "a sailor", "the baker")

@@ -262,7 +262,18 @@ class ClippingDriver:
         self._run.leave_out()
 
     def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
-        return self._kept.keep(tensors)
+        estimate = self._kept.keep(tensors)
+        watch = self._overfit
+        by_heart = None if watch is None or tensors is not None else watch.keep()
+
+        def put_back() -> None:
+            estimate()
+            if by_heart is not None:
+                by_heart()
+            elif watch is not None and tensors is not None and "by_heart" in tensors:
+                watch.restore(tensors["by_heart"])
+
+        return put_back
 
     def kept(self) -> dict[str, Tensor] | None:
         kept: dict[str, Tensor] = {}

@@ -31,8 +31,8 @@ class FollowingDriver:
     why_skipping: Sequence[str] = (EnginePort.WHY,)
     why_scaling: str | None = EnginePort.SCALING
     parameters: Sequence[Tensor] = ()
-    off: Mapping[str, str] = MappingProxyType({})
     optimizers: Sequence[torch.optim.Optimizer] = ()
+    off: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, run: Run, port: AcceleratorPort, losses: LossObserver, incidents: IncidentCapture) -> None:
         self._incidents = incidents

@@ -12,6 +12,7 @@ Source: this package; model_cards/pace/README.md has the runs.
 
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -97,6 +98,18 @@ class OverfitWatch:
             return [float(x) for x in last]
         numbers: list[float] = torch.stack(last).tolist()
         return numbers
+
+    def keep(self) -> Callable[[], None]:
+        """What puts back what is known now. Epochs that have begun since stay begun, and that boundary is not judged."""
+        known = {**vars(self), "_losses": self._losses.copy()}
+
+        def put_back() -> None:
+            epoch = self._epoch
+            vars(self).update({**known, "_losses": known["_losses"].copy()})
+            if epoch != self._epoch:
+                self._epoch, self._steps, self._before = epoch, 0, None
+
+        return put_back
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

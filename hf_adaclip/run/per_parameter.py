@@ -78,7 +78,7 @@ class PerParameter:
         def put_back() -> None:
             if self.reach is not None:
                 self.reach = self.reach.anew()
-                if tensors:
+                if "start" in tensors:
                     self.reach.restore(tensors, self._run.ops)
 
         return put_back

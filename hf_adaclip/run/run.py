@@ -387,7 +387,8 @@ class Run(Moments):
         self._checkpoint = str(path.parent)
         write_state(
             path,
-            state_to_tensors(self._state) | {f"{BESIDE}{name}": value for name, value in (beside or {}).items()},
+            state_to_tensors(self._state)
+            | {f"{BESIDE}{name}": value for name, value in {**self.beside, **(beside or {})}.items()},
             self.config,
             step=self.step,
             static_threshold=self.static_threshold,

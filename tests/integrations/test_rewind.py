@@ -23,6 +23,7 @@ REWIND: dict[str, Any] = {
     "snapshot_steps": 5,
     "warmup_observations": 5,
     "incident_steps": 5,
+    "pace_start": 5,  # not by the number of steps that are planned, of which a run that is cut off has others
 }
 
 
@@ -207,7 +208,7 @@ def test_the_steps_that_are_undone_did_matter(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "paced/clip_ledger.jsonl").read_text().splitlines()]
     paces = {row["step"]: row["pace"] for row in rows if row["kind"] == "step"}
     assert paces[19] > 1.5
-    assert paces[35] < 1.2
+    assert paces[35] < 1.3
 
 
 class Spoiling(AdaptiveClipTrainer):
