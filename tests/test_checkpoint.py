@@ -206,3 +206,13 @@ def test_a_state_of_an_older_revision_takes_new_fields_from_the_beginning(tmp_pa
     clipper, _ = load(folder, steps=1)
     assert clipper.step == 31
     assert "width" in new_fields(build_controller(LIMITS.resolved()))
+
+
+def test_how_a_pace_moves_means_nothing_to_a_state_without_one(tmp_path):
+    model, optimizer = make()
+    clipper = AdaptiveClipper("guard:pace_growth=1.1", optimizer=optimizer)
+    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 3)
+    clipper.save_state(tmp_path)
+    assert AdaptiveClipper("guard", optimizer=optimizer).load_state(tmp_path)
+    with pytest.raises(StateError, match=r"`max_pace` was 1\.0 and is 64\.0"):
+        AdaptiveClipper("adaptive", optimizer=optimizer).load_state(tmp_path)

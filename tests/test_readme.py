@@ -261,6 +261,13 @@ def test_the_table_of_costs_is_that_of_the_benchmark():
     assert read_section("speed", CARD) == speed_table()
 
 
+def test_the_table_of_the_default_is_that_of_its_runs():
+    from scripts.docs.default_table import CARD, table
+
+    assert read_section("default") == table()
+    assert read_section("default", CARD) == table()
+
+
 def test_what_people_have_elsewhere_can_be_said_here():
     from hf_adaclip import AdaptiveClipConfig
 

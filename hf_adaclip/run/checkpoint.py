@@ -250,6 +250,8 @@ def _compare(path: Path, saved: AdaptiveClipConfig, config: AdaptiveClipConfig) 
     changed = [k for k in now if k in before and k not in _FREE_FIELDS and before[k] != now[k]]
     if saved.on_trouble != config.on_trouble and "fallback" not in (saved.on_trouble, config.on_trouble):
         changed.remove("on_trouble")  # these decide alike and differ only in what is done about it
+    if saved.max_pace == config.max_pace == 1:  # how a pace moves means nothing where there is none
+        changed = [k for k in changed if not k.startswith("pace_")]
     if changed:
         names = {"static_threshold": "`static_threshold` (in a Trainer `max_grad_norm`)"}
         lines = "; ".join(f"{names.get(k, f'`{k}`')} was {before[k]!r} and is {now[k]!r}" for k in changed)

@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 
 from hf_adaclip.compare.statistics import median
-from scripts.docs.readme_section import write_section
+from scripts.docs.readme_section import README, ROOT, write_section
 from scripts.study import first_card
 from scripts.study.arms import ABLATIONS, AT, SHORT
 from scripts.study.goals import NOT_RUN, ratios_of, verdicts
@@ -43,6 +43,7 @@ HORIZON = tuple(f"{arm}{SHORT}" for arm in ("tuned", f"adaptive{AT}", *TUNED))
 TEMPLATE = Path(__file__).with_suffix(".template.md")
 EPOCHS = 2.0
 """From so many on a task is one of several epochs."""
+PACE = ROOT / "model_cards" / "pace" / "README.md"
 
 
 def card(results: Sequence[TaskResults]) -> str:
@@ -162,7 +163,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     (folder / "README.md").write_text(page, encoding="utf-8")
     if folder.resolve() == STUDY.resolve():
-        write_section("study", summary)
+        # The first one has measured the pace, and not yet the default.
+        write_section("study", summary, PACE if first and not results else README)
     for goal in unexplained(page):
         print(f"No reason is given for a goal that is missed: {goal}. It is written in {TEMPLATE.name}.")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scripts.docs.readme_section import README, read_section
-from scripts.study.card import main
+from scripts.study.card import PACE, main
 from scripts.study.first_card import card, goals, section
 from scripts.study.plots import draw_curves, draw_ranges
 from scripts.study.results import (
@@ -184,4 +184,4 @@ def test_results_of_a_gpu_do_not_take_the_place_of_the_first_card(tmp_path):
 def test_the_card_and_the_readme_are_those_of_the_raw_results():
     results = load_first()
     assert (STUDY / "README.md").read_text(encoding="utf-8") == card(results)
-    assert read_section("study") == section(results)
+    assert read_section("study", PACE) == section(results)
