@@ -37,6 +37,14 @@ def test_the_committed_outcome_is_what_it_is_said_to_be():
     claims(json.loads(COMMITTED.read_text(encoding="utf-8")))
 
 
+def test_the_readme_has_its_numbers():
+    found = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    loss = {name: f"{arm['eval_loss']:.2f}" for name, arm in found["arms"].items()}
+    said = " ".join((COMMITTED.parents[2] / "README.md").read_text(encoding="utf-8").split())
+    assert f"{loss['stock']} is the stock Trainer's held-out loss, {loss['clean']} without them." in said
+    assert f"leaves {len(found['left_out'])} steps out and ends at {loss['ours']}." in said
+
+
 @pytest.mark.slow
 def test_the_script_gives_it_again(tmp_path, capsys):
     result = incident_demo.main(["--output_dir", str(tmp_path / "demo")])
