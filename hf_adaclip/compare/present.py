@@ -4,6 +4,7 @@ import math
 from typing import Any, Final
 
 from hf_adaclip.compare.summary import ratio_from
+from hf_adaclip.compare.verdict import verdict
 from hf_adaclip.report import markdown as md
 
 COLUMNS: Final = (
@@ -156,7 +157,7 @@ def notes(comparison: dict[str, Any]) -> list[str]:
 
 
 def print_tables(comparison: dict[str, Any]) -> None:
-    """Print every task's table to the terminal."""
+    """Print every task's verdict and table to the terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -171,6 +172,8 @@ def print_tables(comparison: dict[str, Any]) -> None:
             table.add_column(escape(label), justify="left" if position == 0 else "right", no_wrap=position == 0)
         for row in table_rows(task):
             table.add_row(*map(escape, row))
+        if sentence := verdict(comparison, task):
+            console.print(sentence, style="bold", highlight=False, markup=False)
         console.print(table)
     for line in notes(comparison):
         console.print(f"- {line}", style="dim", highlight=False, markup=False)

@@ -77,7 +77,8 @@ class Bars:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn. With bars the y axis is one of names; else a number, logarithmic where all of it is above 0 and `log` says so."""
+    """What is drawn. With bars the y axis is one of names; else a number, logarithmic where all of it is above 0 and `log` says so;
+    `limits` are those of the axis, by default those of the values."""
 
     x: str
     y: str
@@ -87,6 +88,7 @@ class Chart:
     log: bool = False
     height: int = 380
     title: str = field(default="", kw_only=True)
+    limits: tuple[float, float] | None = field(default=None, kw_only=True)
 
 
 def svg(chart: Chart) -> str:
@@ -99,7 +101,7 @@ def svg(chart: Chart) -> str:
     log = chart.log and all(v > 0 for v in ys)
     x0, x1 = (min(xs), max(xs)) if xs else (0.0, 1.0)
     x1 = x1 if x1 > x0 else x0 + 1
-    y0, y1 = _range(ys, log)
+    y0, y1 = chart.limits or _range(ys, log)
     inner = chart.height - _TOP - _BOTTOM
 
     def px(v: float) -> float:

@@ -13,7 +13,7 @@ from hf_adaclip.config import AdaptiveClipConfig, as_written_now
 from hf_adaclip.controllers import CONTROLLERS, Reason
 from hf_adaclip.ledger.schema import plain
 from hf_adaclip.report import markdown as md
-from hf_adaclip.report import page
+from hf_adaclip.report import page, shape_facts
 from hf_adaclip.report.incidents import markdown_rows
 from hf_adaclip.report.incidents import section as incident_section
 from hf_adaclip.report.run_facts import RunReport, answer, applied_paces, left_out, load_run, shortly, summary
@@ -46,9 +46,9 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
         path: File to write.
         zoom: Figures by plotly, to zoom into; the page is 4.8 MB larger for it.
     """
-    from hf_adaclip.report.figures import line_chart, norms_chart, phases_chart, spans_decades
+    from hf_adaclip.report.figures import line_chart, norms_chart, phases_chart, shape_chart, spans_decades
 
-    series, header = report.series, report.header
+    series, header, numbers = report.series, report.header, summary(report)
     thresholds, coefficients = series.decisions()
     skipped = np.flatnonzero(left_out(series))
     versions = " · ".join(f"{k} {v}" for k, v in (header.get("versions") or {}).items())
@@ -60,11 +60,19 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
         page.facts([[k, str(v)] for k, v in _facts(report).items()]),
         page.heading(f"Gradient norm and threshold{hint}"),
         page.figure(norms_chart(series.steps, series.norms, thresholds, coefficients, skipped), zoom=zoom),
+        *_remark(shape_facts.threshold_remark(numbers)),
     ]
     phases = [Reason[name].phase if name in Reason.__members__ else "unknown" for name in series.reasons or []]
     parts += [page.heading("Phases"), page.figure(phases_chart(series.steps, phases), zoom=zoom)]
-    if series.paces is not None and (series.paces != 1).any():
-        parts += [page.heading("Pace"), page.figure(line_chart(series.steps, series.paces, "pace", "pace"), zoom=zoom)]
+    moves = series.paces is not None and bool((series.paces != 1).any())
+    if moves or numbers["by_heart_step"] is not None:
+        parts.append(page.heading("Pace"))
+        if moves:
+            parts.append(page.figure(line_chart(series.steps, series.paces, "pace", "pace"), zoom=zoom))
+        parts += _remark(shape_facts.pace_remark(numbers))
+    shapes = shape_chart(series.steps, series.altered_energies, series.agreeing_shares)
+    if shapes is not None:
+        parts += [page.heading("Spectral range and sign agreement"), page.figure(shapes, zoom=zoom)]
     if np.isfinite(series.losses).any():
         chart = line_chart(series.steps, series.losses, "training loss", "loss", log=spans_decades(series.losses))
         parts += [page.heading("Training loss"), page.figure(chart, zoom=zoom)]
@@ -77,6 +85,10 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
     parts += incident_section(Path(report.name))
     parts += [page.heading("Settings"), *_settings(header.get("config") or {})]
     return page.write_page(path, f"Run {report.name}", f"{header.get('created', '')} · {versions}", parts)
+
+
+def _remark(sentences: str) -> list[page.Part]:
+    return [page.text(sentences)] if sentences else []
 
 
 def reason_rows(series: Series) -> list[list[str]]:
@@ -133,7 +145,7 @@ def _facts(report: RunReport) -> dict[str, Any]:
     steps = max(n["steps"], 1)
     again = f" ({report.repeated} done again after a resumption, counted once)" if report.repeated else ""
     shadow = " (shadow: not applied)" if n["shadow"] else ""
-    facts = {
+    facts: dict[str, Any] = {
         "controller": f"{n['controller']}{shadow}",
         "steps": f"{n['steps']}{again}",
         "scaled down": f"{n['altered']} ({n['altered'] / steps:.2%})",
@@ -156,7 +168,7 @@ def _facts(report: RunReport) -> dict[str, Any]:
         facts["effective learning rate"] = f"at most {n['largest_pace']:.3g} times the schedule's rate"
     else:
         facts["effective learning rate"] = "the schedule's rate"
-    return facts
+    return facts | shape_facts.facts(n)
 
 
 def _evaluations(report: RunReport, zoom: bool) -> list[page.Part]:
@@ -206,6 +218,7 @@ def write_markdown(report: RunReport, path: Path) -> Path:
         md.text(answer(report)),
         md.text(_verdict(report)),
         _facts_table(report),
+        *(md.prose(remark) for remark in _remarks(report)),
         "## Reasons",
         md.table(["reason", "steps", "meaning"], reasons),
         f"## Adjustments ({len(report.events)})",
@@ -219,6 +232,11 @@ def write_markdown(report: RunReport, path: Path) -> Path:
         parts += [f"## Incidents ({len(incidents)})", md.table(labels, rows)]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def _remarks(report: RunReport) -> list[str]:
+    numbers = summary(report)
+    return [text for text in (shape_facts.threshold_remark(numbers), shape_facts.pace_remark(numbers)) if text]
 
 
 def write_csv(report: RunReport, path: Path) -> Path:
