@@ -107,16 +107,9 @@ def fashion(folder: Path) -> Task:
 
     (x, y), (x_held, y_held) = arrays("train", 12_000), arrays("test", 1_000)
     config = ViTConfig(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=28,
-        patch_size=7,
-        num_channels=1,
-        num_labels=10,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        image_size=28, patch_size=7, num_channels=1, num_labels=10,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )
 
     def model(seed: int) -> nn.Module:
