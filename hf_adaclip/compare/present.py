@@ -79,7 +79,9 @@ def _ratio(entry: dict[str, Any], cost: str) -> str:
     ratio = ratio_from(entry, cost)
     if ratio is None:
         return "1" if entry["ratio_step"] is None and entry["arm"] == "stock" else "n/a"
-    text = f"{_number(ratio.median, '{:.2f}')} [{_number(ratio.low, '{:.2f}')}, {_number(ratio.high, '{:.2f}')}]"
+    text = _number(ratio.median, "{:.2f}")
+    if len(ratio.ratios) > 1:  # one seed has no interval
+        text += f" [{_number(ratio.low, '{:.2f}')}, {_number(ratio.high, '{:.2f}')}]"
     # Where neither arm reached the target, the pair counts as even; who reads "1.00" has to know.
     return text if not ratio.neither else f"{text} ({ratio.neither} of {len(ratio.ratios)} neither)"
 
@@ -175,6 +177,7 @@ def print_tables(comparison: dict[str, Any]) -> None:
         if sentence := verdict(comparison, task):
             console.print(sentence, style="bold", highlight=False, markup=False)
         console.print(table)
+        console.print()
     for line in notes(comparison):
         console.print(f"- {line}", style="dim", highlight=False, markup=False)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +37,8 @@ __all__ = [
 
 MAX_EVENTS = 500
 """Events shown in a table; further ones are counted, and all of them are in the JSON."""
+MAX_MOVES = 8
+"""Of them, rises of the pace and falls of the pace, each; the figure has them all."""
 
 
 def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
@@ -64,11 +67,12 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
     ]
     phases = [Reason[name].phase if name in Reason.__members__ else "unknown" for name in series.reasons or []]
     parts += [page.heading("Phases"), page.figure(phases_chart(series.steps, phases), zoom=zoom)]
-    moves = series.paces is not None and bool((series.paces != 1).any())
+    paces = np.ones(0, np.float32) if series.paces is None else series.paces
+    moves = bool((paces != 1).any())
     if moves or numbers["by_heart_step"] is not None:
         parts.append(page.heading("Pace"))
         if moves:
-            parts.append(page.figure(line_chart(series.steps, series.paces, "pace", "pace"), zoom=zoom))
+            parts.append(page.figure(line_chart(series.steps, paces, "pace", "pace"), zoom=zoom))
         parts += _remark(shape_facts.pace_remark(numbers))
     shapes = shape_chart(series.steps, series.altered_energies, series.agreeing_shares)
     if shapes is not None:
@@ -196,9 +200,22 @@ def _event_table(events: list[ClipEvent]) -> list[page.Part]:
 
 
 def _shown(events: list[ClipEvent]) -> list[ClipEvent]:
-    """In order of their first steps; rare kinds are first in line for the space that there is."""
-    kinds = Counter(e.kind for e in events)
-    return sorted(sorted(events, key=lambda e: kinds[e.kind])[:MAX_EVENTS], key=lambda e: e.step)
+    """In order of their first steps; rare kinds are first in line for the space that there is, and of the pace's moves the largest."""
+    kinds = Counter((e.kind, e.reason) for e in events)
+    ordered = sorted(events, key=lambda e: (kinds[e.kind, e.reason], -_factor(e)))
+    shown: list[ClipEvent] = []
+    moves: Counter[tuple[str, str]] = Counter()
+    for event in ordered:
+        moves[event.kind, event.reason] += event.kind in ("pace_raised", "pace_lowered")
+        if moves[event.kind, event.reason] <= MAX_MOVES and len(shown) < MAX_EVENTS:
+            shown.append(event)
+    return sorted(shown, key=lambda e: e.step)
+
+
+def _factor(event: ClipEvent) -> float:
+    """How far the pace moved, as the absolute logarithm of the factor; 0 of other events."""
+    known = event.quantity == "pace" and event.before > 0 and event.after > 0
+    return abs(math.log(event.after / event.before)) if known else 0.0
 
 
 _EVENT_LABELS: Final = ["steps", "what", "change", "why"]
@@ -212,7 +229,8 @@ def _event_row(event: ClipEvent) -> list[str]:
 def write_markdown(report: RunReport, path: Path) -> Path:
     """The same in Markdown, without the pictures."""
     reasons = [[md.code(name), count, md.text(meaning)] for name, count, meaning in reason_rows(report.series)]
-    events = [[md.text(cell) for cell in _event_row(e)] for e in _shown(report.events)]
+    shown = _shown(report.events)
+    events = [[md.text(cell) for cell in _event_row(e)] for e in shown]
     parts = [
         f"# Run {md.text(report.name)}",
         md.text(answer(report)),
@@ -224,8 +242,8 @@ def write_markdown(report: RunReport, path: Path) -> Path:
         f"## Adjustments ({len(report.events)})",
         md.table(_EVENT_LABELS, events),
     ]
-    if len(report.events) > MAX_EVENTS:
-        parts.append(f"{len(report.events) - MAX_EVENTS} more are in the JSON (`--format json`).")
+    if len(shown) < len(report.events):
+        parts.append(f"{len(report.events) - len(shown)} more are in the JSON (`--format json`).")
     labels, incidents = markdown_rows(Path(report.name))
     if incidents:
         rows = [[md.text(cell) for cell in row] for row in incidents]

@@ -487,3 +487,35 @@ def test_where_the_static_threshold_always_acts_it_is_said_what_the_controller_d
     )
     calm = load_run(write_shaped_run(tmp_path / "calm", static_threshold=1e3))
     assert "a part of the optimizer" not in write_html(calm, tmp_path / "r.html").read_text()
+
+
+def test_of_many_moves_of_the_pace_the_largest_are_in_the_table_and_that_of_the_overfitting(tmp_path):
+    from dataclasses import replace
+
+    from hf_adaclip.report.run_report import MAX_MOVES
+    from hf_adaclip.run.events import ClipEvent
+
+    report = load_run(write_interesting_run(tmp_path / "run"))
+    moves = [
+        ClipEvent(
+            i,
+            i,
+            "pace_raised" if i % 2 else "pace_lowered",
+            1.0,
+            (1.1 + i / 100) ** (1 if i % 2 else -1),
+            "why",
+            "pace",
+        )
+        for i in range(100)
+    ]
+    heart = ClipEvent(100, 100, "pace_lowered", 1.0, 1.0, "by heart", "pace")
+    many = replace(report, events=[*moves, heart])
+    text = write_html(many, tmp_path / "r.html").read_text()
+
+    assert text.count(">pace raised<") == MAX_MOVES
+    assert text.count(">pace lowered<") == MAX_MOVES + 1
+    assert "pace 1 -&gt; 2.09<" in text
+    assert "by heart" in text
+    left = len(moves) - 2 * MAX_MOVES
+    assert f"{left} more of the frequent kinds are in the JSON" in text
+    assert f"{left} more are in the JSON" in write_markdown(many, tmp_path / "r.md").read_text()
