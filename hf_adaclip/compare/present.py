@@ -128,6 +128,7 @@ def notes(comparison: dict[str, Any]) -> list[str]:
     lines += [
         f"Medians over {seeds_of(comparison)}; a run that never reaches the target counts as infinite. 'vs stock': median of the "
         "ratios seed by seed, with a 95 % bootstrap interval; below 1 is sooner.",
+        "First sentence: 'ends' is the final eval loss less that of the stock arm it is held against, median over seeds.",
         "Seconds are training time without evaluation; the method's own overhead, its ledger included, is in them.",
     ]
     lines.append(

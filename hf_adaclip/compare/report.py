@@ -26,7 +26,7 @@ def write_report(comparison: dict[str, Any], output: Path, path: Path | None = N
         parts += [
             page.heading(heading(task)),
             page.text(str(task.get("baseline", ""))),
-            page.table(columns(task), table_rows(task)),
+            page.table(columns(task), _unbroken(table_rows(task)), short=["arm"]),
             page.subheading(
                 "Eval loss: thin lines are seeds, thick lines medians"
                 + (" (drag to zoom, double-click to reset)" if zoom else "")
@@ -45,6 +45,11 @@ def write_report(comparison: dict[str, Any], output: Path, path: Path | None = N
     return page.write_page(
         path or output / "report.html", "Time to target: adaptive clipping against the stock Trainer", subtitle, parts
     )
+
+
+def _unbroken(rows: list[list[str]]) -> list[list[str]]:
+    """A number and its unit stay on one line."""
+    return [[cell.replace(" Wh", "\u00a0Wh").replace(" s", "\u00a0s") for cell in row] for row in rows]
 
 
 def _one_run(output: Path, task: str, entry: dict[str, Any], zoom: bool) -> list[page.Part]:

@@ -93,7 +93,7 @@ def pace_remark(numbers: dict[str, Any]) -> str:
     """Why the pace is 1 for good; empty where it is not."""
     if numbers["by_heart_step"] is None:
         return ""
-    is_one = "would be 1" if numbers["shadow"] else "is 1"
+    is_one = "would be 1" if numbers["shadow"] else "is 1" if numbers["largest_pace"] > 1 else "stays 1"
     return (
         f"From step {numbers['by_heart_step']} on the pace {is_one} for good, because the data is learned by heart. "
         "The evaluation loss rose while the training loss fell, or the training loss fell as an epoch began."

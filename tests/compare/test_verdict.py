@@ -159,6 +159,8 @@ def test_the_page_shows_pace_and_altered_energy_of_our_arm(comparison):
     folder, found = comparison
     text = write_report(found, folder).read_text()
     assert "What adaptive did, seed 0" in text
+    assert '<td class="short" data-label="arm">adaptive</td>' in text
+    assert ">0.67<" in text.replace("\n", "")  # of one seed there is no interval
     assert text.count('<svg class="chart"') == 4  # curves; norms, pace, what shapes the step
     for name in ("altered energy", "agreeing share", 'aria-label="pace"'):
         assert name in text
