@@ -68,7 +68,7 @@ def spans_decades(values: np.ndarray) -> bool:
 
 
 def shape_chart(
-    steps: np.ndarray, altered: np.ndarray | None, agreeing: np.ndarray | None, *, points: int = 300, height: int = 260
+    steps: np.ndarray, altered: np.ndarray | None, agreeing: np.ndarray | None, *, points: int = 200, height: int = 260
 ) -> Chart | None:
     """What shaped the step, 0 to 1: how far the spectral range moved the gradients, and which share of the components agreed.
 
