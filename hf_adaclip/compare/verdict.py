@@ -96,14 +96,16 @@ def _first(pairs: _Pairs, base: str) -> str:
         ratio = paired_ratio(pairs.steps, pairs.base_steps)
         interval = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if count > 1 else ""
         times = "of" if ratio.median <= 1 else "times"
-        return f"{arm} reaches {base}'s target in {ratio.median:.2f} {times} its steps{interval}{ends}"
+        return f"{arm} reaches the target in {ratio.median:.2f} {times} {base}'s steps{interval}{ends}"
     if not pairs.reached:
         if not pairs.base_reached:
             return f"{arm} never reaches the target, nor does {base},{ends or ' and both diverge'}"
-        return f"{arm} never reaches {base}'s target{ends}"
+        if pairs.base_reached < count:
+            return f"{arm} never reaches the target ({base} in {pairs.base_reached} of {count} seeds){ends}"
+        return f"{arm} never reaches the target, which {base} does,{ends}"
     if pairs.reached == count and not pairs.base_reached:
         return f"{arm} reaches the target, which {base} never does,{ends}"
-    return f"{arm} reaches the target in {pairs.reached} of {count} seeds, {base} in {pairs.base_reached}{ends}"
+    return f"{arm} reaches the target in {pairs.reached} of {count} seeds ({base} in {pairs.base_reached}){ends}"
 
 
 def _other(first: _Pairs, pairs: _Pairs) -> str:
@@ -114,7 +116,9 @@ def _other(first: _Pairs, pairs: _Pairs) -> str:
     ends = f", {end}" if end else ""
     if pairs.reached == pairs.base_reached == count:
         ratio = paired_ratio(pairs.steps, pairs.base_steps).median
-        return f"{arm} in {ratio:.2f}{'' if first.reached == first.base_reached == len(first.steps) else ' of its steps'}{ends}"
+        said = first.reached == first.base_reached == len(first.steps)  # whose steps: in the first clause already
+        whose = "" if said else " of stock's steps"
+        return f"{arm} in {ratio:.2f}{whose}{ends}"
     if not pairs.reached:
         return f"{arm} never{ends}"
     if pairs.reached == count and not pairs.base_reached:

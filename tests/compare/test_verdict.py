@@ -32,16 +32,16 @@ STOCK = ("stock", [100, 100, 100], [1.0, 1.0, 1.0])
     [
         (
             [STOCK, ("adaptive", [70, 72, 68], [0.9, 0.9, 0.9]), ("adaptive-default", [62, 70, 55], [0.92, 0.92, 0.9])],
-            "`adaptive-default` reaches the tuned stock Trainer's target in 0.62 of its steps [0.55, 0.70] and ends 0.08 lower; "
+            "`adaptive-default` reaches the target in 0.62 of the tuned stock Trainer's steps [0.55, 0.70] and ends 0.08 lower; "
             "`adaptive` in 0.70, 0.1 lower (3 seeds).",
         ),
         (
             [("stock", [100], [1.0]), ("adaptive", [130], [1.2])],
-            "`adaptive` reaches the tuned stock Trainer's target in 1.30 times its steps and ends 0.2 higher (1 seed).",
+            "`adaptive` reaches the target in 1.30 times the tuned stock Trainer's steps and ends 0.2 higher (1 seed).",
         ),
         (
             [STOCK, ("adaptive", [N, N, N], [1.4, 1.4, 1.4])],
-            "`adaptive` never reaches the tuned stock Trainer's target and ends 0.4 higher (3 seeds).",
+            "`adaptive` never reaches the target, which the tuned stock Trainer does, and ends 0.4 higher (3 seeds).",
         ),
         (
             [("stock", [N], [1.0]), ("adaptive-default", [N], [1.0]), ("adaptive", [50], [0.5])],
@@ -54,22 +54,32 @@ STOCK = ("stock", [100, 100, 100], [1.0, 1.0, 1.0])
         ),
         (
             [("stock", [90, N, 90], [1.0] * 3), ("adaptive", [80, N, N], [0.98] * 3)],
-            "`adaptive` reaches the target in 1 of 3 seeds, the tuned stock Trainer in 2 and ends 0.02 lower.",
+            "`adaptive` reaches the target in 1 of 3 seeds (the tuned stock Trainer in 2) and ends 0.02 lower.",
+        ),
+        (
+            [("stock", [90, N, 90], [1.0] * 3), ("adaptive", [N] * 3, [1.1] * 3), ("median", [50, 60, 70], [0.9] * 3)],
+            "`adaptive` never reaches the target (the tuned stock Trainer in 2 of 3 seeds) and ends 0.1 higher; `median` in 3 of 3, "
+            "0.1 lower.",
+        ),
+        (
+            [("stock", [100], [1.0]), ("adaptive-default", [N], [1.3]), ("adaptive", [38], [0.88])],
+            "`adaptive-default` never reaches the target, which the tuned stock Trainer does, and ends 0.3 higher; `adaptive` in 0.38 of "
+            "stock's steps, 0.12 lower (1 seed).",
         ),
         (
             [STOCK, ("adaptive", [70, None, 70], [0.9, N, 0.9])],
-            "`adaptive` reaches the tuned stock Trainer's target in 0.70 of its steps [0.70, 0.70] and ends 0.1 lower "
+            "`adaptive` reaches the target in 0.70 of the tuned stock Trainer's steps [0.70, 0.70] and ends 0.1 lower "
             "(2 of 3 seeds; others failed).",
         ),
         ([STOCK, ("adaptive", [None] * 3, [N] * 3)], "`adaptive` cannot be compared, because runs failed."),
         (
             [STOCK, ("adaptive", [N] * 3, [N] * 3)],
-            "`adaptive` never reaches the tuned stock Trainer's target and diverges (3 seeds).",
+            "`adaptive` never reaches the target, which the tuned stock Trainer does, and diverges (3 seeds).",
         ),
         ([STOCK], ""),
         (
             [STOCK, ("none", [100] * 3, [1.0] * 3)],
-            "`none` reaches the tuned stock Trainer's target in 1.00 of its steps [1.00, 1.00] and ends level (3 seeds).",
+            "`none` reaches the target in 1.00 of the tuned stock Trainer's steps [1.00, 1.00] and ends level (3 seeds).",
         ),
     ],
 )  # fmt: skip
@@ -81,10 +91,10 @@ def test_the_verdict_says_what_the_numbers_say(arms, text):
 def test_a_script_is_held_against_its_tuned_arm_where_there_is_one():
     ours, tuned = ("adaptive", [60] * 3, [0.9] * 3), ("tuned", [80] * 3, [0.8] * 3)
     assert said(STOCK, ours, script=["t.py"]).startswith(
-        "`adaptive` reaches the stock Trainer's target in 0.60 of its steps"
+        "`adaptive` reaches the target in 0.60 of the stock Trainer's steps"
     )
     text = said(STOCK, tuned, ours, script=["t.py"])
-    assert text.startswith("`adaptive` reaches the tuned stock Trainer's target in 0.75 of its steps")
+    assert text.startswith("`adaptive` reaches the target in 0.75 of the tuned stock Trainer's steps")
     assert "0.1 higher" in text
 
 
@@ -141,9 +151,9 @@ def test_page_card_and_terminal_lead_with_it(comparison, capsys):
     from hf_adaclip.compare.report import write_report
 
     folder, found = comparison
-    words = "reaches the tuned stock Trainer's target in 0.67 of its steps"
+    words = "reaches the target in 0.67 of the tuned stock Trainer's steps"
     text = write_report(found, folder).read_text()
-    assert '<p class="lead"><code>adaptive</code> reaches the tuned stock Trainer&#39;s target in 0.67 of its' in text
+    assert '<p class="lead"><code>adaptive</code> reaches the target in 0.67 of the tuned stock Trainer&#39;s' in text
     assert text.index('class="lead"') < text.index("<h2>")
     card = write_card(found, folder).read_text()
     assert f"**`adaptive` {words}" in card
