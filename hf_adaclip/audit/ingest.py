@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from hf_adaclip.ledger.reader import open_ledger, open_regular, read_lines, what
 from hf_adaclip.ledger.schema import LEDGER_FILE, parse_number
 
 __all__ = ["Series", "ledger_records", "load_series"]
+
+_NOT_ALWAYS: Final = ("reach", "altered_energy", "agreeing_share")
+"""Fields of the parts that are not on in every run."""
 
 
 def load_series(path: str | Path) -> Series:
@@ -53,7 +56,7 @@ def ledger_records(path: str | Path) -> Iterator[dict[str, Any]]:
 def _from_ledger(path: Path) -> Series:
     header: dict[str, Any] | None = None
     rows: dict[str, list[float]] = {
-        key: [] for key in ("step", "norm", "loss", "threshold", "coefficient", "pace", "reach")
+        key: [] for key in ("step", "norm", "loss", "threshold", "coefficient", "pace", *_NOT_ALWAYS)
     }
     reasons: list[str] = []
     for line in ledger_records(path):
@@ -67,7 +70,7 @@ def _from_ledger(path: Path) -> Series:
             del reasons[keep:]
         elif line["kind"] == "step":
             try:
-                values_now = {key: parse_number(line.get(key) if key == "reach" else line[key]) for key in rows}
+                values_now = {key: parse_number(line.get(key) if key in _NOT_ALWAYS else line[key]) for key in rows}
             except (KeyError, ValueError, TypeError, OverflowError) as error:
                 raise LedgerError(f"{path}: a step record cannot be understood: {error}.") from error
             if not 0 <= values_now["step"] < MAX_STEP:
@@ -96,4 +99,6 @@ def _from_ledger(path: Path) -> Series:
         reasons=reasons,
         header=header,
         every=1,
+        altered_energies=array(rows["altered_energy"]),
+        agreeing_shares=array(rows["agreeing_share"]),
     )

@@ -30,6 +30,9 @@ class Series:
         header: Header of the last segment of a ledger, else None.
         every: Steps between two known norms; 1 when all are known. With more, spikes in between are unseen.
         left_out: What the log holds besides and was not taken, in sentences.
+        altered_energies: What the spectral range moved, 0 to 1, float32, NaN in steps in which it did not act; None when the log does not
+            say.
+        agreeing_shares: Share of the components that the sign agreement let move, likewise.
     """
 
     path: str
@@ -45,6 +48,8 @@ class Series:
     header: dict[str, Any] | None
     every: int
     left_out: tuple[str, ...] = ()
+    altered_energies: np.ndarray | None = None
+    agreeing_shares: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.steps)

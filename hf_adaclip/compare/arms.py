@@ -12,6 +12,9 @@ STOCK: Final = "stock"
 TUNED: Final = "tuned"
 SUFFIX: Final = f"-{TUNED}"
 DEFAULT_LEARNING_RATE: Final = 5e-5
+STOCK_DEFAULT: Final = "stock-default"
+ADAPTIVE_DEFAULT: Final = "adaptive-default"
+"""Arms of the demo with the library's default learning rate, which nobody has tuned."""
 
 
 @dataclass(frozen=True)

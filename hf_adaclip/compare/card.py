@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hf_adaclip.compare.present import heading, markdown_table, notes, seeds_of
+from hf_adaclip.compare.verdict import verdicts
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.ledger.tail import find_tail
 from hf_adaclip.report import markdown as md
@@ -77,6 +78,7 @@ def _body(comparison: dict[str, Any], output: Path) -> str:
     made = f"{comparison['created']}, {comparison['device']}, {versions}"
     parts = [
         "# Time to target: adaptive clipping against the stock Trainer",
+        *(f"**{md.prose(sentence)}**" for sentence in verdicts(comparison)),
         "Does replacing the static `max_grad_norm` of `transformers.Trainer` by an adaptive controller reach the same eval loss "
         "sooner? Same data order and initial weights, seed by seed.",
         "![curves](curves.png)",
@@ -84,8 +86,8 @@ def _body(comparison: dict[str, Any], output: Path) -> str:
     for task in comparison["tasks"]:
         parts += [
             f"## {md.text(heading(task))}",
-            f"{_with_code(str(task.get('baseline', '')))} Arms:",
-            "\n".join(f"- {md.code(entry['arm'])}: {_with_code(entry['title'])}" for entry in task["arms"]),
+            f"{md.prose(str(task.get('baseline', '')))} Arms:",
+            "\n".join(f"- {md.code(entry['arm'])}: {md.prose(entry['title'])}" for entry in task["arms"]),
             markdown_table(task),
             _every_seed(task),
         ]
@@ -99,7 +101,7 @@ def _body(comparison: dict[str, Any], output: Path) -> str:
     ]
     parts += [
         "## Rules",
-        "\n".join(f"- {_with_code(note)}" for note in notes(comparison)),
+        "\n".join(f"- {md.prose(note)}" for note in notes(comparison)),
         "## Ledgers",
         md.table(["task", "arm", "seed", "`hf-adaclip verify`", "last seal"], ledgers),
         "## Reproduce",
@@ -119,22 +121,6 @@ def _every_seed(task: dict[str, Any]) -> str:
                 [md.text(entry["arm"]), md.text(row["seed"]), md.text(steps), loss, md.text(row["error"] or "")]
             )
     return md.table(["arm", "seed", "steps to target", "final eval loss", "error"], rows)
-
-
-def _with_code(sentence: object) -> str:
-    """A sentence in which the pieces between single backticks are code, and all else is text."""
-    pieces = str(sentence).split("`")
-    if len(pieces) % 2 == 0:
-        return md.text(sentence)
-    shown = [md.code(piece) if i % 2 else _inner(piece) for i, piece in enumerate(pieces)]
-    return "".join(shown)
-
-
-def _inner(piece: str) -> str:
-    """Text between two pieces of code, with the spaces at its ends."""
-    if not piece.strip():
-        return " " if piece else ""
-    return (" " if piece[0] == " " else "") + md.text(piece) + (" " if piece[-1] == " " else "")
 
 
 def _seal(output: Path, task: dict[str, Any], entry: dict[str, Any], row: dict[str, Any]) -> str:

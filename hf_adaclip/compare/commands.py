@@ -126,7 +126,8 @@ def _add_card(commands: Commands) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     _require_extra()
-    from hf_adaclip.compare.demo_study import STOCK_DEFAULT, TARGET_FILE, demo_studies, fix, fixed_before
+    from hf_adaclip.compare.arms import STOCK_DEFAULT
+    from hf_adaclip.compare.demo_study import TARGET_FILE, demo_studies, fix, fixed_before
     from hf_adaclip.compare.study import check, compare_script
 
     _refuse_flags_of_the_other(arguments)

@@ -11,7 +11,15 @@ from datetime import datetime, timezone
 from importlib import resources
 from typing import Any, Final
 
-from hf_adaclip.compare.arms import DEFAULT_LEARNING_RATE, STOCK, TUNED, Arm, Study
+from hf_adaclip.compare.arms import (
+    ADAPTIVE_DEFAULT,
+    DEFAULT_LEARNING_RATE,
+    STOCK,
+    STOCK_DEFAULT,
+    TUNED,
+    Arm,
+    Study,
+)
 from hf_adaclip.compare.demo import TASKS
 from hf_adaclip.compare.runs import MODULE
 from hf_adaclip.compare.tuning import TARGET_SHARE, TUNING_SEEDS, as_flags, set_target, tune
@@ -21,9 +29,6 @@ from hf_adaclip.ledger.schema import plain
 from hf_adaclip.run.versions import environment
 
 TARGET_FILE: Final = "demo_target.json"
-STOCK_DEFAULT: Final = "stock-default"
-ADAPTIVE_DEFAULT: Final = "adaptive-default"
-"""Arms with the library's default learning rate, which nobody has tuned."""
 DEMO_ARMS: Final = (STOCK, STOCK_DEFAULT, "adaptive", ADAPTIVE_DEFAULT)
 
 

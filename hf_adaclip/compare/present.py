@@ -4,6 +4,7 @@ import math
 from typing import Any, Final
 
 from hf_adaclip.compare.summary import ratio_from
+from hf_adaclip.compare.verdict import verdict
 from hf_adaclip.report import markdown as md
 
 COLUMNS: Final = (
@@ -78,7 +79,9 @@ def _ratio(entry: dict[str, Any], cost: str) -> str:
     ratio = ratio_from(entry, cost)
     if ratio is None:
         return "1" if entry["ratio_step"] is None and entry["arm"] == "stock" else "n/a"
-    text = f"{_number(ratio.median, '{:.2f}')} [{_number(ratio.low, '{:.2f}')}, {_number(ratio.high, '{:.2f}')}]"
+    text = _number(ratio.median, "{:.2f}")
+    if len(ratio.ratios) > 1:  # one seed has no interval
+        text += f" [{_number(ratio.low, '{:.2f}')}, {_number(ratio.high, '{:.2f}')}]"
     # Where neither arm reached the target, the pair counts as even; who reads "1.00" has to know.
     return text if not ratio.neither else f"{text} ({ratio.neither} of {len(ratio.ratios)} neither)"
 
@@ -125,6 +128,7 @@ def notes(comparison: dict[str, Any]) -> list[str]:
     lines += [
         f"Medians over {seeds_of(comparison)}; a run that never reaches the target counts as infinite. 'vs stock': median of the "
         "ratios seed by seed, with a 95 % bootstrap interval; below 1 is sooner.",
+        "First sentence: 'ends' is the final eval loss less that of the stock arm it is held against, median over seeds.",
         "Seconds are training time without evaluation; the method's own overhead, its ledger included, is in them.",
     ]
     lines.append(
@@ -156,7 +160,7 @@ def notes(comparison: dict[str, Any]) -> list[str]:
 
 
 def print_tables(comparison: dict[str, Any]) -> None:
-    """Print every task's table to the terminal."""
+    """Print every task's verdict and table to the terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -171,7 +175,10 @@ def print_tables(comparison: dict[str, Any]) -> None:
             table.add_column(escape(label), justify="left" if position == 0 else "right", no_wrap=position == 0)
         for row in table_rows(task):
             table.add_row(*map(escape, row))
+        if sentence := verdict(comparison, task):
+            console.print(sentence, style="bold", highlight=False, markup=False)
         console.print(table)
+        console.print()
     for line in notes(comparison):
         console.print(f"- {line}", style="dim", highlight=False, markup=False)
 

@@ -77,7 +77,8 @@ class Bars:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn. With bars the y axis is one of names; else a number, logarithmic where all of it is above 0 and `log` says so."""
+    """What is drawn. With bars the y axis is one of names; else a number, logarithmic where all of it is above 0 and `log` says so;
+    `limits` are those of the axis, by default those of the values."""
 
     x: str
     y: str
@@ -87,6 +88,7 @@ class Chart:
     log: bool = False
     height: int = 380
     title: str = field(default="", kw_only=True)
+    limits: tuple[float, float] | None = field(default=None, kw_only=True)
 
 
 def svg(chart: Chart) -> str:
@@ -99,7 +101,7 @@ def svg(chart: Chart) -> str:
     log = chart.log and all(v > 0 for v in ys)
     x0, x1 = (min(xs), max(xs)) if xs else (0.0, 1.0)
     x1 = x1 if x1 > x0 else x0 + 1
-    y0, y1 = _range(ys, log)
+    y0, y1 = chart.limits or _range(ys, log)
     inner = chart.height - _TOP - _BOTTOM
 
     def px(v: float) -> float:
@@ -130,7 +132,8 @@ def svg(chart: Chart) -> str:
         style = f'class="c-{line.colour}" stroke-width="{line.width:g}" stroke-opacity="{line.opacity:g}"{dash}'
         out += [f'<polyline {style} points="{points}"/>' for points in _pieces(line, px, py, log)]
     for marks in chart.marks:
-        out += [_mark(marks, px(x), py(y)) for x, y in zip(marks.x, marks.y, strict=True) if _drawable(y, log)]
+        d = "".join(_mark(marks, px(x), py(y)) for x, y in zip(marks.x, marks.y, strict=True) if _drawable(y, log))
+        out.append(f'<path class="m-{marks.symbol} c-{marks.colour}" d="{d}"/>')
     centre = (left + WIDTH - _RIGHT) / 2
     out.append(
         f'<text class="axis" x="{centre:g}" y="{chart.height - 6}" text-anchor="middle">{html.escape(chart.x)}</text>'
@@ -188,10 +191,7 @@ def _pieces(line: Line, px: Place, py: Place, log: bool) -> list[str]:
 
 
 def _mark(marks: Marks, x: float, y: float) -> str:
-    shape = (
-        f"M{x - 4:.1f},{y - 9:.1f}h8l-4,7z" if marks.symbol == "down" else f"M{x - 4:.1f},{y - 4:.1f}l8,8m0,-8l-8,8"
-    )
-    return f'<path class="m-{marks.symbol} c-{marks.colour}" d="{shape}"/>'
+    return f"M{x - 4:.1f},{y - 9:.1f}h8l-4,7z" if marks.symbol == "down" else f"M{x - 4:.1f},{y - 4:.1f}l8,8m0,-8l-8,8"
 
 
 def _draw_bars(chart: Chart, px: Place, inner: float, left: int) -> list[str]:

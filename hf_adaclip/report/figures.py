@@ -46,16 +46,51 @@ def norms_chart(
     return Chart(_STEPS, "gradient norm", lines, marks, log=True)
 
 
-def line_chart(steps: np.ndarray, values: np.ndarray, name: str, colour: str, *, log: bool = False) -> Chart:
+def line_chart(
+    steps: np.ndarray,
+    values: np.ndarray,
+    name: str,
+    colour: str,
+    *,
+    log: bool = False,
+    height: int = 260,
+    points: int = 1500,
+) -> Chart:
     """One quantity over the steps."""
-    kept = keep_extremes(steps, values, 1500)
-    return Chart(_STEPS, name, [_line(steps[kept], values[kept], name, colour, named=False)], log=log, height=260)
+    kept = keep_extremes(steps, values, points)
+    return Chart(_STEPS, name, [_line(steps[kept], values[kept], name, colour, named=False)], log=log, height=height)
 
 
 def spans_decades(values: np.ndarray) -> bool:
     """Whether a linear axis would be flat but for a few spikes: all of it is above 0, and the largest is 20 times the median or more."""
     finite = values[np.isfinite(values)]
     return bool(len(finite) and (finite > 0).all() and finite.max() >= 20 * np.median(finite))
+
+
+def shape_chart(
+    steps: np.ndarray, altered: np.ndarray | None, agreeing: np.ndarray | None, *, points: int = 200, height: int = 260
+) -> Chart | None:
+    """What shaped the step, 0 to 1: how far the spectral range moved the gradients, and which share of the components agreed.
+
+    Args:
+        steps: Optimizer steps.
+        altered, agreeing: One value per step, NaN where that part did not act; None where it is not known.
+        points: About how many points a line may have.
+        height: Of the figure.
+
+    Returns:
+        None where neither acted.
+    """
+    lines = []
+    for values, name, colour in ((altered, "altered energy", "pace"), (agreeing, "agreeing share", "out")):
+        there = np.flatnonzero(np.isfinite(values)) if values is not None else np.array([], dtype=np.int64)
+        if values is None or not len(there):
+            continue
+        kept = there[keep_extremes(steps[there], values[there], points)]
+        lines.append(_line(steps[kept], values[kept], name, colour))
+    if not lines:
+        return None
+    return Chart(_STEPS, "shares", lines, height=height, title="what shapes the step", limits=(0.0, 1.0))
 
 
 def phases_chart(steps: np.ndarray, phases: list[str]) -> Chart:
@@ -121,6 +156,8 @@ def interactive(chart: Chart) -> Any:
     grid = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}
     figure.update_xaxes(**grid)
     figure.update_yaxes(**grid, **({"dtick": 1, "exponentformat": "power"} if kind == "log" else {}))
+    if chart.limits is not None:
+        figure.update_yaxes(range=list(chart.limits))
     return figure
 
 

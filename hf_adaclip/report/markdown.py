@@ -29,6 +29,22 @@ def code(value: object) -> str:
     return f"{fence}{pad}{line}{pad}{fence}".replace("|", r"\|")
 
 
+def prose(sentence: object) -> str:
+    """A sentence in which the pieces between single backticks are code, and all else is text."""
+    pieces = str(sentence).split("`")
+    if len(pieces) % 2 == 0:
+        return text(sentence)
+    shown = [code(piece) if i % 2 else _inner(piece) for i, piece in enumerate(pieces)]
+    return "".join(shown)
+
+
+def _inner(piece: str) -> str:
+    """Text between two pieces of code, with the spaces at its ends."""
+    if not piece.strip():
+        return " " if piece else ""
+    return (" " if piece[0] == " " else "") + text(piece) + (" " if piece[-1] == " " else "")
+
+
 def block(value: object) -> str:
     """A block of code; the fence is longer than any run of backticks within."""
     content = str(value)

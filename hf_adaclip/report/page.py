@@ -30,7 +30,6 @@ _TEMPLATE = """<!doctype html>
   .scroll { overflow-x: auto; } .tall { overflow-y: auto; max-height: 480px; }
   table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; width: 100%; }
   th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--line); }
-  th { white-space: nowrap; }
   th:first-child, td:first-child, td.words, th.words { text-align: left; }
   td { overflow-wrap: break-word; }
   td.short, th.short { text-align: left; } td.short { white-space: nowrap; }

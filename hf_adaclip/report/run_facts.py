@@ -16,6 +16,7 @@ from hf_adaclip.errors import LedgerError
 from hf_adaclip.ledger.header import Undone, rewound_of
 from hf_adaclip.ledger.reader import open_regular
 from hf_adaclip.ledger.schema import LEDGER_FILE, parse_number
+from hf_adaclip.report.shape_facts import clause, shape_numbers
 from hf_adaclip.run.events import ClipEvent, EventTracker
 
 
@@ -103,6 +104,7 @@ def _events(ledger: Path, header: dict[str, Any]) -> tuple[list[ClipEvent], int]
                 if step >= (limits[segment] if segment >= 0 else math.inf):
                     continue
                 row = {key: parse_number(line[key]) for key in ("norm", "threshold", "coefficient", "pace")}
+                row["reach"] = parse_number(line.get("reach"))
                 reason = Reason[line["reason"]]
             except (KeyError, ValueError, TypeError, OverflowError) as error:
                 raise LedgerError(f"{ledger}: step {line.get('step')} cannot be understood: {error}.") from error
@@ -176,6 +178,7 @@ def summary(report: RunReport) -> dict[str, Any]:
         "largest_pace": float(paces.max()),
         "mean_pace": float(paces.mean(dtype=np.float64)),
         "effective_rate": _effective_rate(report),
+        **shape_numbers(series),
         "counts": counts,
         "events": [{**asdict(e), "change": e.change} for e in report.events],
         "config": report.header.get("config"),
@@ -218,6 +221,7 @@ def _answer(report: RunReport) -> str:
         return (
             f"Shadow run: the static threshold {n['max_grad_norm']:g} was applied. The controller would have scaled down {cut} of {steps} "
             f"gradients ({cut / max(steps, 1):.1%}) and left out {out} steps, of which {n['not_finite']} were left out, not being finite."
+            f"{clause(n)}"
         )
     pace = ""
     if n["largest_pace"] > 1:
@@ -225,8 +229,10 @@ def _answer(report: RunReport) -> str:
         pace = f" The pace raised the learning rate up to {largest} times the schedule's, {mean} times on average."
     elif n["mean_pace"] < 1:
         pace = " The pace held the learning rate down at the start."
+    pace += clause(n)
     if not cut and not out:
-        return f"No: clipping left all {steps} gradients as they were; the largest norm was {shortly(n['largest_norm'])}.{pace}"
+        left = f"the norms of all {steps} gradients" if n["altered_energy"] is not None else f"all {steps} gradients"
+        return f"No: clipping left {left} as they were; the largest norm was {shortly(n['largest_norm'])}.{pace}"
     parts = [f"Yes: clipping scaled down {cut} of {steps} gradients ({cut / max(steps, 1):.1%})"]
     if n["altered_in_warmup"]:
         parts.append(f", {n['altered_in_warmup']} of them in the warm-up, where the static threshold rules")

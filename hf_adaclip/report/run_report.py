@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ from hf_adaclip.config import AdaptiveClipConfig, as_written_now
 from hf_adaclip.controllers import CONTROLLERS, Reason
 from hf_adaclip.ledger.schema import plain
 from hf_adaclip.report import markdown as md
-from hf_adaclip.report import page
+from hf_adaclip.report import page, shape_facts
 from hf_adaclip.report.incidents import markdown_rows
 from hf_adaclip.report.incidents import section as incident_section
 from hf_adaclip.report.run_facts import RunReport, answer, applied_paces, left_out, load_run, shortly, summary
@@ -36,6 +37,8 @@ __all__ = [
 
 MAX_EVENTS = 500
 """Events shown in a table; further ones are counted, and all of them are in the JSON."""
+MAX_MOVES = 8
+"""Of them, rises of the pace and falls of the pace, each; the figure has them all."""
 
 
 def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
@@ -46,9 +49,9 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
         path: File to write.
         zoom: Figures by plotly, to zoom into; the page is 4.8 MB larger for it.
     """
-    from hf_adaclip.report.figures import line_chart, norms_chart, phases_chart, spans_decades
+    from hf_adaclip.report.figures import line_chart, norms_chart, phases_chart, shape_chart, spans_decades
 
-    series, header = report.series, report.header
+    series, header, numbers = report.series, report.header, summary(report)
     thresholds, coefficients = series.decisions()
     skipped = np.flatnonzero(left_out(series))
     versions = " · ".join(f"{k} {v}" for k, v in (header.get("versions") or {}).items())
@@ -60,11 +63,20 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
         page.facts([[k, str(v)] for k, v in _facts(report).items()]),
         page.heading(f"Gradient norm and threshold{hint}"),
         page.figure(norms_chart(series.steps, series.norms, thresholds, coefficients, skipped), zoom=zoom),
+        *_remark(shape_facts.threshold_remark(numbers)),
     ]
     phases = [Reason[name].phase if name in Reason.__members__ else "unknown" for name in series.reasons or []]
     parts += [page.heading("Phases"), page.figure(phases_chart(series.steps, phases), zoom=zoom)]
-    if series.paces is not None and (series.paces != 1).any():
-        parts += [page.heading("Pace"), page.figure(line_chart(series.steps, series.paces, "pace", "pace"), zoom=zoom)]
+    paces = np.ones(0, np.float32) if series.paces is None else series.paces
+    moves = bool((paces != 1).any())
+    if moves or numbers["by_heart_step"] is not None:
+        parts.append(page.heading("Pace"))
+        if moves:
+            parts.append(page.figure(line_chart(series.steps, paces, "pace", "pace"), zoom=zoom))
+        parts += _remark(shape_facts.pace_remark(numbers))
+    shapes = shape_chart(series.steps, series.altered_energies, series.agreeing_shares)
+    if shapes is not None:
+        parts += [page.heading("Spectral range and sign agreement"), page.figure(shapes, zoom=zoom)]
     if np.isfinite(series.losses).any():
         chart = line_chart(series.steps, series.losses, "training loss", "loss", log=spans_decades(series.losses))
         parts += [page.heading("Training loss"), page.figure(chart, zoom=zoom)]
@@ -77,6 +89,10 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
     parts += incident_section(Path(report.name))
     parts += [page.heading("Settings"), *_settings(header.get("config") or {})]
     return page.write_page(path, f"Run {report.name}", f"{header.get('created', '')} · {versions}", parts)
+
+
+def _remark(sentences: str) -> list[page.Part]:
+    return [page.text(sentences)] if sentences else []
 
 
 def reason_rows(series: Series) -> list[list[str]]:
@@ -133,7 +149,7 @@ def _facts(report: RunReport) -> dict[str, Any]:
     steps = max(n["steps"], 1)
     again = f" ({report.repeated} done again after a resumption, counted once)" if report.repeated else ""
     shadow = " (shadow: not applied)" if n["shadow"] else ""
-    facts = {
+    facts: dict[str, Any] = {
         "controller": f"{n['controller']}{shadow}",
         "steps": f"{n['steps']}{again}",
         "scaled down": f"{n['altered']} ({n['altered'] / steps:.2%})",
@@ -156,7 +172,7 @@ def _facts(report: RunReport) -> dict[str, Any]:
         facts["effective learning rate"] = f"at most {n['largest_pace']:.3g} times the schedule's rate"
     else:
         facts["effective learning rate"] = "the schedule's rate"
-    return facts
+    return facts | shape_facts.facts(n)
 
 
 def _evaluations(report: RunReport, zoom: bool) -> list[page.Part]:
@@ -184,9 +200,22 @@ def _event_table(events: list[ClipEvent]) -> list[page.Part]:
 
 
 def _shown(events: list[ClipEvent]) -> list[ClipEvent]:
-    """In order of their first steps; rare kinds are first in line for the space that there is."""
-    kinds = Counter(e.kind for e in events)
-    return sorted(sorted(events, key=lambda e: kinds[e.kind])[:MAX_EVENTS], key=lambda e: e.step)
+    """In order of their first steps; rare kinds are first in line for the space that there is, and of the pace's moves the largest."""
+    kinds = Counter((e.kind, e.reason) for e in events)
+    ordered = sorted(events, key=lambda e: (kinds[e.kind, e.reason], -_factor(e)))
+    shown: list[ClipEvent] = []
+    moves: Counter[tuple[str, str]] = Counter()
+    for event in ordered:
+        moves[event.kind, event.reason] += event.kind in ("pace_raised", "pace_lowered")
+        if moves[event.kind, event.reason] <= MAX_MOVES and len(shown) < MAX_EVENTS:
+            shown.append(event)
+    return sorted(shown, key=lambda e: e.step)
+
+
+def _factor(event: ClipEvent) -> float:
+    """How far the pace moved, as the absolute logarithm of the factor; 0 of other events."""
+    known = event.quantity == "pace" and event.before > 0 and event.after > 0
+    return abs(math.log(event.after / event.before)) if known else 0.0
 
 
 _EVENT_LABELS: Final = ["steps", "what", "change", "why"]
@@ -200,25 +229,32 @@ def _event_row(event: ClipEvent) -> list[str]:
 def write_markdown(report: RunReport, path: Path) -> Path:
     """The same in Markdown, without the pictures."""
     reasons = [[md.code(name), count, md.text(meaning)] for name, count, meaning in reason_rows(report.series)]
-    events = [[md.text(cell) for cell in _event_row(e)] for e in _shown(report.events)]
+    shown = _shown(report.events)
+    events = [[md.text(cell) for cell in _event_row(e)] for e in shown]
     parts = [
         f"# Run {md.text(report.name)}",
         md.text(answer(report)),
         md.text(_verdict(report)),
         _facts_table(report),
+        *(md.prose(remark) for remark in _remarks(report)),
         "## Reasons",
         md.table(["reason", "steps", "meaning"], reasons),
         f"## Adjustments ({len(report.events)})",
         md.table(_EVENT_LABELS, events),
     ]
-    if len(report.events) > MAX_EVENTS:
-        parts.append(f"{len(report.events) - MAX_EVENTS} more are in the JSON (`--format json`).")
+    if len(shown) < len(report.events):
+        parts.append(f"{len(report.events) - len(shown)} more are in the JSON (`--format json`).")
     labels, incidents = markdown_rows(Path(report.name))
     if incidents:
         rows = [[md.text(cell) for cell in row] for row in incidents]
         parts += [f"## Incidents ({len(incidents)})", md.table(labels, rows)]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def _remarks(report: RunReport) -> list[str]:
+    numbers = summary(report)
+    return [text for text in (shape_facts.threshold_remark(numbers), shape_facts.pace_remark(numbers)) if text]
 
 
 def write_csv(report: RunReport, path: Path) -> Path:

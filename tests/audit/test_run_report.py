@@ -383,3 +383,139 @@ def test_a_linear_axis_is_not_called_a_log_axis():
 
     chart = line_chart(np.arange(3), np.array([0.0, 1.0, 2.0]), "norm", "norm", log=True)
     assert "log axis" not in svg(chart)
+
+
+def write_shaped_run(folder, steps=120, **changes):
+    """A run with pace, spectral range and sign agreement; `overfits` tells it, at step 80, that the data is learned by heart."""
+    from tests.run.test_shaping import BOTH, run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    overfits = changes.pop("overfits", False)
+    config = BOTH.replace(max_pace=8.0, **changes)
+    model, optimizer, clipper = run(config, steps=80, ledger=folder / "clip_ledger.jsonl")
+    if overfits:
+        clipper.evaluated(1.0)
+        run(config, steps=1, start=80, clipper=clipper, model=model, optimizer=optimizer)
+        for loss in (1.5, 2.0):  # the training loss goes on falling
+            clipper.evaluated(loss)
+    start = clipper.step
+    run(config, steps=steps - start, start=start, clipper=clipper, model=model, optimizer=optimizer)
+    clipper.close()
+    return folder
+
+
+def test_what_shapes_the_step_is_in_the_answer_the_facts_and_a_figure(tmp_path):
+    folder = write_shaped_run(tmp_path / "run")
+    report = load_run(folder)
+    numbers = summary(report)
+    share, agreed = f"{numbers['altered_energy']:.0%}"[:-1], f"{numbers['agreeing_share']:.0%}"[:-1]
+    words = (
+        f"The spectral range moved gradients by {share} % of their energy, {agreed} % of the steps' components agreed."
+    )
+    text = write_html(report, tmp_path / "r.html").read_text()
+
+    assert answer(report).endswith(words)
+    assert (numbers["spectral_steps"], numbers["agreement_steps"]) == (120, 120)
+    assert numbers["altered_energy"] == pytest.approx(float(report.series.altered_energies.mean()))
+    assert "<h2>Pace</h2>" in text
+    assert text.index("<h2>Pace</h2>") < text.index("<h2>Spectral range and sign agreement</h2>")
+    for piece in ("altered energy", "agreeing share", f"altered energy {share} % on average, in 120 of 120 steps"):
+        assert piece in text
+    assert len(text) < 40_000
+    zoomed = write_html(report, tmp_path / "z.html", zoom=True).read_text()
+    assert zoomed.count('class="plotly-graph-div"') == text.count('<svg class="chart"')
+    assert (
+        f"| sign agreement | {agreed} % of the components agreed"
+        in write_markdown(report, tmp_path / "r.md").read_text()
+    )
+    assert f"| spectral range | altered energy {share} %" in clipping_section(report, "abc")
+
+
+def test_parts_that_are_off_are_not_spoken_of(tmp_path):
+    folder = write_interesting_run(tmp_path / "run")
+    (folder / "clip_ledger.jsonl").unlink()
+    write_run(folder / "clip_ledger.jsonl", CONFIG.replace(max_pace=1.0, agreement=False, spectral_width=None))
+    report = load_run(folder)
+    text = write_html(report, tmp_path / "r.html").read_text().partition("<h2>Settings")[0]
+    for piece in ("spectral", "altered energy", "agree", "<h2>Pace", "by heart", "a part of the optimizer"):
+        assert piece not in text
+        assert piece not in answer(report)
+    assert summary(report)["altered_energy"] is None
+    assert summary(report)["agreeing_share"] is None
+
+
+def test_one_part_alone(tmp_path):
+    folder = write_shaped_run(tmp_path / "run", spectral_width=None)
+    report = load_run(folder)
+    text = write_html(report, tmp_path / "r.html").read_text()
+    assert re.search(r"\. \d+ % of the steps' components agreed\.$", answer(report))
+    assert "altered energy" not in text
+    assert "agreeing share" in text
+
+
+def test_in_shadow_mode_the_range_would_have_moved_them(tmp_path):
+    report = load_run(write_shaped_run(tmp_path / "run", shadow=True))
+    assert "The spectral range would have moved gradients by" in answer(report)
+    assert "of 120 steps (shadow: not applied)" in write_markdown(report, tmp_path / "r.md").read_text()
+
+
+def test_that_data_is_learned_by_heart_is_said_in_words_and_among_the_adjustments(tmp_path):
+    folder = write_shaped_run(tmp_path / "run", overfits=True)
+    report = load_run(folder)
+    step = summary(report)["by_heart_step"]
+    words = f"From step {step} on the pace is 1 for good, because the data is learned by heart."
+    text = write_html(report, tmp_path / "r.html").read_text()
+
+    assert step == 81
+    assert words in text
+    assert text.index("<h2>Pace</h2>") < text.index(words) < text.index("<h2>Reasons</h2>")
+    assert words in write_markdown(report, tmp_path / "r.md").read_text()
+    [event] = [e for e in report.events if "by heart" in e.reason]
+    assert (event.step, event.kind, event.after) == (step, "pace_lowered", 1.0)
+
+
+def test_where_the_static_threshold_always_acts_it_is_said_what_the_controller_does_instead(tmp_path):
+    folder = write_shaped_run(tmp_path / "run", static_threshold=1e-3, ceiling_share=0.5)
+    report = load_run(folder)
+    words = (
+        "The threshold stayed at <code>max_grad_norm</code> in 110 of 110 steps after the warm-up. Where that cuts most steps, it is a "
+        "part of the optimizer, and no guard. The pace, the spectral range and the sign agreement went on."
+    )
+    assert words in write_html(report, tmp_path / "r.html").read_text()
+    assert (
+        words.replace("<code>", "`").replace("</code>", "`") in write_markdown(report, tmp_path / "r.md").read_text()
+    )
+    calm = load_run(write_shaped_run(tmp_path / "calm", static_threshold=1e3))
+    assert "a part of the optimizer" not in write_html(calm, tmp_path / "r.html").read_text()
+
+
+def test_of_many_moves_of_the_pace_the_largest_are_in_the_table_and_that_of_the_overfitting(tmp_path):
+    from dataclasses import replace
+
+    from hf_adaclip.report.run_report import MAX_MOVES
+    from hf_adaclip.run.events import ClipEvent
+
+    report = load_run(write_interesting_run(tmp_path / "run"))
+    moves = [
+        ClipEvent(
+            i,
+            i,
+            "pace_raised" if i % 2 else "pace_lowered",
+            1.0,
+            (1.1 + i / 100) ** (1 if i % 2 else -1),
+            "why",
+            "pace",
+        )
+        for i in range(100)
+    ]
+    heart = ClipEvent(100, 100, "pace_lowered", 1.0, 1.0, "by heart", "pace")
+    many = replace(report, events=[*moves, heart])
+    text = write_html(many, tmp_path / "r.html").read_text()
+
+    assert text.count(">pace raised<") == MAX_MOVES
+    assert text.count(">pace lowered<") == MAX_MOVES + 1
+    assert "pace 1 -&gt; 2.09<" in text
+    assert "by heart" in text
+    left = len(moves) - 2 * MAX_MOVES
+    assert f"{left} more of the frequent kinds are in the JSON" in text
+    assert f"{left} more are in the JSON" in write_markdown(many, tmp_path / "r.md").read_text()
