@@ -5,7 +5,7 @@ Two signs, each by the mean training loss of the last steps:
     evaluation   its loss is above its best, by a tenth once or by a fiftieth twice in a row, while the training loss is below what it was
                  at that best
     epoch        the training loss falls by more than a tenth as an epoch begins, beside what it was about to fall anyway: what has been
-                 seen before is known better than what had not
+                 seen before is known better than what had not. Not where the last evaluation was the best so far
 
 Source: this package; model_cards/pace/README.md has the runs.
 """
@@ -45,6 +45,7 @@ class OverfitWatch:
         self._window = WINDOW
         self._best = self._loss_at_best = math.inf
         self._above = 0
+        self._improves = False
 
     def add(self, loss: Any) -> None:
         """The training loss of a step, as the run's kind of number; NaN where it is not known."""
@@ -73,7 +74,8 @@ class OverfitWatch:
             return
         recent = [x for x in self._read(WINDOW) if math.isfinite(x)]
         training = sum(recent) / len(recent) if recent else math.nan
-        if loss < self._best:
+        self._improves = loss < self._best
+        if self._improves:
             self._best, self._loss_at_best, self._above = loss, training, 0
             return
         rises = loss > _TWICE * self._best and training < self._loss_at_best
@@ -89,6 +91,8 @@ class OverfitWatch:
         now, error_now = _mean_and_error(self._read(self._window))
         expected = new - max(old - new, 0.0)
         drop = expected - now
+        if self._improves:
+            return
         if drop > _DROP * abs(new) and drop > _SURE * math.hypot(error, error_now):
             self.found = f"The training loss fell from {new:.4g} to {now:.4g} as an epoch began."
 

@@ -95,6 +95,17 @@ def test_what_was_about_to_fall_anyway_does_not_count():
     assert two_epochs(falling[:200], falling[200:]).found is None
 
 
+def test_an_evaluation_that_is_the_best_so_far_says_that_nothing_is_learned_by_heart():
+    watch = OverfitWatch()
+    watch.begin_epoch()
+    fed(noisy(1.0, 200), watch).evaluated(1.0)
+    watch.begin_epoch()
+    assert fed(noisy(0.7, 200), watch).found is None
+    watch.evaluated(1.0)
+    watch.begin_epoch()
+    assert fed(noisy(0.4, 200), watch).found is not None
+
+
 def test_short_epochs_are_not_judged():
     assert two_epochs(noisy(1.0, 10), noisy(0.2, 200)).found is None
     assert two_epochs(noisy(1.0, 30), noisy(0.2, 200)).found is not None
