@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def comparison(tmp_path):
             }
             for step in range(10, 101, 10)
         ]
-        result = {"spec": {"task": "toy", "arm": arm, "seed": 0}, "points": points, "device": "cpu"}
+        result: dict[str, Any] = {"spec": {"task": "toy", "arm": arm, "seed": 0}, "points": points, "device": "cpu"}
         if arm == "adaptive":
             _, _, clipper = run(BOTH.replace(max_pace=8.0), steps=60, ledger=folder / "clip_ledger.jsonl")
             clipper.close()
