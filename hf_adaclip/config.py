@@ -194,13 +194,11 @@ class AdaptiveClipConfig:
         100,
         help="Under 'rewind', steps between two copies in host memory of all that training changes: weights, optimizer, random numbers.",
         range="[1, inf)",
-        flag=True,
     )
     max_rewinds: int = setting(
         3,
         help="Under 'rewind', how often training goes on from before the trouble; with the next one it stops there.",
         range="[0, inf)",
-        flag=True,
     )
     on_spike: str = setting(
         "auto",

@@ -172,7 +172,7 @@ def test_config(tmp_path):
         tmp_path,
         "assert AdaptiveClipConfig.resolve('clip.json') == config",
         "assert config.for_pattern('*.bias') is None",
-        "assert config.on_trouble == 'stop'",
+        "assert config.on_trouble == 'rewind'",
     )
 
 

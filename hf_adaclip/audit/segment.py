@@ -255,7 +255,7 @@ class Segment:
         if not fields:
             return None
         names = ", ".join(f"`{name}`" for name in fields)
-        return f"{names}: held to what is possible and not recomputed, because they follow from gradients, which no ledger has."
+        return f"{names}: not recomputed, but held to what is possible. They follow from gradients."
 
     def _compare_shape(self, shape: dict[str, float], recorded: dict[str, float], step: Any) -> list[str]:
         """What the spectral range and the agreement have done, as far as the settings and the norm say what it can be."""

@@ -90,6 +90,10 @@ def _against_pace(optimizers: Sequence[Any]) -> str | None:
             )
         if any(group.get("lr") is None for group in optimizer.param_groups):
             return f"{type(optimizer).__name__} finds its learning rate by itself"
+    if _sharded(optimizers):
+        return (
+            "the weights are spread over ranks, where the estimate begins anew on resuming (set `max_pace` to have it)"
+        )
     return None
 
 
@@ -106,10 +110,13 @@ def _against_shape(optimizers: Sequence[Any]) -> str | None:
     other = next((o for o in optimizers if type(o) not in _ADAM), None)
     if other is not None:
         return f"the optimizer is {type(other).__name__}, and only Adam and AdamW of torch were measured with it"
-    weights = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    if any(is_sharded(p) for p in weights):
+    if _sharded(optimizers):
         return "the weights are spread over ranks, and would have to be gathered in every step"
     return None
+
+
+def _sharded(optimizers: Sequence[Any]) -> bool:
+    return any(is_sharded(p) for o in optimizers for group in o.param_groups for p in group["params"])
 
 
 def _against_spectral(models: Sequence[Any]) -> str | None:

@@ -21,7 +21,7 @@ from hf_adaclip.compare.tuning import TUNING_SEEDS
 
 pytestmark = pytest.mark.slow
 
-QUICK = ["--steps", "6", "--seeds", "2", "--tasks", "digits-vit", "--arms", "stock,adaptive", "--jobs", "1"]
+QUICK = ["--steps", "6", "--seeds", "2", "--tasks", "digits-vit", "--arms", "stock,guard", "--jobs", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def test_leaves_everything_it_names(folder):
     for name in ("comparison.json", "curves.png", "report.html", "README.md"):
         assert (folder / name).stat().st_size > 500, name
     for seed in (0, 1):
-        assert (folder / f"runs/digits-vit/adaptive/seed-{seed}/clip_ledger.jsonl").is_file()
+        assert (folder / f"runs/digits-vit/guard/seed-{seed}/clip_ledger.jsonl").is_file()
         assert (folder / f"runs/digits-vit/stock/seed-{seed}/convergence.jsonl").is_file()
-    assert main(["verify", *map(str, sorted(folder.glob("runs/*/adaptive/*/clip_ledger.jsonl")))]) == 0
+    assert main(["verify", *map(str, sorted(folder.glob("runs/*/guard/*/clip_ledger.jsonl")))]) == 0
 
 
 def test_arms_share_weights_and_data_seed_by_seed(folder):
@@ -46,7 +46,7 @@ def test_arms_share_weights_and_data_seed_by_seed(folder):
         return next(entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry)
 
     # six steps are warm-up: the controller clips as the stock Trainer does, so equal losses mean equal batches and weights
-    assert [first_loss("stock", s) for s in (0, 1)] == [first_loss("adaptive", s) for s in (0, 1)]
+    assert [first_loss("stock", s) for s in (0, 1)] == [first_loss("guard", s) for s in (0, 1)]
     assert first_loss("stock", 0) != first_loss("stock", 1)
 
 
@@ -56,18 +56,18 @@ def test_comparison_json_is_strict_and_complete(folder):
 
     comparison = json.loads((folder / "comparison.json").read_text(), parse_constant=refuse)
     task = comparison["tasks"][0]
-    stock, adaptive = task["arms"]
+    stock, guard = task["arms"]
 
-    assert [a["arm"] for a in task["arms"]] == ["stock", "adaptive"]
+    assert [a["arm"] for a in task["arms"]] == ["stock", "guard"]
     assert (task["quality"], task["quality_greater_is_better"], task["same_data_as_tuning"]) == (
         "accuracy",
         True,
         True,
     )
     assert stock["seeds"][0]["step"] == "inf"  # six steps reach no target: kept, and shown as never
-    assert adaptive["ratio_step"]["neither"] == 2
-    assert adaptive["seeds"][0]["ledger"]["verified"] is True
-    assert {"step", "train_seconds", "energy_wh", "final_eval_loss", "clipped", "skipped"} <= set(adaptive["seeds"][0])
+    assert guard["ratio_step"]["neither"] == 2
+    assert guard["seeds"][0]["ledger"]["verified"] is True
+    assert {"step", "train_seconds", "energy_wh", "final_eval_loss", "clipped", "skipped"} <= set(guard["seeds"][0])
     row = dict(zip(range(11), table_rows(task)[1], strict=True))
     assert row[2] == "never"
     assert row[5] == "1.00 [1.00, 1.00] (2 of 2 neither)"
@@ -142,7 +142,7 @@ def test_card_states_rules_and_every_seed(folder):
         "## Rules",
         "never",
         "hf-adaclip verify",
-        "| adaptive | 1 |",
+        "| guard | 1 |",
         "the stock arm's best of",
     ):
         assert piece in card.content
@@ -152,10 +152,10 @@ def test_a_failed_arm_is_shown_not_dropped(tmp_path, capsys):
     own = ["--arm", "broken=--clip adaptive --lr_scheduler_type nonsense"]
     assert main(["compare", "--output", str(tmp_path), *QUICK[:3], "1", *QUICK[4:], *own]) == 1
     assert "(1 failed)" in capsys.readouterr().out
-    stock, adaptive, broken = json.loads((tmp_path / "comparison.json").read_text())["tasks"][0]["arms"]
+    stock, guard, broken = json.loads((tmp_path / "comparison.json").read_text())["tasks"][0]["arms"]
     assert "nonsense" in broken["seeds"][0]["error"]
     assert broken["ratio_step"] is None
-    assert adaptive["ratio_step"]["ratios"] == [1.0]
+    assert guard["ratio_step"]["ratios"] == [1.0]
     assert stock["seeds"][0]["error"] is None
     assert broken["seeds"][0]["error"][:40] in (tmp_path / "README.md").read_text()
 

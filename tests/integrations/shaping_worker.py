@@ -13,7 +13,9 @@ from hf_adaclip.errors import UnsupportedSetupError
 from tests.integrations.launching import leave
 from tests.integrations.sharded_worker import shard, whole
 
-CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0, spectral_width=0.3, agreement=True)
+CONFIG = AdaptiveClipConfig(
+    warmup_observations=10, ceiling_share=1.0, max_pace=1.0, spectral_width=0.3, agreement=True
+)
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3, fused=True, weight_decay=0.1),
     "plain": lambda p: torch.optim.AdamW(

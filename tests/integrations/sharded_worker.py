@@ -18,7 +18,7 @@ from hf_adaclip.gradients.norms import global_norm, tensor_norms
 from tests.integrations.launching import leave
 from tests.lanes import on_lane
 
-CONFIG = AdaptiveClipConfig(warmup_observations=10, ceiling_share=1.0)
+CONFIG = AdaptiveClipConfig.resolve("guard:warmup_observations=10,ceiling_share=1.0")
 STEPS = 40
 RULES = {"3.*": {"controller": "static", "static_threshold": 0.05}, "*.bias": "exclude"}
 FAULTS = {20: float("nan"), 30: 500.0}

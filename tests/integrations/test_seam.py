@@ -25,6 +25,7 @@ from tests.integrations.trainers import arguments, build, run, stock, weights
 pytestmark = pytest.mark.slow
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
+GUARD = CONFIG.replace(max_pace=1.0, spectral_width=None, agreement=False)
 
 
 def steps_of(folder):
@@ -82,8 +83,8 @@ def test_a_step_without_a_gradient_goes_on_as_in_the_stock_trainer(tmp_path, lan
 
 def test_nothing_is_learnt_from_it(tmp_path):
     args = {"lr_scheduler_type": "constant"}
-    plain = build(OursGivesUp, tmp_path / "a", args=arguments(tmp_path / "a", max_steps=7, **args), clip=CONFIG)
-    with_one = build(OursGivesUp, tmp_path / "b", args=arguments(tmp_path / "b", max_steps=8, **args), clip=CONFIG)
+    plain = build(OursGivesUp, tmp_path / "a", args=arguments(tmp_path / "a", max_steps=7, **args), clip=GUARD)
+    with_one = build(OursGivesUp, tmp_path / "b", args=arguments(tmp_path / "b", max_steps=8, **args), clip=GUARD)
     run(plain)
     run(with_one)
     assert [float(v) for v in plain.clipper.state.values()] == pytest.approx(
@@ -514,7 +515,7 @@ def test_the_filter_on_the_device_logs_exactly_what_the_trainers_own_does(tmp_pa
 
 
 def test_the_effective_learning_rate_is_logged_where_there_is_a_pace(tmp_path):
-    run(a := build(AdaptiveClipTrainer, tmp_path / "a", clip=CONFIG))
+    run(a := build(AdaptiveClipTrainer, tmp_path / "a", clip=GUARD))
     assert not any("clip/learning_rate" in entry for entry in a.state.log_history)
     run(b := build(AdaptiveClipTrainer, tmp_path / "b", clip=CONFIG.replace(max_pace=4.0)))
     own = [entry for entry in b.state.log_history if "grad_norm" in entry]

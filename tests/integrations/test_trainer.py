@@ -26,6 +26,7 @@ from tests.integrations.trainers import STEPS, arguments, build, dataset, run, s
 pytestmark = pytest.mark.slow
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
+GUARD = CONFIG.replace(max_pace=1.0, spectral_width=None, agreement=False)
 
 
 class SpikeTrainer(Trainer):
@@ -84,12 +85,12 @@ def test_static_is_the_stock_trainer_bit_for_bit(tmp_path, changes):
 
 def test_where_the_stock_threshold_always_acts_adaptive_is_the_stock_trainer_bit_for_bit(tmp_path):
     a = stock(tmp_path / "a", args=arguments(tmp_path / "a", max_grad_norm=0.01))
-    b = build(AdaptiveClipTrainer, tmp_path / "b", args=arguments(tmp_path / "b", max_grad_norm=0.01), clip=CONFIG)
+    b = build(AdaptiveClipTrainer, tmp_path / "b", args=arguments(tmp_path / "b", max_grad_norm=0.01), clip=GUARD)
     c = build(
         AdaptiveClipTrainer,
         tmp_path / "c",
         args=arguments(tmp_path / "c", max_grad_norm=0.01),
-        clip=CONFIG.replace(ceiling_share=1.0),
+        clip=GUARD.replace(ceiling_share=1.0),
     )
     for trainer in (a, b, c):
         run(trainer)

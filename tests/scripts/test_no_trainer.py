@@ -237,7 +237,7 @@ def test_the_loop_goes_back_and_leaves_out_what_it_is_told(here, tmp_path, text,
 
     monkeypatch.setattr("hf_adaclip.incidents.rewind.Rewinder._agreed", planted)
     saved = {"save_strategy": "steps", "save_steps": 5}
-    clip = {"clip": "adaptive", "clip_on_trouble": "rewind", "clip_snapshot_steps": 5}
+    clip = {"clip": "adaptive:snapshot_steps=5", "clip_on_trouble": "rewind"}
     here("no_trainer", flags(tmp_path / "back", text, **clip, **more, **saved))
     undone = json.loads((tmp_path / "back/skip_batches.json").read_text())["steps"]
     assert undone == [*range(10, 25)]
@@ -257,5 +257,8 @@ def test_the_loop_goes_back_and_leaves_out_what_it_is_told(here, tmp_path, text,
 
     # Not to go on once more: the good weights are kept, and the script ends with what was tried.
     with pytest.raises(TrainingTroubleError, match=r"`max_rewinds` \(0\) is spent"):
-        here("no_trainer", flags(tmp_path / "end", text, clip_max_rewinds=0, **clip, **more))
+        here(
+            "no_trainer",
+            flags(tmp_path / "end", text, **{**clip, "clip": "adaptive:snapshot_steps=5,max_rewinds=0"}, **more),
+        )
     assert (tmp_path / "end/checkpoint-25").is_dir()
