@@ -6,6 +6,7 @@ import copy
 import enum
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,7 @@ def run(kind, steps, factor=1.0):
     if callable(getattr(optimizer, "train", None)):
         optimizer.train()
     torch.manual_seed(1)  # some draw random numbers as they step
+    np.random.seed(1)
     config = AdaptiveClipConfig(controller="static", static_threshold=1e6, on_spike="skip")
     clipper = AdaptiveClipper(config, optimizer=optimizer)
     for step in steps:
