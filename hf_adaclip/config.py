@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias
 
 from hf_adaclip.controllers import CONTROLLERS, Controller, name_of
 from hf_adaclip.controllers.percentile import from_autoclip, from_bitsandbytes_percentile
-from hf_adaclip.controllers.presets import PRESETS
+from hf_adaclip.controllers.presets import PRESETS, SHAPE_OFF
 from hf_adaclip.controllers.settings import by_key, setting, settings_of
 from hf_adaclip.controllers.zscore import from_zclip
 from hf_adaclip.errors import ConfigError
@@ -26,8 +26,6 @@ from hf_adaclip.validation import (
 )
 
 P = ParamSpec("P")
-SHAPE_OFF: Final = {"spectral_width": None, "agreement": False}
-"""How a run of a version without these parts was set."""
 _MAY_BE_INFINITE: Final = ("static_threshold", "spectral_width")
 
 
@@ -283,6 +281,11 @@ class AdaptiveClipConfig:
     def ledger_path(self) -> str | None:
         """Where the ledger goes; None where there is none, which 'auto' comes to in a loop."""
         return None if self.ledger == "auto" else self.ledger
+
+    def folder_of_run(self, given: str | Path | None) -> Path:
+        """Where a run's files go: the folder that was given, else the ledger's, else the working folder."""
+        beside = Path(".") if self.ledger_path is None else Path(self.ledger_path).parent
+        return beside if given is None else Path(given)
 
     @property
     def max_pace(self) -> float:

@@ -34,11 +34,8 @@ GARBLED: Final = 3
 ROWS_OF_ONE: Final = 32
 HELD_OUT: Final = 160
 RATE: Final = 1.5e-2
-SETTINGS: Final = AdaptiveClipConfig(
-    # Clipping alone, so that nothing but going back makes the difference.
-    max_pace=1.0,
-    spectral_width=None,
-    agreement=False,
+# Clipping alone, so that nothing but going back makes the difference.
+SETTINGS: Final = AdaptiveClipConfig.resolve("guard").replace(
     on_trouble="rewind",
     snapshot_steps=5,
     divergence_spreads=4.0,

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +13,7 @@ from hf_adaclip.audit.numbers import NotANumberError, read_norm, read_number, re
 from hf_adaclip.audit.series import Series, of_rows
 from hf_adaclip.errors import LedgerError
 from hf_adaclip.ledger.reader import open_regular
+from hf_adaclip.run.checkpoint import CHECKPOINT
 
 MAX_FOREIGN_BYTES: Final = 512 * 1024 * 1024
 STATE: Final = "trainer_state.json"
@@ -28,7 +28,6 @@ _NORM_COLUMNS: Final = (
 # The optimizer's steps before any other: W&B counts its own log calls in `_step`.
 _STEP_COLUMNS: Final = ("train/global_step", "global_step", "trainer/global_step", "step", "steps", "_step")
 _LOSS_COLUMNS: Final = ("train/loss", "loss", "train_loss")
-_CHECKPOINT: Final = re.compile(r"checkpoint-(\d{1,15})")
 _BOMS: Final = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
@@ -43,7 +42,7 @@ def from_folder(path: Path) -> Series:
     states = sorted(
         (int(match.group(1)), state)
         for state in path.glob(f"*/{STATE}")
-        if (match := _CHECKPOINT.fullmatch(state.parent.name)) and state.is_file()
+        if (match := CHECKPOINT.fullmatch(state.parent.name)) and state.is_file()
     )
     if states:
         return _newest(path, [state for _, state in states])

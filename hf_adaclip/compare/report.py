@@ -13,7 +13,7 @@ from hf_adaclip.compare.verdict import verdicts
 from hf_adaclip.report import page
 from hf_adaclip.report.figures import line_chart, norms_chart, shape_chart
 from hf_adaclip.report.run_facts import left_out
-from hf_adaclip.report.shape_facts import pace_remark, shape_numbers, threshold_remark
+from hf_adaclip.report.shape_facts import remarks, shape_numbers
 
 _SMALL: Final = 180
 """Height of the figures beside that of the norms."""
@@ -68,10 +68,9 @@ def _one_run(output: Path, task: str, entry: dict[str, Any], zoom: bool) -> list
     charts += [] if shapes is None else [shapes]
     shadow = ((series.header or {}).get("config") or {}).get("shadow") is True
     numbers = {**shape_numbers(series), "shadow": shadow, "largest_pace": float(paces.max())}
-    remarks = [text for text in (threshold_remark(numbers), pace_remark(numbers)) if text]
     return [
         page.subheading(f"What {entry['arm']} did, seed 0"),
         page.text(f"Ledger {first['ledger']['summary']}"),
         *(page.figure(chart, zoom=zoom) for chart in charts),
-        *(page.text(text) for text in remarks),
+        *(page.text(text) for text in remarks(numbers)),
     ]

@@ -23,8 +23,9 @@ from typing import Any, Final
 import numpy as np
 
 from hf_adaclip.compare import fork_server
-from hf_adaclip.config import SHAPE_OFF, AdaptiveClipConfig, incident_settings
+from hf_adaclip.config import AdaptiveClipConfig, incident_settings
 from hf_adaclip.controllers import CONTROLLERS
+from hf_adaclip.controllers.presets import SHAPE_OFF
 from hf_adaclip.errors import ConfigError, LedgerError
 from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.telemetry.point import CONVERGENCE_FILE, read_points
@@ -33,13 +34,7 @@ from hf_adaclip.telemetry.progress import Progress
 MODULE: Final = "-m"
 RESULT_FILE: Final = "result.json"
 LOG_FILE: Final = "log.txt"
-CAME_LATER: Final = {
-    "spectral_width": None,
-    "spectral_every": 1,
-    "agreement": False,
-    "snapshot_steps": 100,
-    "max_rewinds": 3,
-}
+CAME_LATER: Final = {**SHAPE_OFF, "spectral_every": 1, "snapshot_steps": 100, "max_rewinds": 3}
 """Settings younger than recorded runs, with the default that leaves a run what it was before there were any: only another one counts."""
 PACE_ONLY: Final[frozenset[int]] = frozenset()
 """Revisions of `adaptive` that changed the pace and nothing else: where that is off, a run is that of the revision before."""

@@ -15,12 +15,9 @@ class Preset(NamedTuple):
     use: str
 
 
-_RANGE_ALONE: Final[dict[str, Any]] = {
-    "controller": "adaptive",
-    "max_pace": 1.0,
-    "spectral_width": None,
-    "agreement": False,
-}
+SHAPE_OFF: Final[dict[str, Any]] = {"spectral_width": None, "agreement": False}
+"""Nothing changes the direction of a step; so every run of a version without these parts was set."""
+_RANGE_ALONE: Final[dict[str, Any]] = {"controller": "adaptive", "max_pace": 1.0, **SHAPE_OFF}
 
 PRESETS: Final[dict[str, Preset]] = {
     "guard": Preset(_RANGE_ALONE, "to clip and nothing else: the step is the given one in length and direction"),

@@ -170,9 +170,7 @@ class GoingBack:
             ConfigError: `skip_batches.json` says what cannot be left out.
         """
         if self._leaving is None:
-            ledger = self.config.ledger_path
-            beside = Path(".") if ledger is None else Path(ledger).parent
-            folder = beside if self.output_dir is None else Path(self.output_dir)
+            folder = self.config.folder_of_run(self.output_dir)
             self._leaving = Leaving(folder, lambda: {p.device for p in self._driver.parameters}, offset=offset)
             if self._leaving.list:
                 logger.warning("Adaptive clipping: %s leaves out %s.", folder, self._leaving.list)

@@ -76,9 +76,7 @@ class IncidentCapture:
         if self._settled:
             return
         self._settled, self.on = True, self._config.incidents
-        ledger = self._config.ledger_path
-        beside = Path(".") if ledger is None else Path(ledger).parent
-        self._root = (beside if folder is None else Path(folder)) / FOLDER
+        self._root = self._config.folder_of_run(folder) / FOLDER
         self.processing_class = processing_class
 
     # -- every step ----------------------------------------------------------------------------------------------

@@ -2,8 +2,7 @@
 
 import json
 import logging
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +13,7 @@ from hf_adaclip.errors import StateError
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.incidents.rewind import Snapshot
 from hf_adaclip.incidents.snapshot import SCHEDULED
+from hf_adaclip.run.checkpoint import CHECKPOINT
 from hf_adaclip.run.ranks import of_first_rank
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT: Final = re.compile(r"checkpoint-(\d{1,15})")
 BEST: Final = ("best_metric", "best_global_step", "best_model_checkpoint")
 _OPTIMIZER_FILE: Final = "optimizer.pt"
 
@@ -76,13 +75,21 @@ def _best_of(trainer: Any, checkpoint: Path) -> Callable[[], None]:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
     def put_back() -> None:
-        for name in BEST:
-            setattr(trainer.state, name, state.get(name))
         kept = state.get("stateful_callbacks") or {}
-        for callback in trainer.callback_handler.callbacks:
-            values = kept.get(type(callback).__name__)
-            if isinstance(callback, ExportableState) and isinstance(values, dict):
-                for name, value in values.get("attributes", {}).items():
-                    setattr(callback, name, value)
+        counters = [
+            (callback, values.get("attributes", {}))
+            for callback in trainer.callback_handler.callbacks
+            if isinstance(values := kept.get(type(callback).__name__), dict) and isinstance(callback, ExportableState)
+        ]
+        put_back_best(trainer, state, counters)
 
     return put_back
+
+
+def put_back_best(trainer: Any, best: Mapping[str, Any], counters: Iterable[tuple[Any, Mapping[str, Any]]]) -> None:
+    """Set the best metric as it was, and the attributes of callbacks that export them."""
+    for name in BEST:
+        setattr(trainer.state, name, best.get(name))
+    for callback, attributes in counters:
+        for name, value in attributes.items():
+            setattr(callback, name, value)

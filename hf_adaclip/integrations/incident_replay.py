@@ -7,7 +7,6 @@ data, and ends in place of the first clipping. Callbacks are left out, so nothin
 
 import contextlib
 import os
-import re
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,9 +33,9 @@ from hf_adaclip.incidents.replay import (
 )
 from hf_adaclip.integrations.transformers import AdaptiveClipMixin
 from hf_adaclip.reliance import require
+from hf_adaclip.run.checkpoint import CHECKPOINT
 from hf_adaclip.run.ranks import world_size
 
-_CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
 _NO_ANSWER: Final = (
     "`--replay` must come to a training by transformers.Trainer, but the script {}. Give the flags of the run; a loop of its own calls "
     "`hf_adaclip.incidents.replay.replay_if_asked` before its first step."
@@ -46,7 +45,7 @@ _NO_ANSWER: Final = (
 def last_checkpoint(incident: Incident) -> Path | None:
     """The last one of the run that was written before the step, or right before it; None where there is none."""
     run = incident.folder.parent.parent
-    known = [(int(m[1]), f) for f in run.iterdir() if (m := _CHECKPOINT.fullmatch(f.name)) and f.is_dir()]
+    known = [(int(m[1]), f) for f in run.iterdir() if (m := CHECKPOINT.fullmatch(f.name)) and f.is_dir()]
     return max(((n, folder) for n, folder in known if n <= _trainer_step(incident)), default=(0, None))[1]
 
 
@@ -95,7 +94,7 @@ def replay_by_script(request: Request, command: Sequence[str]) -> dict[str, Any]
         sys.argv, sys.path[:] = before, path
     if request.answer is None:
         raise ConfigError(_NO_ANSWER.format("ended without one"))
-    found = _CHECKPOINT.fullmatch(request.checkpoint.name) if request.checkpoint is not None else None
+    found = CHECKPOINT.fullmatch(request.checkpoint.name) if request.checkpoint is not None else None
     weights = {
         "weights": None if request.checkpoint is None else str(request.checkpoint),
         "steps_before": None

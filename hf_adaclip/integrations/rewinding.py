@@ -19,7 +19,8 @@ from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.incidents.leaving import Leaving
 from hf_adaclip.incidents.snapshot import check_optimizer, spread_out
-from hf_adaclip.integrations.checkpoints import BEST, CHECKPOINT, older_checkpoint
+from hf_adaclip.integrations.checkpoints import BEST, older_checkpoint, put_back_best
+from hf_adaclip.run.checkpoint import CHECKPOINT
 from hf_adaclip.run.points import Rewound
 from hf_adaclip.support import distributed_type
 
@@ -132,11 +133,7 @@ class Rewinding(TrainerCallback):
         )
 
         def put_back() -> None:
-            for name, value in best.items():
-                setattr(trainer.state, name, value)
-            for callback, attributes in callbacks:
-                for name, value in attributes.items():
-                    setattr(callback, name, value)
+            put_back_best(trainer, best, callbacks)
             if plateau is not None:
                 scheduler.load_state_dict(dict(plateau))
                 for group, rate in zip(unwrap_optimizer(trainer.optimizer).param_groups, rates, strict=True):

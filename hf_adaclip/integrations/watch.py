@@ -56,9 +56,8 @@ class SeamWatch(TrainerCallback):
         if self._handle is None or self._trainer.clipper is None or not isinstance(metrics, dict):
             return
         losses = {k: v for k, v in metrics.items() if k.startswith("eval_") and k.endswith("_loss")}
-        self._evaluated = self._evaluated or next(
-            iter(losses), None
-        )  # of several sets each has its own level: the first counts
+        # Of several sets each has its own level: the first counts.
+        self._evaluated = self._evaluated or next(iter(losses), None)
         if self._evaluated in losses:
             self._trainer.clipper.evaluated(losses[self._evaluated])
 

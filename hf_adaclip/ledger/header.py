@@ -48,20 +48,28 @@ def check_header(header: dict[str, Any]) -> None:
         raise ValueError(f"`groups` names {len(groups)} things, and `num_tensors` is {number}")
 
 
-class Undone(NamedTuple):
-    """What a segment says that its run undid, going back.
+class Rewound(NamedTuple):
+    """A run that went back.
 
     Attributes:
-        first, last: Steps.
-        reason: In words.
+        first: First step that was undone, and to which the weights belong now.
+        last: Last step that was undone; the next one follows it by number.
+        reason: Why, in a sentence.
     """
 
     first: int
     last: int
     reason: str
 
+    def __str__(self) -> str:
+        span = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
+        return (
+            f"after step {self.last} the weights were put back to those before step {self.first}, and {span} left out with the data: "
+            f"{self.reason}"
+        )
 
-def rewound_of(header: dict[str, Any]) -> Undone | None:
+
+def rewound_of(header: dict[str, Any]) -> Rewound | None:
     """What was undone before a segment; None where its run had not gone back.
 
     Raises:
@@ -70,13 +78,13 @@ def rewound_of(header: dict[str, Any]) -> Undone | None:
     value = header.get("rewound")
     if value is None:
         return None
-    if not isinstance(value, dict) or set(value) != set(Undone._fields) or not is_text(value["reason"]):
+    if not isinstance(value, dict) or set(value) != set(Rewound._fields) or not is_text(value["reason"]):
         raise ValueError(f"`rewound` is {_short(value)}, not first, last and reason of what was undone")
     _whole(value, "first", 0, 2**53)
     _whole(value, "last", value["first"], 2**53)
     if value["last"] + 1 != header["first_step"]:
         raise ValueError(f"what was undone ends at step {value['last']}, but it begins at {header['first_step']}")
-    return Undone(**value)
+    return Rewound(**value)
 
 
 def check_counts(value: Any) -> dict[str, int]:

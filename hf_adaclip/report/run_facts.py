@@ -13,7 +13,7 @@ from hf_adaclip.audit.ingest import Series, ledger_records, load_series
 from hf_adaclip.audit.verify import VerifyReport, verify_ledger
 from hf_adaclip.controllers import Reason
 from hf_adaclip.errors import LedgerError
-from hf_adaclip.ledger.header import Undone, rewound_of
+from hf_adaclip.ledger.header import Rewound, rewound_of
 from hf_adaclip.ledger.reader import open_regular
 from hf_adaclip.ledger.schema import LEDGER_FILE, parse_number
 from hf_adaclip.report.shape_facts import clause, shape_numbers
@@ -44,7 +44,7 @@ class RunReport:
     points: list[dict[str, Any]]
     repeated: int = 0
     rates: dict[int, float] = field(default_factory=dict)
-    undone: tuple[Undone, ...] = ()
+    undone: tuple[Rewound, ...] = ()
 
 
 def load_run(path: str | Path) -> RunReport:
@@ -76,7 +76,7 @@ def load_run(path: str | Path) -> RunReport:
     )
 
 
-def _undone(ledger: Path) -> Iterator[Undone]:
+def _undone(ledger: Path) -> Iterator[Rewound]:
     for line in ledger_records(ledger):
         try:
             found = rewound_of(line) if line["kind"] == "header" else None

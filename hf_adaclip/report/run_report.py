@@ -236,7 +236,7 @@ def write_markdown(report: RunReport, path: Path) -> Path:
         md.text(answer(report)),
         md.text(_verdict(report)),
         _facts_table(report),
-        *(md.prose(remark) for remark in _remarks(report)),
+        *(md.prose(remark) for remark in shape_facts.remarks(summary(report))),
         "## Reasons",
         md.table(["reason", "steps", "meaning"], reasons),
         f"## Adjustments ({len(report.events)})",
@@ -250,11 +250,6 @@ def write_markdown(report: RunReport, path: Path) -> Path:
         parts += [f"## Incidents ({len(incidents)})", md.table(labels, rows)]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
-
-
-def _remarks(report: RunReport) -> list[str]:
-    numbers = summary(report)
-    return [text for text in (shape_facts.threshold_remark(numbers), shape_facts.pace_remark(numbers)) if text]
 
 
 def write_csv(report: RunReport, path: Path) -> Path:

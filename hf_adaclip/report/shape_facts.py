@@ -100,6 +100,11 @@ def pace_remark(numbers: dict[str, Any]) -> str:
     )
 
 
+def remarks(numbers: dict[str, Any]) -> list[str]:
+    """What there is to remark on threshold and pace."""
+    return [text for text in (threshold_remark(numbers), pace_remark(numbers)) if text]
+
+
 def percent(share: float) -> str:
     """A share in whole percents, as people say it."""
     return f"{share * 100:.0f} %" if share == 0 or share >= 0.01 else f"{share * 100:.1g} %"

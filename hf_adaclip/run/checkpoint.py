@@ -25,7 +25,8 @@ STATE_SCHEMA: Final = 2
 BESIDE: Final = "reach."
 """Prefix of the names of what is not the controller's."""
 _MOST_METADATA: Final = 64 * 1024 * 1024  # characters
-_TRAINER_FOLDER: Final = re.compile(r"checkpoint-(\d{1,15})")
+CHECKPOINT: Final = re.compile(r"checkpoint-(\d{1,15})")
+"""What a Trainer calls the folder of a checkpoint, with the number of its step."""
 # Settings that may change between a checkpoint and its resumption without changing what is decided.
 _FREE_FIELDS: Final = (
     "fold",
@@ -52,7 +53,7 @@ def write_state(path: Path, tensors: dict[str, Tensor], config: AdaptiveClipConf
     """Write a state file; `metadata` must be JSON. What the Trainer calls the step is taken from the name of the folder."""
     from safetensors.torch import save_file  # here, because most starts of a run write none for a long time
 
-    folder = _TRAINER_FOLDER.fullmatch(path.parent.name)
+    folder = CHECKPOINT.fullmatch(path.parent.name)
     metadata = {**metadata, **revisions(config), "trainer_step": None if folder is None else int(folder.group(1))}
     text = {
         "schema": str(STATE_SCHEMA),

@@ -87,12 +87,12 @@ class OverfitWatch:
             )
 
     def _compare(self, before: tuple[float, float, float, float]) -> None:
+        if self._improves:  # before the host waits for losses
+            return
         old, _, new, error = before
         now, error_now = _mean_and_error(self._read(self._window))
         expected = new - max(old - new, 0.0)
         drop = expected - now
-        if self._improves:
-            return
         if drop > _DROP * abs(new) and drop > _SURE * math.hypot(error, error_now):
             self.found = f"The training loss fell from {new:.4g} to {now:.4g} as an epoch began."
 

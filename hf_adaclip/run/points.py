@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from hf_adaclip.controllers.numerics.ops import Value
+from hf_adaclip.ledger.header import Rewound as Rewound  # what a ledger holds of it is all that there is
 
 State = TypeVar("State", bound=tuple[Value, ...])
 
@@ -24,27 +25,6 @@ class Point(NamedTuple):
     state: tuple[Value, ...] | None
     keeping: object
     parent: dict[str, Any] | None
-
-
-class Rewound(NamedTuple):
-    """A run that went back.
-
-    Attributes:
-        first: First step that was undone, and to which the weights belong now.
-        last: Last step that was undone; the next one follows it by number.
-        reason: Why, in a sentence.
-    """
-
-    first: int
-    last: int
-    reason: str
-
-    def __str__(self) -> str:
-        span = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
-        return (
-            f"after step {self.last} the weights were put back to those before step {self.first}, and {span} left out with the data: "
-            f"{self.reason}"
-        )
 
 
 def own(state: State) -> State:

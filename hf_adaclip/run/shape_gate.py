@@ -84,8 +84,8 @@ class ShapeGate:
         return self.agreement is not None
 
     def sees(self, batch: Any, models: Sequence[Any]) -> None:
-        """A micro-batch of the coming step."""
-        if not self.decided and self._rows is not None:
+        """A micro-batch of the first step, as long as nothing is decided."""
+        if self._rows is not None:
             rows = rows_of(batch, models)
             self._rows = None if rows is None else self._rows + rows
 

@@ -81,8 +81,8 @@ class Shaping:
             return
         if not self._matrices.named:
             raise ConfigError(
-                "`model` must be given with `spectral_width`, but is None instead: embeddings and the head are known by "
-                "the modules that own them. Pass `AdaptiveClipper(..., model=model)`."
+                "`model` must be given with `spectral_width`, but is None instead: embeddings are known by the modules "
+                "that own them. Pass `AdaptiveClipper(..., model=model)`."
             )
         ops = self._run.ops
         if not gradients.tensors or (ops.on_host and not taken) or (gate is not None and not gate.spectral):
@@ -121,7 +121,7 @@ class Shaping:
 
     def sees(self, batch: Any) -> None:
         """A micro-batch of the coming step."""
-        if self.gate is not None:
+        if self.gate is not None and not self.gate.decided:
             self.gate.sees(batch, self._models())
 
     def _count(self, counts: Tensor) -> None:

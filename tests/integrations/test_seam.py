@@ -25,7 +25,7 @@ from tests.integrations.trainers import arguments, build, run, stock, weights
 pytestmark = pytest.mark.slow
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
-GUARD = CONFIG.replace(max_pace=1.0, spectral_width=None, agreement=False)
+GUARD = AdaptiveClipConfig.resolve("guard:warmup_observations=10")
 
 
 def steps_of(folder):

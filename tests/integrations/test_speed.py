@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer, UnsupportedSetupError
+from hf_adaclip.controllers.presets import PRESETS
 from hf_adaclip.support import check_capture
 from tests.integrations.trainers import arguments, dataset, model
 from tests.loops import HostReads, make
@@ -60,7 +61,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-GUARD = {"max_pace": 1.0, "spectral_width": None, "agreement": False}
+GUARD = PRESETS["guard"].fields
 
 
 @pytest.mark.parametrize(

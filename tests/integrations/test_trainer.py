@@ -26,7 +26,7 @@ from tests.integrations.trainers import STEPS, arguments, build, dataset, run, s
 pytestmark = pytest.mark.slow
 
 CONFIG = AdaptiveClipConfig(warmup_observations=10)
-GUARD = CONFIG.replace(max_pace=1.0, spectral_width=None, agreement=False)
+GUARD = AdaptiveClipConfig.resolve("guard:warmup_observations=10")
 
 
 class SpikeTrainer(Trainer):

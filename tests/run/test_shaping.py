@@ -15,9 +15,7 @@ from tests.lanes import on_lane
 from tests.loops import HostReads, make, train, weights
 from tests.reference import spectral as reference
 
-CONFIG = AdaptiveClipConfig(
-    warmup_observations=10, ceiling_share=1.0, max_pace=1.0, spectral_width=None, agreement=False
-)
+CONFIG = AdaptiveClipConfig.resolve("guard:warmup_observations=10,ceiling_share=1.0")
 BOTH = CONFIG.replace(spectral_width=0.3, agreement=True)
 
 
