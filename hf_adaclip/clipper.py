@@ -135,7 +135,7 @@ class AdaptiveClipper(GoingBack):
         if engine is None:
             self._driver = ClippingDriver(
                 *(config, self._run, port, optimizers, lambda: models or port.models, self._losses, self._capture),
-                gate=ShapeGate(by_itself) if by_itself else None,
+                gate=ShapeGate(by_itself, memory=config.spectral_memory > 0) if by_itself else None,
             )
         else:
             self._driver = FollowingDriver(self._run, engine, self._losses, self._capture)

@@ -104,6 +104,12 @@ class AdaptiveClipConfig:
     spectral_every: int = setting(
         1, help="Steps from one in which the spectral range acts to the next.", range="[1, inf)"
     )
+    spectral_memory: float = setting(
+        0.9,
+        help="Singular values are those of an average over steps of which each step leaves this share; 0 takes each step's own and keeps "
+        "nothing between steps.",
+        range="[0, 1)",
+    )
     agreement: bool | str = setting(
         "auto",
         help="Take back, after each step of the optimizer, what of it goes against the sign of the present gradient, and make the rest "

@@ -425,7 +425,15 @@ def test_files_of_the_version_before_still_load(changes, tmp_path):
     rules = changes.get("parameter_rules")
     assert all(written[key] == value for key, value in changes.items() if key in written and not rules)
     # and the version before knows every key that this one writes, but for what is new
-    since = {"spectral_width", "spectral_every", "agreement", "incidents", "snapshot_steps", "max_rewinds"}
+    since = {
+        "spectral_width",
+        "spectral_every",
+        "spectral_memory",
+        "agreement",
+        "incidents",
+        "snapshot_steps",
+        "max_rewinds",
+    }
     assert {key for key in set(written) - set(BEFORE) if not key.startswith("incident_")} == since
     if rules:
         head = config.for_pattern("head.*")

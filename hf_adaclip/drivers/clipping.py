@@ -262,12 +262,13 @@ class ClippingDriver:
         self._run.leave_out()
 
     def keep(self, tensors: dict[str, Tensor] | None = None) -> Callable[[], None]:
-        estimate = self._kept.keep(tensors)
+        estimate, matrices = self._kept.keep(tensors), self._shaping.keep(tensors)
         watch = self._overfit
         by_heart = None if watch is None or tensors is not None else watch.keep()
 
         def put_back() -> None:
             estimate()
+            matrices()
             if by_heart is not None:
                 by_heart()
             elif watch is not None and tensors is not None and "by_heart" in tensors:
@@ -276,9 +277,9 @@ class ClippingDriver:
         return put_back
 
     def kept(self) -> dict[str, Tensor] | None:
-        kept: dict[str, Tensor] = {}
+        kept = self._shaping.tensors()
         if self._kept.reach is not None and self._overfit is not None:
-            kept = {**self._kept.reach.tensors(), "by_heart": self._overfit.tensor()}
+            kept |= {**self._kept.reach.tensors(), "by_heart": self._overfit.tensor()}
         gate = self._shaping.gate
         return {**kept, "shape_gate": gate.tensor()} if gate is not None and gate.decided else kept
 
@@ -289,6 +290,7 @@ class ClippingDriver:
             self._overfit.restore(kept["by_heart"])
         if gate is not None and "shape_gate" in kept:
             gate.restore(kept["shape_gate"])
+        self._shaping.restore(kept)
 
     def sees(self, batch: Any) -> None:
         self._shaping.sees(batch)

@@ -54,6 +54,9 @@ class ReachEstimate:
         ConfigError: An optimizer has no learning rate.
     """
 
+    NAMES: Final = frozenset({"start", "weighted", "gain", "rates", "pace"})
+    """Of the tensors that a checkpoint keeps."""
+
     def __init__(
         self,
         parameters: Sequence[Tensor],

@@ -2,8 +2,9 @@
 
     t = width x rms(s)          s -> s / sqrt(1 + (s / t)^2)          G <- G |G before|_F / |G|_F
 
-`width` 0 is the limit in which all singular values become equal, infinity leaves everything as it is. The rule does not mind a factor on
-the gradient, so a coefficient may be applied before it or after (as a fused step does).
+`width` 0 is the limit in which all singular values become equal, infinity leaves everything as it is. With a memory the singular values are
+those of an average over steps (see `preconditioner`), so they become equal on average: what one batch alone has is made no larger than it
+mostly is. The rule does not mind a factor on the gradient, so a coefficient may be applied before it or after (as a fused step does).
 """
 
 import math
@@ -17,10 +18,11 @@ from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix
 from hf_adaclip.gradients.newton_schulz import clipped_directly, inverse_root
 from hf_adaclip.gradients.norms import Gradients, global_norm, tensor_norms
+from hf_adaclip.gradients.preconditioner import Preconditioner
 from hf_adaclip.gradients.sharding import is_sharded
 from hf_adaclip.gradients.transfer import moved
 
-REVISION: Final = 1
+REVISION: Final = 2
 """Raised with every change of what a step becomes: runs of before are recognised by it."""
 MOST_AT_ONCE: Final = 1 << 26
 """Numbers of gradients that are stacked together, 256 MB in float32; a larger matrix is taken alone."""
@@ -35,7 +37,7 @@ class Effect(NamedTuple):
 
     Attributes:
         altered: Half the squared distance that the gradients were moved, over their squared norm: 0 nothing, 1 at right angles; `[]`.
-        norm: Norm over all of these matrices afterwards, shape `[]`.
+        norm: Norm over all of these matrices, before and after, shape `[]`.
     """
 
     altered: Tensor
@@ -48,19 +50,30 @@ class SpectralRange:
     Args:
         width: Where singular values are clipped, over their root mean square.
         matrices: Tells which parameters are hidden matrices.
+        memory: Share of the average over steps that a step leaves; 0 looks at each step alone.
+
+    Attributes:
+        preconditioner: What is kept between steps; None without a memory.
     """
 
-    def __init__(self, width: float, matrices: HiddenMatrices) -> None:
+    def __init__(self, width: float, matrices: HiddenMatrices, memory: float = 0.0) -> None:
         self.width = width
         self._matrices = matrices
+        self.preconditioner = Preconditioner(width, memory) if memory > 0 and width < math.inf else None
+
+    def pass_over(self) -> None:
+        """Instead of [`act_`], in a step that is left out."""
+        if self.preconditioner is not None:
+            self.preconditioner.begin_step()
 
     @torch.no_grad()
-    def act_(self, gradients: Gradients, *, change: bool = True) -> Effect | None:
+    def act_(self, gradients: Gradients, *, change: bool = True, taken: Tensor | None = None) -> Effect | None:
         """Bring the singular values into the range, in place.
 
         Args:
             gradients: Of the step, clipped. A matrix that is zero or not finite stays as it is.
             change: False only finds out what would be done.
+            taken: Bool, shape `[]`, whether the step will be made, so that nothing is learned from one that is left out; None: it will.
 
         Returns:
             What was done; None where there is no hidden matrix among the gradients.
@@ -68,30 +81,67 @@ class SpectralRange:
         Raises:
             UnsupportedSetupError: A gradient is a sum that is still pending over ranks, or spread in a way that is not known.
         """
-        there = self._matrices.among([gradients.parameters[i] for i in gradients.present])
-        hidden = [g for g, is_one in zip(gradients.tensors, there, strict=True) if is_one]
+        self.pass_over()
+        parameters = [gradients.parameters[i] for i in gradients.present]
+        there = self._matrices.among(parameters)
+        hidden = [_Hidden(p, g) for p, g, is_one in zip(parameters, gradients.tensors, there, strict=True) if is_one]
         if not hidden:
             return None
+        device = hidden[0].gradient.device
         if self.width == math.inf:
-            return Effect(
-                torch.zeros((), dtype=torch.float32, device=hidden[0].device), global_norm(tensor_norms(hidden))
-            )
-        sums = []
-        for batch in _batches(hidden):
-            sums.append(moved(_clip_batch_(batch, self.width, change=change), hidden[0].device))
-        along, before, after = torch.stack(sums).sum(0).unbind()
-        return Effect(torch.where(before > 0, 1 - along / before, 0.0).clamp_(0.0, 1.0), after.sqrt())
+            norm = global_norm(tensor_norms([h.gradient for h in hidden]))
+            return Effect(torch.zeros((), dtype=torch.float32, device=device), norm)
+        sums = [moved(self._clip_(batch, change=change, taken=taken), device) for batch in _batches(hidden)]
+        along, squared = torch.stack(sums).sum(0).unbind()
+        return Effect(torch.where(squared > 0, 1 - along / squared, 0.0).clamp_(0.0, 1.0), squared.sqrt())
+
+    def _clip_(self, batch: list[list["_Hidden"]], *, change: bool, taken: Tensor | None) -> Tensor:
+        """Clip stacks of one small side; returns <before, after> and |before|^2 over all of them, float32, shape `[2]`."""
+        stacks = [torch.stack([_whole(h.gradient) for h in members]).to(torch.float32) for members in batch]
+        norms = [torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in stacks]
+        usable = [(norm > _SMALLEST) & (norm < _LARGEST) for norm in norms]
+        if self.preconditioner is None and stacks[0].device.type != "cpu":
+            results = _directly(stacks, norms, self.width)
+        else:
+            squares = _squares(stacks, norms)
+            if self.preconditioner is None:
+                roots = inverse_root(squares, self.width)
+            else:
+                learned = torch.cat(usable) if taken is None else torch.cat(usable) & moved(taken, squares.device)
+                owners = [h.parameter for members in batch for h in members]
+                roots = self.preconditioner.roots(owners, squares, learned)
+            results = [
+                torch.bmm(root, x) if x.shape[1] == root.shape[1] else torch.bmm(x, root)
+                for x, root in zip(stacks, torch.split(roots, [len(x) for x in stacks]), strict=True)
+            ]
+        sums = torch.zeros(2, dtype=torch.float32, device=stacks[0].device)
+        for members, before, norm, whole, after in zip(batch, stacks, norms, usable, results, strict=True):
+            after.mul_(norm / torch.linalg.vector_norm(after, dim=(1, 2), keepdim=True))
+            after = torch.where(whole, after, before)
+            if change:
+                _write([h.gradient for h in members], after)
+            along = torch.linalg.vecdot(before.flatten(1), after.flatten(1))
+            values = torch.stack([along, norm.flatten() ** 2])
+            sums += torch.where(whole.flatten(), values, 0.0).sum(1)
+        return sums
 
 
-def _batches(gradients: list[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Gradients that are worked on together: stacks of one shape each, all of one small side, device and dtype."""
-    kinds: dict[Any, dict[tuple[int, int], list[Tensor]]] = {}
-    for gradient in gradients:
-        rows, columns = gradient.shape[0], gradient.shape[1:].numel()
-        key = (min(rows, columns), gradient.device, gradient.dtype)
-        kinds.setdefault(key, {}).setdefault((rows, columns), []).append(gradient)
+class _Hidden(NamedTuple):
+    """A hidden matrix that has a gradient."""
+
+    parameter: Tensor
+    gradient: Tensor
+
+
+def _batches(hidden: list[_Hidden]) -> Iterator[list[list[_Hidden]]]:
+    """Matrices that are worked on together: stacks of one shape each, all of one small side, device and dtype."""
+    kinds: dict[Any, dict[tuple[int, int], list[_Hidden]]] = {}
+    for one in hidden:
+        rows, columns = one.gradient.shape[0], one.gradient.shape[1:].numel()
+        key = (min(rows, columns), one.gradient.device, one.gradient.dtype)
+        kinds.setdefault(key, {}).setdefault((rows, columns), []).append(one)
     for stacks in kinds.values():
-        batch: list[list[Tensor]] = []
+        batch: list[list[_Hidden]] = []
         room = MOST_AT_ONCE
         for (rows, columns), members in stacks.items():
             at_once = max(1, min(_MOST_IN_A_STACK, MOST_AT_ONCE // (rows * columns)))
@@ -106,38 +156,15 @@ def _batches(gradients: list[Tensor]) -> Iterator[list[list[Tensor]]]:
         yield batch
 
 
-def _clip_batch_(batch: list[list[Tensor]], width: float, *, change: bool) -> Tensor:
-    """Clip stacks of one small side; returns <before, after>, |before|^2 and |after|^2 over all of them, float32, shape `[3]`."""
-    whole = [[_whole(g) for g in members] for members in batch]
-    half = batch[0][0].device.type != "cpu"
-    stacks = [torch.stack(members).to(torch.float32) for members in whole]
-    norms = [torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in stacks]
-    results = _directly(stacks, norms, width) if half else _on_the_small_side(stacks, norms, width)
-    sums = torch.zeros(3, dtype=torch.float32, device=stacks[0].device)
-    for members, before, norm, after in zip(batch, stacks, norms, results, strict=True):
-        usable = (norm > _SMALLEST) & (norm < _LARGEST)
-        after.mul_(norm / torch.linalg.vector_norm(after, dim=(1, 2), keepdim=True))
-        after = torch.where(usable, after, before)
-        if change:
-            _write(members, after)
-        values = (torch.linalg.vecdot(before.flatten(1), after.flatten(1)), norm.flatten() ** 2)
-        left = torch.linalg.vector_norm(after, dim=(1, 2)) ** 2
-        sums += torch.stack([torch.where(usable.flatten(), v, 0.0).sum() for v in (*values, left)])
-    return sums
-
-
-def _on_the_small_side(stacks: list[Tensor], norms: list[Tensor], width: float) -> list[Tensor]:
-    """In float32: the squares of all stacks are worked on as one."""
+def _squares(stacks: list[Tensor], norms: list[Tensor]) -> Tensor:
+    """Squares on the small side of matrices with a Frobenius norm of 1, in float32, shape `[count, side, side]`."""
     side = min(stacks[0].shape[1:])
-    grams = torch.empty(sum(map(len, stacks)), side, side, dtype=torch.float32, device=stacks[0].device)
-    counts = [len(x) for x in stacks]
-    for x, norm, gram in zip(stacks, norms, torch.split(grams, counts), strict=True):
-        torch.bmm(x, x.mT, out=gram) if x.shape[1] == side else torch.bmm(x.mT, x, out=gram)
-        gram.div_(norm * norm)
-    roots = torch.split(inverse_root(grams, width), counts)
-    return [
-        torch.bmm(root, x) if x.shape[1] == side else torch.bmm(x, root) for x, root in zip(stacks, roots, strict=True)
-    ]
+    squares = torch.empty(sum(map(len, stacks)), side, side, dtype=torch.float32, device=stacks[0].device)
+    parts = torch.split(squares, [len(x) for x in stacks])
+    for x, norm, square in zip(stacks, norms, parts, strict=True):
+        torch.bmm(x, x.mT, out=square) if x.shape[1] == side else torch.bmm(x.mT, x, out=square)
+        square.div_(norm * norm)
+    return squares
 
 
 def _directly(stacks: list[Tensor], norms: list[Tensor], width: float) -> list[Tensor]:

@@ -217,7 +217,7 @@ class AdaptiveClipMixin(_Base):
             self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
             if self.is_world_process_zero():
-                _shown.warning(_in_one_line(self.clipper.config, trained=trained_before([self.model])))
+                _shown.warning(_in_one_line(self.clipper.config, self.clip_config, trained_before([self.model])))
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())
         return self.clipper
 
@@ -398,13 +398,14 @@ def pace_start(steps: int, warmup_steps: float) -> int:
     return max(1, round(PACE_START_SHARE * steps - warmup_steps))
 
 
-def _in_one_line(config: AdaptiveClipConfig, *, trained: bool) -> str:
+def _in_one_line(config: AdaptiveClipConfig, given: AdaptiveClipConfig, trained: bool) -> str:
     threshold = f"static threshold {config.static_threshold:g}"
     ledger = config.ledger_path or "none"
     parts = [f"pace up to x{config.max_pace:g}"] if config.max_pace > 1 else []
     # Where they are on by themselves they do not act in a model that was trained before.
-    parts += ["spectral range"] if config.spectral is not None and not trained else []
-    parts += ["agreement"] if config.agreement is True and not trained else []
+    ranged = config.spectral is not None and not (trained and given.spectral_width == "auto")
+    agreed = config.agreement is True and not (trained and given.agreement == "auto")
+    parts += [*(["spectral range"] if ranged else []), *(["agreement"] if agreed else [])]
     beside = f" with {', '.join(parts)}" if parts else ""
     less = ' `clip="guard"` only clips.' if parts and config.controller == "adaptive" else ""
     return (

@@ -110,7 +110,10 @@ def _shaping(config: AdaptiveClipConfig) -> list[str]:
         what = {0.0: "made equal", math.inf: "left as they are"}.get(
             width, f"clipped softly at {width:g} x their root mean square"
         )
-        lines.append(f"spectral    singular values of each hidden matrix {what}, its norm kept{often}{shadow}")
+        whose = (
+            f" of an average over about {1 / (1 - config.spectral_memory):.0f} steps" if config.spectral_memory else ""
+        )
+        lines.append(f"spectral    singular values of each hidden matrix{whose} {what}, its norm kept{often}{shadow}")
     if config.agreement is True:
         lines.append(f"agreement   of each step, what goes against the sign of the gradient is taken back{shadow}")
     return lines

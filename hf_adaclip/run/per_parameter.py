@@ -133,7 +133,7 @@ class PerParameter:
             joined = 0 if change is None else len(change.joined)
             known = gradients.parameters[: len(gradients.parameters) - joined]
             self.reach = ReachEstimate(known, self._guards.optimizers, device)
-            if set(self._run.beside or ()) - {"by_heart", "shape_gate"}:
+            if not ReachEstimate.NAMES.isdisjoint(self._run.beside or ()):
                 try:
                     self.reach.restore(self._run.beside, ops)
                 except (ValueError, LookupError) as error:

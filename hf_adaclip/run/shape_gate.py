@@ -6,7 +6,8 @@ By the count of operations, for a weight of small side m and large side n, and T
     6 m n T             forward and backward of that weight
 
 The quotient of the two sums is held against measured times in model_cards/spectral/. A step of few tokens on wide matrices is no place
-for the range.
+for the range. On accelerators the average needs float32, which is slower than what forward and backward run in: by data sheets twice where
+torch may multiply in TF32, and 15 times where not.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -34,6 +35,13 @@ def share(shapes: Iterable[tuple[int, int]], rows: int) -> float:
     sides = [(min(s), max(s)) for s in shapes]
     own = sum(6 * m * n * rows for m, n in sides)
     return sum(4 * m * m * n + 34 * m**3 for m, n in sides) / own if own else 0.0
+
+
+def slower(device: torch.device) -> float:
+    """How much longer an operation in float32 takes there than one of forward and backward (bfloat16 on accelerators)."""
+    if device.type == "cpu":
+        return 1.0
+    return 15.0 if torch.get_float32_matmul_precision() == "highest" else 2.0
 
 
 def rows_of(batch: Any, models: Sequence[Any]) -> int | None:
@@ -65,14 +73,15 @@ class ShapeGate:
 
     Args:
         parts: Which of the two are on by themselves; what people have set acts in any case.
+        memory: Whether the range has one.
 
     Attributes:
         spectral, agreement: Whether that part acts; None as long as nothing is decided.
         why: Why a part does not, in words; empty after a resumption.
     """
 
-    def __init__(self, parts: Collection[str]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Collection[str], *, memory: bool) -> None:
+        self._parts, self._memory = parts, memory
         self.spectral: bool | None = None
         self.agreement: bool | None = None
         self.why: dict[str, str] = {}
@@ -120,6 +129,7 @@ class ShapeGate:
         elif world_size() > 1:
             return
         took = share(shapes, rows) if rows else 0.0
+        took *= slower(device) if self._memory else 1.0
         if took > MOST:
             self.spectral = False
             self.why["spectral"] = (

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers.numerics.ops import Value
-from hf_adaclip.errors import ConfigError
+from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients import Gradients, Guards
+from hf_adaclip.gradients.groups import named_parameters
 from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix
 from hf_adaclip.gradients.spectral import SpectralRange
 from hf_adaclip.gradients.transfer import moved
@@ -49,7 +50,7 @@ class Shaping:
         self.gate = gate
         self._matrices = HiddenMatrices(models)
         width = config.spectral
-        self._range = None if width is None else SpectralRange(width, self._matrices)
+        self._range = None if width is None else SpectralRange(width, self._matrices, config.spectral_memory)
         self._taken: Value | None = None
         if config.agreement is True and gate is None:  # what cannot be done is refused at once
             guards.agree(self._count, change=not config.shadow)
@@ -85,9 +86,13 @@ class Shaping:
                 "that own them. Pass `AdaptiveClipper(..., model=model)`."
             )
         ops = self._run.ops
-        if not gradients.tensors or (ops.on_host and not taken) or (gate is not None and not gate.spectral):
+        if gate is not None and not gate.spectral:
             return
-        effect = self._range.act_(gradients, change=not self._config.shadow)
+        if not gradients.tensors or (ops.on_host and not taken):
+            self._range.pass_over()
+            return
+        made = taken if isinstance(taken, Tensor) and not ops.on_host else None
+        effect = self._range.act_(gradients, change=not self._config.shadow, taken=made)
         if effect is None:
             if not self._matrices.found and gate is None:  # set by hand, it should act on something
                 self._run.alerts.warn_once(
@@ -118,6 +123,31 @@ class Shaping:
         )
         for part, why in gate.why.items():
             logger.info("Adaptive clipping: %s off: %s.", _NAMES[part], why)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps for single matrices; nothing as long as nothing is known."""
+        kept = None if self._range is None else self._range.preconditioner
+        return {} if kept is None else kept.tensors(named_parameters(self._models()))
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave.
+
+        Raises:
+            StateError: It was made for other parameters.
+        """
+        kept = None if self._range is None else self._range.preconditioner
+        if kept is not None:
+            try:
+                kept.restore(tensors, named_parameters(self._models()))
+            except ValueError as error:
+                raise StateError(
+                    f"The state that was loaded does not fit: {error}. Resume with the same model."
+                ) from error
+
+    def keep(self, tensors: Mapping[str, Tensor] | None = None) -> Callable[[], None]:
+        """What puts it back as it is now, or as `tensors` of another moment have it."""
+        found = self.tensors() if tensors is None else tensors
+        return lambda: self.restore(found)
 
     def sees(self, batch: Any) -> None:
         """A micro-batch of the coming step."""

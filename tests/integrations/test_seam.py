@@ -533,6 +533,23 @@ def test_a_default_trainer_shows_one_line_on_what_clips(tmp_path, monkeypatch):
     assert said[0].startswith("Adaptive clipping by `zscore`, static threshold 1; ledger ")
 
 
+@pytest.mark.parametrize(
+    ("clip", "there", "missing"),
+    [
+        ("adaptive", [], ["spectral range", "agreement"]),
+        ("adaptive:agreement=true", ["agreement"], ["spectral range"]),
+        ("adaptive:spectral_width=0", ["spectral range"], ["agreement"]),
+    ],
+)
+def test_the_line_names_what_acts_in_a_model_that_was_trained_before(tmp_path, monkeypatch, clip, there, missing):
+    said: list[str] = []
+    monkeypatch.setattr(trainer_module._shown, "warning", said.append)
+    monkeypatch.setattr(trainer_module, "trained_before", lambda models: True)
+    run(build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_steps=2), clip=clip))
+    assert all(part in said[0] for part in there)
+    assert not [part for part in missing if part in said[0]]
+
+
 def test_a_model_card_that_cannot_get_its_section_is_a_warning(tmp_path, caplog):
     trainer = build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_steps=2), clip=CONFIG)
     run(trainer)

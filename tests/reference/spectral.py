@@ -1,4 +1,4 @@
-"""The spectral range by an exact singular value decomposition, and the sign agreement on copies of the weights, both in float64."""
+"""The spectral range by exact decompositions, of one step or of an average, and the sign agreement on copies of the weights, in float64."""
 
 import numpy as np
 
@@ -15,6 +15,25 @@ def altered(before, after):
     """Half the squared distance over the squared norm, over several matrices."""
     moved = sum(np.sum((np.float64(a) - np.float64(b)) ** 2) for a, b in zip(before, after, strict=True))
     return moved / (2 * sum(np.sum(np.float64(a) ** 2) for a in before))
+
+
+class Averaged:
+    """Singular values of the average of squares on the small side, by an exact decomposition; `step` gives the gradient after it."""
+
+    def __init__(self, width, memory):
+        self.width, self.memory, self.steps, self.average = width, memory, 0, 0.0
+
+    def step(self, matrix):
+        g = np.asarray(matrix, dtype=np.float64)
+        wide = g.shape[0] <= g.shape[1]
+        square = (g @ g.T if wide else g.T @ g) / np.sum(g**2)
+        self.steps += 1
+        weight = max(1 / self.steps, 1 - self.memory)
+        self.average = (1 - weight) * self.average + weight * square
+        values, vectors = np.linalg.eigh(self.average / np.trace(self.average))
+        root = (vectors / np.sqrt(values + self.width**2 / len(values))) @ vectors.T
+        found = root @ g if wide else g @ root
+        return found * np.linalg.norm(g) / np.linalg.norm(found)
 
 
 class Adam:

@@ -1,0 +1,167 @@
+"""The spectral range with a memory: averages, what joins and leaves, and what may not get in."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_adaclip.gradients.newton_schulz import TOLERANCE
+from hf_adaclip.gradients.norms import Gradients
+from hf_adaclip.gradients.spectral import SpectralRange
+from tests.gradients.test_spectral import Everything, distance, drawn
+from tests.reference import spectral as reference
+
+MEMORY = 0.9
+
+
+class Run:
+    """Gradients of some matrices through one range, step by step."""
+
+    def __init__(self, shapes, width=0.0, memory=MEMORY):
+        self.parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        self.range = SpectralRange(width, Everything(), memory)
+
+    def step(self, matrices, **more):
+        """The gradients afterwards; a matrix that is None has none."""
+        present = [i for i, m in enumerate(matrices) if m is not None]
+        gradients = [matrices[i].clone() for i in present]
+        self.effect = self.range.act_(Gradients(self.parameters, present, gradients), **more)
+        return gradients
+
+    @property
+    def named(self):
+        return {f"p{i}": p for i, p in enumerate(self.parameters)}
+
+
+def batches(step, shapes):
+    """Gradients that have something in common from step to step."""
+    return [drawn(1, r, c, 1.0) + 0.3 * drawn(100 * step + i, r, c, 0.5) for i, (r, c) in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("width", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("memory", [0.5, 0.95])
+def test_against_exact_decompositions_over_the_steps(width, memory):
+    shapes = [(24, 24), (24, 60), (40, 24), (5, 9)]
+    run = Run(shapes, width, memory)
+    exact = [reference.Averaged(width, memory) for _ in shapes]
+    for step in range(70):
+        matrices = batches(step, shapes)
+        wanted = [e.step(m) for e, m in zip(exact, matrices, strict=True)]
+        for found, right in zip(run.step(matrices), wanted, strict=True):
+            assert distance(found, right) < TOLERANCE
+        assert float(run.effect.altered) == pytest.approx(reference.altered(matrices, wanted), abs=TOLERANCE)
+        assert float(run.effect.norm) == pytest.approx(
+            math.sqrt(sum(float(m.norm()) ** 2 for m in matrices)), rel=1e-5
+        )
+
+
+def test_the_first_step_is_that_without_a_memory():
+    matrix = drawn(3, 30, 50)
+    [found] = Run([(30, 50)]).step([matrix])
+    [alone] = Run([(30, 50)], memory=0.0).step([matrix])
+    assert distance(found, alone.double().numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+def test_what_is_not_finite_and_zeros_do_not_get_into_the_average(bad):
+    shapes = [(12, 12), (12, 20)]
+    run, without = Run(shapes), Run(shapes)
+    for step in range(30):
+        matrices = batches(step, shapes)
+        if step == 11:
+            spoiled = [torch.full((12, 12), bad), matrices[1]]
+            found = run.step(spoiled)
+            assert torch.equal(found[0].nan_to_num(7.0), spoiled[0].nan_to_num(7.0))
+            assert torch.equal(found[1], without.step([batches(12, shapes)[0], matrices[1]])[1])
+            continue
+        found, other = run.step(matrices), without.step(matrices)
+        assert all(torch.isfinite(f).all() for f in found)
+        assert torch.equal(found[1], other[1])
+
+
+def test_a_matrix_without_a_gradient_at_first_begins_when_it_has_one():
+    """The first factor of a LoRA has none in the first step, because the second is zero."""
+    run = Run([(6, 30)])
+    for _ in range(15):
+        [found] = run.step([torch.zeros(6, 30)])
+        assert not found.any()
+    matrix = drawn(4, 6, 30, 1.0)
+    [found] = run.step([matrix])
+    values = torch.linalg.svdvals(found.double())
+    assert float(values.max() / values.min()) < (1 + TOLERANCE) / (1 - TOLERANCE)
+
+
+def test_nothing_is_learned_from_a_step_that_is_left_out():
+    shapes = [(12, 20)]
+    run, host = Run(shapes), Run(shapes)
+    for step in range(40):
+        matrices = batches(step, shapes)
+        if step in (5, 20, 31):  # with a gradient that would be learned from, were the step made
+            run.step([drawn(9, 20, 12, 3.0).T * 100], taken=torch.tensor(False))
+            host.range.pass_over()
+            continue
+        [found] = run.step(matrices, taken=torch.tensor(True))
+        [other] = host.step(matrices)
+        assert torch.equal(found, other)
+
+
+def test_matrices_that_join_and_rest_keep_what_is_known_of_the_others():
+    shapes = [(16, 16), (16, 16), (16, 40)]
+    run, whole = Run(shapes, memory=0.95), Run(shapes, memory=0.95)
+    for step in range(60):
+        matrices = batches(step, shapes)
+        resting = step in range(25, 30)
+        found = run.step([matrices[0], None if resting else matrices[1], matrices[2]])
+        other = whole.step(matrices)
+        assert distance(found[0], other[0].double().numpy()) < 1e-5
+        assert distance(found[-1], other[-1].double().numpy()) < 1e-5
+    late = Run(shapes, memory=0.95)
+    for step in range(30):
+        matrices = batches(step, shapes)
+        found = late.step([matrices[0], None, matrices[2]])
+    new = drawn(77, 16, 16, 1.0)
+    found = late.step([matrices[0], new, matrices[2]])
+    assert distance(found[1], reference.soft_clipped(new, 0.0)) < TOLERANCE
+
+
+def test_what_a_checkpoint_keeps_goes_on_bit_for_bit():
+    shapes = [(16, 16), (24, 16), (16, 16), (4, 9)]
+    whole = Run(shapes)
+    for step in range(27):
+        whole.step(batches(step, shapes))
+    kept = {name: value.clone() for name, value in whole.range.preconditioner.tensors(whole.named).items()}
+    assert set(kept) == {"preconditioner", *(f"preconditioner.p{i}" for i in range(4))}
+    assert all(torch.isfinite(value).all() for value in kept.values())
+    again = Run(shapes)
+    again.range.preconditioner.restore(kept, again.named)
+    for step in range(27, 60):
+        for found, other in zip(again.step(batches(step, shapes)), whole.step(batches(step, shapes)), strict=True):
+            assert torch.equal(found, other)
+    with pytest.raises(ValueError, match=r"`p0`.*side 16.*has 12"):
+        again.range.preconditioner.restore(kept, {"p0": nn.Parameter(torch.zeros(12, 20))})
+    again.range.preconditioner.restore({}, again.named)
+    [*found] = again.step(batches(0, shapes))
+    [*fresh] = Run(shapes).step(batches(0, shapes))
+    assert all(torch.equal(a, b) for a, b in zip(found, fresh, strict=True))
+
+
+def test_a_memory_holds_one_matrix_of_the_small_side_and_no_parameter():
+    run = Run([(16, 40), (16, 16)])
+    run.step(batches(0, [(16, 40), (16, 16)]))
+    assert run.range.preconditioner.bytes == 2 * 16 * 16 * 4
+    run.parameters = run.parameters[:1]
+    run.step([drawn(0, 16, 40)])
+    assert run.range.preconditioner.bytes == 16 * 16 * 4
+
+
+def test_a_direction_that_the_average_does_not_know_gets_no_longer_step():
+    run = Run([(10, 10)])
+    narrow = torch.zeros(10, 10)
+    narrow[:5, :5] = drawn(1, 5, 5, 0.2)
+    for _ in range(50):
+        run.step([narrow])
+    new = torch.zeros(10, 10)
+    new[9, 9] = 3.0
+    [found] = run.step([new])
+    assert float(found.norm()) == pytest.approx(3.0, rel=1e-5)
