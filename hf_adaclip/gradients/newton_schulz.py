@@ -24,6 +24,8 @@ FLOOR: Final = 2e-3
 """Singular values below this part of the largest are hardly told apart from 0 in float32: `width` 0 clips there."""
 HALF_FLOOR: Final = 1e-2
 """The same where the matrix itself is rounded to 8 bits: below is what rounding has made."""
+TF32_FLOOR: Final = 3e-2
+"""The same where squares are rounded to 10 bits: their eigenvalues below a thousandth of the largest are noise, and may be negative."""
 TOLERANCE: Final = 0.05
 """Largest relative error of a value that `inverse_root` and `clipped_directly` give, rounding left aside."""
 _CUSHION: Final = 0.024
@@ -77,21 +79,27 @@ def _best_quintic(low: float, high: float) -> Quintic:
     return a, b, c
 
 
-def inverse_root(grams: Tensor, width: float) -> Tensor:
+def floor_of(device: torch.device) -> float:
+    """The floor for products of float32 as torch makes them there."""
+    return FLOOR if device.type == "cpu" or torch.get_float32_matmul_precision() == "highest" else TF32_FLOOR
+
+
+def inverse_root(grams: Tensor, width: float, floor: float = FLOOR) -> Tensor:
     """(X'X + t^2)^(-1/2) of matrices X, each up to a factor.
 
     Args:
         grams: X'X of matrices whose Frobenius norm is 1, float32, shape `[count, side, side]`; written over.
         width: t over the root mean square of the singular values.
+        floor: What part of the largest singular value t is at least.
 
     Returns:
         float32, shape `[count, side, side]`.
     """
     side = grams.shape[-1]
-    smallest = smallest_value(width, side)
+    smallest = smallest_value(width, side, floor)
     bound = torch.linalg.vector_norm(grams, dim=(1, 2), keepdim=True)  # of the largest eigenvalue, and not above 1
     # Where the bound is below 1 the interval that is made sure of is wider than it has to be.
-    shift = torch.clamp(bound * FLOOR**2, min=width * width / side)
+    shift = torch.clamp(bound * floor**2, min=width * width / side)
     rest = grams.div_(bound + shift)
     rest.diagonal(dim1=1, dim2=2).add_((shift / (bound + shift))[..., 0])
     root = torch.eye(side, dtype=torch.float32, device=grams.device).expand_as(grams)

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_adaclip.gradients.newton_schulz import inverse_root
+from hf_adaclip.gradients.newton_schulz import floor_of, inverse_root
 from hf_adaclip.gradients.transfer import HOST, moved
 
 _CLOCK: Final = "preconditioner"
@@ -78,7 +78,8 @@ class Preconditioner:
         trace = stack.squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
         known = trace > 0
         unit = torch.eye(squares.shape[-1], dtype=torch.float32, device=squares.device)
-        return torch.where(known, inverse_root(torch.where(known, stack.squares / trace, unit), self._width), unit)
+        found = torch.where(known, stack.squares / trace, unit)
+        return torch.where(known, inverse_root(found, self._width, floor_of(found.device)), unit)
 
     def _gather(self, owners: Sequence[Tensor], like: Tensor) -> _Stack:
         """A stack of what is kept for these matrices already, and of zeros for the others."""

@@ -61,6 +61,10 @@ class SpectralRange:
         self._matrices = matrices
         self.preconditioner = Preconditioner(width, memory) if memory > 0 and width < math.inf else None
 
+    def forget(self) -> None:
+        """Take each step alone from here on."""
+        self.preconditioner = None
+
     def pass_over(self) -> None:
         """Instead of [`act_`], in a step that is left out."""
         if self.preconditioner is not None:

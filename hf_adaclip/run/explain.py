@@ -77,7 +77,7 @@ def describe(
         "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
     )
     lines.append(f"pace        {_pace(config)}{_why('pace', off)}")
-    lines += [line for line in _shaping(config) if line.split()[0] not in off]
+    lines += [line for line in _shaping(config, off) if line.split()[0] not in off]
     lines += [f"{part:<11} off{_why(part, off)}" for part in ("spectral", "agreement") if part in off]
     lines.append(f"ledger      {config.ledger_path or 'none'}")
     return "\n".join(lines)
@@ -101,7 +101,7 @@ def _ceiling(rule: AdaptiveController, static_threshold: float, held: bool | Non
     return f"none for the range as a whole: the static threshold {static} cuts few steps{grows}{beyond}"
 
 
-def _shaping(config: AdaptiveClipConfig) -> list[str]:
+def _shaping(config: AdaptiveClipConfig, off: Mapping[str, str]) -> list[str]:
     """What is done beside the length of a step; nothing where all of it is off."""
     lines, shadow = [], " (recorded only: shadow)" if config.shadow else ""
     if config.spectral is not None:
@@ -110,10 +110,11 @@ def _shaping(config: AdaptiveClipConfig) -> list[str]:
         what = {0.0: "made equal", math.inf: "left as they are"}.get(
             width, f"clipped softly at {width:g} x their root mean square"
         )
-        whose = (
-            f" of an average over about {1 / (1 - config.spectral_memory):.0f} steps" if config.spectral_memory else ""
+        steps = 1 / (1 - config.spectral_memory)
+        whose = f" of an average over about {steps:.0f} steps" if steps > 1 and "memory" not in off else ""
+        lines.append(
+            f"spectral    singular values of each hidden matrix{whose} {what}, its norm kept{often}{shadow}{_why('memory', off)}"
         )
-        lines.append(f"spectral    singular values of each hidden matrix{whose} {what}, its norm kept{often}{shadow}")
     if config.agreement is True:
         lines.append(f"agreement   of each step, what goes against the sign of the gradient is taken back{shadow}")
     return lines

@@ -6,8 +6,8 @@ By the count of operations, for a weight of small side m and large side n, and T
     6 m n T             forward and backward of that weight
 
 The quotient of the two sums is held against measured times in model_cards/spectral/. A step of few tokens on wide matrices is no place
-for the range. On accelerators the average needs float32, which is slower than what forward and backward run in: by data sheets twice where
-torch may multiply in TF32, and 15 times where not.
+for the range. On accelerators an average over steps needs products in float32, where those of forward and backward, and of a step alone,
+are in bfloat16. By data sheets they take twice as long where torch may use TF32, and 15 times where not.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ def share(shapes: Iterable[tuple[int, int]], rows: int) -> float:
 
 
 def slower(device: torch.device) -> float:
-    """How much longer an operation in float32 takes there than one of forward and backward (bfloat16 on accelerators)."""
+    """How much longer a product in float32 takes there than one of forward and backward (bfloat16 on accelerators)."""
     if device.type == "cpu":
         return 1.0
     return 15.0 if torch.get_float32_matmul_precision() == "highest" else 2.0
@@ -69,7 +69,8 @@ def rows_of(batch: Any, models: Sequence[Any]) -> int | None:
 class ShapeGate:
     """Decides once, in the first step, whether spectral range and agreement act where they are on by themselves.
 
-    Neither does in a model that was trained before; there both may do harm. The range is closed where it is too much work.
+    Neither does in a model that was trained before; there both may do harm. The range is closed where it is too much work, and looks at
+    each step alone where an average is.
 
     Args:
         parts: Which of the two are on by themselves; what people have set acts in any case.
@@ -77,11 +78,12 @@ class ShapeGate:
 
     Attributes:
         spectral, agreement: Whether that part acts; None as long as nothing is decided.
+        memory: Whether the range averages over steps.
         why: Why a part does not, in words; empty after a resumption.
     """
 
     def __init__(self, parts: Collection[str], *, memory: bool) -> None:
-        self._parts, self._memory = parts, memory
+        self._parts, self.memory = parts, memory
         self.spectral: bool | None = None
         self.agreement: bool | None = None
         self.why: dict[str, str] = {}
@@ -129,7 +131,12 @@ class ShapeGate:
         elif world_size() > 1:
             return
         took = share(shapes, rows) if rows else 0.0
-        took *= slower(device) if self._memory else 1.0
+        if self.memory and took <= MOST < took * slower(device):
+            self.memory = False
+            self.why["memory"] = (
+                f"an average over steps would take {took * slower(device):.1f} times the work of the matrices' own forward and backward "
+                'pass in full float32 (`torch.set_float32_matmul_precision("high")` makes it cheaper)'
+            )
         if took > MOST:
             self.spectral = False
             self.why["spectral"] = (
@@ -138,11 +145,11 @@ class ShapeGate:
             )
 
     def tensor(self) -> Tensor:
-        """What a checkpoint keeps, once it is decided, shape `[2]`."""
-        return torch.tensor(
-            [float(bool(self.spectral)), float(bool(self.agreement))], dtype=torch.float32, device=HOST
-        )
+        """What a checkpoint keeps, once it is decided, shape `[3]`."""
+        decided = [bool(self.spectral), bool(self.agreement), self.memory]
+        return torch.tensor(decided, dtype=torch.float32, device=HOST)
 
     def restore(self, tensor: Tensor) -> None:
         """Go on from what `tensor` gave."""
-        self.spectral, self.agreement = (bool(x) for x in tensor.tolist())
+        self.spectral, self.agreement, *later = (bool(x) for x in tensor.tolist())
+        self.memory = self.memory and all(later)

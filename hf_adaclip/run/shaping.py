@@ -21,7 +21,11 @@ from hf_adaclip.run.shape_gate import ShapeGate
 
 logger = logging.getLogger(__name__)
 
-_NAMES: Final = {"spectral": "the spectral range is", "agreement": "the agreement is"}
+_NAMES: Final = {
+    "spectral": "the spectral range is",
+    "agreement": "the agreement is",
+    "memory": "the average of the spectral range over steps is",
+}
 
 
 class Shaping:
@@ -123,6 +127,11 @@ class Shaping:
         )
         for part, why in gate.why.items():
             logger.info("Adaptive clipping: %s off: %s.", _NAMES[part], why)
+        self._heed(gate)
+
+    def _heed(self, gate: ShapeGate) -> None:
+        if self._range is not None and not gate.memory:
+            self._range.forget()
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps for single matrices; nothing as long as nothing is known."""
@@ -135,6 +144,8 @@ class Shaping:
         Raises:
             StateError: It was made for other parameters.
         """
+        if self.gate is not None:
+            self._heed(self.gate)
         kept = None if self._range is None else self._range.preconditioner
         if kept is not None:
             try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_adaclip.gradients.newton_schulz import TOLERANCE
+from hf_adaclip.gradients.newton_schulz import FLOOR, TF32_FLOOR, TOLERANCE, floor_of
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.spectral import SpectralRange
 from tests.gradients.test_spectral import Everything, distance, drawn
@@ -165,3 +165,45 @@ def test_a_direction_that_the_average_does_not_know_gets_no_longer_step():
     new[9, 9] = 3.0
     [found] = run.step([new])
     assert float(found.norm()) == pytest.approx(3.0, rel=1e-5)
+
+
+def rounded_to_10_bits(x):
+    """As tensor cores read float32 in TF32."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("decades", [0.5, 1.0, 3.0])
+def test_products_in_tf32_are_near_those_in_float32_and_never_blow_up(monkeypatch, decades):
+    """No accelerator is needed for that: operands are rounded as it rounds them."""
+    bmm, baddbmm = torch.bmm, torch.baddbmm
+
+    def rough_bmm(a, b, **more):
+        return bmm(rounded_to_10_bits(a), rounded_to_10_bits(b), **more)
+
+    def rough_baddbmm(c, a, b, **more):
+        return baddbmm(c, rounded_to_10_bits(a), rounded_to_10_bits(b), **more)
+
+    shapes = [(64, 64), (64, 192), (200, 64)]
+    fine, rough, exact = Run(shapes), Run(shapes), [reference.Averaged(0.0, MEMORY) for _ in shapes]
+    for step in range(25):
+        matrices = [drawn(100 * step + i, rows, columns, decades) for i, (rows, columns) in enumerate(shapes)]
+        fine.step(matrices)
+        wanted = [e.step(m) for e, m in zip(exact, matrices, strict=True)]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "bmm", rough_bmm)
+            patch.setattr(torch, "baddbmm", rough_baddbmm)
+            patch.setattr("hf_adaclip.gradients.preconditioner.floor_of", lambda device: TF32_FLOOR)
+            found = rough.step(matrices)
+        for f, w, m in zip(found, wanted, matrices, strict=True):
+            assert float(f.norm()) == pytest.approx(float(m.norm()), rel=1e-4)
+            assert torch.isfinite(f).all()
+            if decades < 1 or step >= 10:  # there is an average by then
+                assert distance(f, w) < 0.08
+
+
+def test_the_floor_goes_by_what_torch_multiplies_in(monkeypatch):
+    assert floor_of(torch.device("cpu")) == FLOOR
+    assert floor_of(torch.device("cuda")) == FLOOR
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert floor_of(torch.device("cpu")) == FLOOR
+    assert floor_of(torch.device("cuda")) == TF32_FLOOR

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_adaclip import AdaptiveClipper
-from hf_adaclip.run.shape_gate import MOST, rows_of, share
+from hf_adaclip.run.shape_gate import MOST, ShapeGate, rows_of, share
 
 
 def test_the_share_is_that_of_the_operations():
@@ -33,6 +34,26 @@ def test_the_share_is_that_of_the_operations():
 def test_rows_of_what_models_are_given(batch, rows):
     model = SimpleNamespace(config=SimpleNamespace(patch_size=7))
     assert rows_of(batch, [model]) == rows
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "memory"),
+    [("cpu", "highest", True), ("cuda", "highest", False), ("cuda", "high", True)],
+)
+def test_an_average_is_kept_where_its_products_are_worth_it(device, precision, memory, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    gate = ShapeGate(["spectral", "agreement"], memory=True)
+    gate.sees({"input_ids": torch.zeros(4, 512, dtype=torch.long)}, [])
+    gate.decide([], [(64, 256)] * 4, torch.device(device), None, ranks_known=True)
+    assert gate.spectral is True
+    assert gate.memory is memory
+    assert ("memory" in gate.why) is not memory
+    again = ShapeGate(["spectral", "agreement"], memory=True)
+    again.restore(gate.tensor())
+    assert (again.spectral, again.agreement, again.memory) == (True, True, memory)
+    older = ShapeGate(["spectral", "agreement"], memory=True)
+    older.restore(gate.tensor()[:2])
+    assert older.memory
 
 
 def trained(width, tokens, steps=3, folder=None, resume=None):
@@ -69,6 +90,26 @@ def test_it_is_on_where_a_step_has_tokens_enough(caplog, tmp_path):
     clipper = trained(16, tokens=512, folder=tmp_path)
     assert "is off" not in caplog.text
     assert clipper.metrics()["clip/spectral_width"] == 0.0
+
+
+def test_without_an_average_nothing_is_kept_between_steps(caplog, tmp_path, monkeypatch):
+    caplog.set_level("INFO")
+    with_it = trained(16, tokens=512, folder=tmp_path / "a")
+    monkeypatch.setattr("hf_adaclip.run.shape_gate.slower", lambda device: 15.0)
+    without = trained(16, tokens=512, folder=tmp_path / "b")
+    assert "the average of the spectral range over steps is off: an average over steps would take" in caplog.text
+    assert "of an average over about 10 steps made equal" in with_it.explain()
+    assert "of an average" not in without.explain().split("its norm kept")[0]
+    for clipper, kept in ((with_it, True), (without, False)):
+        (folder := tmp_path / f"state-{kept}").mkdir()
+        clipper.save_state(folder)
+        names = load_file(folder / "clip_state.safetensors")
+        assert any(name.startswith("reach.preconditioner.") for name in names) is kept
+    resumed = trained(16, tokens=512, folder=tmp_path / "c", resume=tmp_path / "state-False")
+    assert "clip/spectral_width" in resumed.metrics()
+    (tmp_path / "d").mkdir()
+    resumed.save_state(tmp_path / "d")
+    assert not [n for n in load_file(tmp_path / "d" / "clip_state.safetensors") if "preconditioner" in n]
 
 
 @pytest.mark.parametrize(("before", "after"), [(8, 4096), (4096, 8)])

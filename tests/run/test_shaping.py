@@ -151,7 +151,9 @@ def _gradients(model):
 
 def test_accumulated_gradients_are_worked_on_once():
     from accelerate import Accelerator
+    from accelerate.state import GradientState
 
+    GradientState._reset_state()  # a loader that another test has left would end every window
     finals = []
     for steps in (1, 2):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
