@@ -28,7 +28,8 @@ from hf_adaclip.gradients.newton_schulz import quintics, smallest_value
 from hf_adaclip.gradients.norms import collect
 from hf_adaclip.gradients.spectral import SpectralRange
 
-WIDTHS = (0.0, 0.25, 1.0)
+KINDS = {"width 0": (0.0, 0.9), "a step alone": (0.0, 0.0), "width 0.25": (0.25, 0.9), "width 1": (1.0, 0.9)}
+"""Width and memory of the ranges that are timed; the first is the default."""
 
 
 @dataclass
@@ -157,9 +158,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         optimizer.step()
 
     calls: dict[str, Callable[[], object]] = {"forward and backward": backward, "clip and step": clip_and_step}
-    for width in WIDTHS:
-        one = SpectralRange(width, matrices)
-        calls[f"spectral, width {width:g}"] = lambda one=one: one.act_(collect(parameters))  # type: ignore[misc]
+    for kind, (width, memory) in KINDS.items():
+        one = SpectralRange(width, matrices, memory)
+        calls[f"spectral, {kind}"] = lambda one=one: one.act_(collect(parameters))  # type: ignore[misc]
     calls["agreement"] = agreement.after
     found = in_turns(calls, rounds=rounds, before=restore)
     hidden = sum(matrices.among(parameters))
@@ -193,12 +194,12 @@ def measure_shapes(name: str, rounds: int, tokens: int) -> dict[str, Any]:
     calls: dict[str, Callable[[], object]] = {
         "256 tokens through the first matrix": lambda: rows @ weights[0].detach().T
     }
-    widths = WIDTHS if rounds > 1 else WIDTHS[:1]  # the large matrix is timed once
-    for width in widths:
-        one = SpectralRange(width, All(list))
-        calls[f"spectral, width {width:g}"] = lambda one=one: one.act_(collect(weights))  # type: ignore[misc]
+    kinds = dict(list(KINDS.items())[: None if rounds > 1 else 1])  # the large matrix is timed once
+    for kind, (width, memory) in kinds.items():
+        one = SpectralRange(width, All(list), memory)
+        calls[f"spectral, {kind}"] = lambda one=one: one.act_(collect(weights))  # type: ignore[misc]
     found = in_turns(calls, rounds=rounds, before=lambda: None, warm=2 if rounds > 1 else 0)
-    products = {f"{w:g}": len(quintics(smallest_value(w, min(SHAPES[name][0])))) for w in widths}
+    products = {f"{w:g}": len(quintics(smallest_value(w, min(SHAPES[name][0])))) for w, _ in kinds.values()}
     size = sum(w.numel() for w in weights)
     work = found["256 tokens through the first matrix"] * (tokens / 256) * 3 * size / weights[0].numel()
     return {

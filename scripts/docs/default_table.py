@@ -14,7 +14,8 @@ from scripts.docs.readme_section import README, ROOT, write_section
 
 CARD: Final = ROOT / "model_cards" / "spectral" / "README.md"
 RUNS: Final = ROOT / "model_cards" / "spectral" / "default.jsonl"
-SEEDS: Final = (0, 1, 2)
+SEEDS: Final = (3, 4, 5)
+"""Seeds that chose nothing: the parts were chosen on seed 0, the average over steps on 0, 1 and 2."""
 TASKS: Final = {
     "wiki": "Llama from scratch, WikiText-2",
     "fashion": "ViT from scratch, Fashion-MNIST",

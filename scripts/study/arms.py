@@ -11,8 +11,8 @@ AT: Final = "@tuned"
 SHORT: Final = "~72"
 """Ends the name of an arm that is run for `HORIZON` of the steps, its schedule scaled to them."""
 HORIZON: Final = 0.72
-COORDINATES: Final = ("--learning_rate", "--max_grad_norm", "--warmup_steps", "--adam_beta2")
-"""What the tuning of every arm searches, in this order."""
+COORDINATES: Final = ("--learning_rate", "--max_grad_norm", "--warmup_steps", "--adam_beta2", "--learning_rate")
+"""What the tuning of every arm searches, in this order; the rate once more, because a warm-up may bear a higher one."""
 UNTUNED: Final = {"--max_grad_norm": 1.0, "--warmup_steps": 0.0, "--adam_beta2": 0.999}
 """Where the range of learning rates is measured, as values that the tuning begins with."""
 
