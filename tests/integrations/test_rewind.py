@@ -10,7 +10,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, AdaptiveClipTrainer, attach
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipMixin, AdaptiveClipper, AdaptiveClipTrainer, attach
 from hf_adaclip.audit.verify import verify_ledger
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
 from hf_adaclip.incidents.rules import Finding
@@ -513,6 +513,17 @@ def test_other_loops_are_refused(tmp_path):
 
     with pytest.raises(UnsupportedSetupError, match="`on_trouble` must not be 'rewind' in Lightning"):
         AdaptiveClip(AdaptiveClipConfig(**REWIND))
+
+
+def test_weights_that_are_spread_over_ranks_are_refused(monkeypatch):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(4, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    monkeypatch.setattr("hf_adaclip.drivers.going_back.distributed_type", lambda accelerator: "FSDP")
+    with pytest.raises(UnsupportedSetupError, match=r"spread over ranks \(FSDP2, tensor parallelism\)"):
+        AdaptiveClipper(AdaptiveClipConfig(**REWIND), accelerator=accelerator, optimizer=optimizer)
 
 
 def test_deepspeed_and_settings_without_trouble_are_refused():
