@@ -16,6 +16,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from hf_adaclip.gradients.groups import named_parameters
+
 _CONVOLUTIONS: Final = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -31,7 +33,7 @@ class HiddenMatrices:
 
     def __init__(self, models: Callable[[], Sequence[Any]]) -> None:
         self._models = models
-        self._known: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], str | None]] = {}
 
     @property
     def named(self) -> bool:
@@ -41,14 +43,15 @@ class HiddenMatrices:
     @property
     def found(self) -> int:
         """How many hidden matrices the models have, trainable or not, as of the last look."""
-        return sum(hidden for _, hidden in self._known.values())
+        return sum(name is not None for _, name in self._known.values())
 
-    def among(self, parameters: Sequence[Tensor]) -> list[bool]:
-        """Whether each of these is one."""
+    def among(self, parameters: Sequence[Tensor]) -> list[str | None]:
+        """The name of each of these that is one, None for the others."""
         if not all(self._knows(p) for p in parameters):
+            names = {id(p): name for name, p in named_parameters(self._models()).items()}
             hidden = hidden_matrices(self._models())
-            self._known = {id(p): (weakref.ref(p), False) for p in parameters}
-            self._known |= {id(p): (weakref.ref(p), True) for p in hidden}
+            self._known = {id(p): (weakref.ref(p), None) for p in parameters}
+            self._known |= {id(p): (weakref.ref(p), names[id(p)]) for p in hidden}
         return [self._known[id(p)][1] for p in parameters]
 
     def _knows(self, parameter: Tensor) -> bool:

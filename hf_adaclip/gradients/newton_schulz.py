@@ -79,9 +79,14 @@ def _best_quintic(low: float, high: float) -> Quintic:
     return a, b, c
 
 
+def in_tf32(device: torch.device) -> bool:
+    """Whether torch may multiply float32 in TF32 there. Its older switches set this one too, and cannot be read once it is set."""
+    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def floor_of(device: torch.device) -> float:
     """The floor for products of float32 as torch makes them there."""
-    return FLOOR if device.type == "cpu" or torch.get_float32_matmul_precision() == "highest" else TF32_FLOOR
+    return TF32_FLOOR if in_tf32(device) else FLOOR
 
 
 def inverse_root(grams: Tensor, width: float, floor: float = FLOOR) -> Tensor:

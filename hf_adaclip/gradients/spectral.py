@@ -59,11 +59,15 @@ class SpectralRange:
     def __init__(self, width: float, matrices: HiddenMatrices, memory: float = 0.0) -> None:
         self.width = width
         self._matrices = matrices
-        self.preconditioner = Preconditioner(width, memory) if memory > 0 and width < math.inf else None
+        self.preconditioner: Preconditioner | None = None
+        self.remember(memory)
 
-    def forget(self) -> None:
-        """Take each step alone from here on."""
-        self.preconditioner = None
+    def remember(self, memory: float) -> None:
+        """Average over steps from here on, or take each step alone (0)."""
+        if not memory > 0 or self.width == math.inf:
+            self.preconditioner = None
+        elif self.preconditioner is None:
+            self.preconditioner = Preconditioner(self.width, memory)
 
     def pass_over(self) -> None:
         """Instead of [`act_`], in a step that is left out."""
@@ -85,10 +89,11 @@ class SpectralRange:
         Raises:
             UnsupportedSetupError: A gradient is a sum that is still pending over ranks, or spread in a way that is not known.
         """
-        self.pass_over()
+        if self.preconditioner is not None:
+            self.preconditioner.begin_step()
         parameters = [gradients.parameters[i] for i in gradients.present]
-        there = self._matrices.among(parameters)
-        hidden = [_Hidden(p, g) for p, g, is_one in zip(parameters, gradients.tensors, there, strict=True) if is_one]
+        names = self._matrices.among(parameters)
+        hidden = [_Hidden(n, g) for n, g in zip(names, gradients.tensors, strict=True) if n is not None]
         if not hidden:
             return None
         device = hidden[0].gradient.device
@@ -112,8 +117,8 @@ class SpectralRange:
                 roots = inverse_root(squares, self.width)
             else:
                 learned = torch.cat(usable) if taken is None else torch.cat(usable) & moved(taken, squares.device)
-                owners = [h.parameter for members in batch for h in members]
-                roots = self.preconditioner.roots(owners, squares, learned)
+                names = [h.name for members in batch for h in members]
+                roots = self.preconditioner.roots(names, squares, learned)
             results = [
                 torch.bmm(root, x) if x.shape[1] == root.shape[1] else torch.bmm(x, root)
                 for x, root in zip(stacks, torch.split(roots, [len(x) for x in stacks]), strict=True)
@@ -133,7 +138,7 @@ class SpectralRange:
 class _Hidden(NamedTuple):
     """A hidden matrix that has a gradient."""
 
-    parameter: Tensor
+    name: str
     gradient: Tensor
 
 

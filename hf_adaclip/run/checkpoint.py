@@ -117,7 +117,10 @@ def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
             )
         if sum(map(len, text.values())) > _MOST_METADATA:
             raise ValueError(f"its metadata is longer than {_MOST_METADATA} characters")
-        saved = AdaptiveClipConfig.from_dict(json.loads(text["config"]))
+        given = json.loads(text["config"])
+        saved = AdaptiveClipConfig.from_dict(given)
+        if saved.spectral is not None and "spectral_memory" not in given:  # of before there was one
+            saved = saved.replace(spectral_memory=0.0)
         metadata = json.loads(text["metadata"])
         names = metadata.get("parameters")
         state = SavedState(

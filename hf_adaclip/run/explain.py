@@ -110,8 +110,8 @@ def _shaping(config: AdaptiveClipConfig, off: Mapping[str, str]) -> list[str]:
         what = {0.0: "made equal", math.inf: "left as they are"}.get(
             width, f"clipped softly at {width:g} x their root mean square"
         )
-        steps = 1 / (1 - config.spectral_memory)
-        whose = f" of an average over about {steps:.0f} steps" if steps > 1 and "memory" not in off else ""
+        steps = 1 / (1 - config.spectral_memory) if width < math.inf and "memory" not in off else 1.0
+        whose = f", averaged over about {steps:.3g} steps," if steps > 1 else ""
         lines.append(
             f"spectral    singular values of each hidden matrix{whose} {what}, its norm kept{often}{shadow}{_why('memory', off)}"
         )

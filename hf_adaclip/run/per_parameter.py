@@ -73,7 +73,7 @@ class PerParameter:
         """
         if tensors is None:
             found = self._run.beside if self.reach is None else self.reach.tensors()
-            tensors = {name: value.clone() for name, value in found.items()}
+            tensors = {name: value.clone() for name, value in found.items() if name in ReachEstimate.NAMES}
 
         def put_back() -> None:
             if self.reach is not None:
@@ -140,9 +140,9 @@ class PerParameter:
                     raise StateError(
                         f"The state that was loaded does not fit: {error}. Resume with the same model."
                     ) from error
-            self._run.beside = {}
             if joined and change is not None:
                 self.reach = self.reach.moved(gradients.parameters, change.kept)
+        self._run.beside = {}
 
     def _follow(self, gradients: Gradients, change: Change) -> None:
         scope, names = self._look_around(gradients), self.names

@@ -377,7 +377,7 @@ class Run(Moments):
                 self.recorder.ledger.close(footer if clean else None)
 
     def save(self, path: Path, beside: dict[str, Tensor] | None = None) -> None:
-        """Write the state file (nothing before the first step); `beside` is what the pace needs and the controller does not know."""
+        """Write the state file (nothing before the first step); `beside` is what the controller does not know."""
         if self._state is None or self.recorder is None:
             return
         self.flush()

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from hf_adaclip.gradients.newton_schulz import in_tf32
 from hf_adaclip.gradients.provenance import trained_before
 from hf_adaclip.gradients.transfer import HOST
 from hf_adaclip.run.ranks import world_size
@@ -41,7 +42,7 @@ def slower(device: torch.device) -> float:
     """How much longer a product in float32 takes there than one of forward and backward (bfloat16 on accelerators)."""
     if device.type == "cpu":
         return 1.0
-    return 15.0 if torch.get_float32_matmul_precision() == "highest" else 2.0
+    return 2.0 if in_tf32(device) else 15.0
 
 
 def rows_of(batch: Any, models: Sequence[Any]) -> int | None:
@@ -135,7 +136,7 @@ class ShapeGate:
             self.memory = False
             self.why["memory"] = (
                 f"an average over steps would take {took * slower(device):.1f} times the work of the matrices' own forward and backward "
-                'pass in full float32 (`torch.set_float32_matmul_precision("high")` makes it cheaper)'
+                "pass in full float32 (`tf32=True` in the TrainingArguments makes it cheaper)"
             )
         if took > MOST:
             self.spectral = False
@@ -152,4 +153,4 @@ class ShapeGate:
     def restore(self, tensor: Tensor) -> None:
         """Go on from what `tensor` gave."""
         self.spectral, self.agreement, *later = (bool(x) for x in tensor.tolist())
-        self.memory = self.memory and all(later)
+        self.memory = self.memory and later == [True]  # older ones had none

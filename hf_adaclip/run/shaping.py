@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers.numerics.ops import Value
-from hf_adaclip.errors import ConfigError, StateError
+from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients import Gradients, Guards
-from hf_adaclip.gradients.groups import named_parameters
 from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix
 from hf_adaclip.gradients.spectral import SpectralRange
 from hf_adaclip.gradients.transfer import moved
@@ -115,8 +114,8 @@ class Shaping:
         gate = self.gate
         if gate is None or gate.decided or not gradients.tensors:
             return
-        there = self._matrices.among([gradients.parameters[i] for i in gradients.present]) if self._range else []
-        matrices = [as_matrix(g) for g, is_one in zip(gradients.tensors, there, strict=False) if is_one]
+        names = self._matrices.among([gradients.parameters[i] for i in gradients.present]) if self._range else []
+        matrices = [as_matrix(g) for g, name in zip(gradients.tensors, names, strict=False) if name is not None]
         ranks = self._run.ranks
         gate.decide(
             self._models(),
@@ -130,30 +129,20 @@ class Shaping:
         self._heed(gate)
 
     def _heed(self, gate: ShapeGate) -> None:
-        if self._range is not None and not gate.memory:
-            self._range.forget()
+        if self._range is not None and self._config.spectral_memory > 0:
+            self._range.remember(self._config.spectral_memory if gate.memory else 0.0)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps for single matrices; nothing as long as nothing is known."""
         kept = None if self._range is None else self._range.preconditioner
-        return {} if kept is None else kept.tensors(named_parameters(self._models()))
+        return {} if kept is None else kept.tensors()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `tensors` gave.
-
-        Raises:
-            StateError: It was made for other parameters.
-        """
+        """Go on from what `tensors` gave."""
         if self.gate is not None:
             self._heed(self.gate)
-        kept = None if self._range is None else self._range.preconditioner
-        if kept is not None:
-            try:
-                kept.restore(tensors, named_parameters(self._models()))
-            except ValueError as error:
-                raise StateError(
-                    f"The state that was loaded does not fit: {error}. Resume with the same model."
-                ) from error
+        if self._range is not None and self._range.preconditioner is not None:
+            self._range.preconditioner.restore(tensors)
 
     def keep(self, tensors: Mapping[str, Tensor] | None = None) -> Callable[[], None]:
         """What puts it back as it is now, or as `tensors` of another moment have it."""

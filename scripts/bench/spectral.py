@@ -163,7 +163,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         calls[f"spectral, {kind}"] = lambda one=one: one.act_(collect(parameters))  # type: ignore[misc]
     calls["agreement"] = agreement.after
     found = in_turns(calls, rounds=rounds, before=restore)
-    hidden = sum(matrices.among(parameters))
+    hidden = sum(name is not None for name in matrices.among(parameters))
     return {"tokens": setup.tokens, "matrices": hidden, **_shares(found)}
 
 
@@ -188,8 +188,8 @@ def measure_shapes(name: str, rounds: int, tokens: int) -> dict[str, Any]:
     rows = torch.randn(256, weights[0].shape[1])
 
     class All(HiddenMatrices):
-        def among(self, parameters: Any) -> list[bool]:
-            return [True] * len(parameters)
+        def among(self, parameters: Any) -> list[str | None]:
+            return [f"matrix {n}" for n in range(len(parameters))]
 
     calls: dict[str, Callable[[], object]] = {
         "256 tokens through the first matrix": lambda: rows @ weights[0].detach().T

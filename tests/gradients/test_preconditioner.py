@@ -1,12 +1,14 @@
 """The spectral range with a memory: averages, what joins and leaves, and what may not get in."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from hf_adaclip.gradients.newton_schulz import FLOOR, TF32_FLOOR, TOLERANCE, floor_of
+from hf_adaclip.gradients.newton_schulz import TF32_FLOOR, TOLERANCE
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.spectral import SpectralRange
 from tests.gradients.test_spectral import Everything, distance, drawn
@@ -28,10 +30,6 @@ class Run:
         gradients = [matrices[i].clone() for i in present]
         self.effect = self.range.act_(Gradients(self.parameters, present, gradients), **more)
         return gradients
-
-    @property
-    def named(self):
-        return {f"p{i}": p for i, p in enumerate(self.parameters)}
 
 
 def batches(step, shapes):
@@ -130,29 +128,42 @@ def test_what_a_checkpoint_keeps_goes_on_bit_for_bit():
     whole = Run(shapes)
     for step in range(27):
         whole.step(batches(step, shapes))
-    kept = {name: value.clone() for name, value in whole.range.preconditioner.tensors(whole.named).items()}
+    kept = whole.range.preconditioner.tensors()
     assert set(kept) == {"preconditioner", *(f"preconditioner.p{i}" for i in range(4))}
     assert all(torch.isfinite(value).all() for value in kept.values())
     again = Run(shapes)
-    again.range.preconditioner.restore(kept, again.named)
+    again.range.preconditioner.restore(kept)
     for step in range(27, 60):
         for found, other in zip(again.step(batches(step, shapes)), whole.step(batches(step, shapes)), strict=True):
             assert torch.equal(found, other)
-    with pytest.raises(ValueError, match=r"`p0`.*side 16.*has 12"):
-        again.range.preconditioner.restore(kept, {"p0": nn.Parameter(torch.zeros(12, 20))})
-    again.range.preconditioner.restore({}, again.named)
+    again.range.preconditioner.restore({})
     [*found] = again.step(batches(0, shapes))
     [*fresh] = Run(shapes).step(batches(0, shapes))
     assert all(torch.equal(a, b) for a, b in zip(found, fresh, strict=True))
 
 
-def test_a_memory_holds_one_matrix_of_the_small_side_and_no_parameter():
+def test_a_matrix_that_is_replaced_by_one_of_another_size_begins_anew():
     run = Run([(16, 40), (16, 16)])
-    run.step(batches(0, [(16, 40), (16, 16)]))
-    assert run.range.preconditioner.bytes == 2 * 16 * 16 * 4
-    run.parameters = run.parameters[:1]
-    run.step([drawn(0, 16, 40)])
-    assert run.range.preconditioner.bytes == 16 * 16 * 4
+    for step in range(5):
+        run.step(batches(step, [(16, 40), (16, 16)]))
+    kept = run.range.preconditioner.tensors()
+    other = Run([(16, 40), (12, 12)])
+    other.range.preconditioner.restore(kept)
+    [_, found] = other.step([drawn(0, 16, 40), new := drawn(1, 12, 12, 1.0)])
+    assert distance(found, reference.soft_clipped(new, 0.0)) < TOLERANCE
+    assert other.range.preconditioner.tensors()["preconditioner.p1"].shape == (12, 12)
+
+
+def test_what_is_kept_does_not_grow_and_holds_no_parameter():
+    run = Run([(16, 40), (16, 16), (16, 16)])
+    kept = run.range.preconditioner
+    for step in range(12):
+        matrices = batches(step, [(16, 40), (16, 16), (16, 16)])
+        run.step([matrices[0], matrices[1] if step % 2 else None, None if step % 3 else matrices[2]])
+    assert sorted(kept._squares) == ["p0", "p1", "p2"]
+    assert len(kept._stacks) == 1
+    memory = {s.untyped_storage().data_ptr(): s.untyped_storage().nbytes() for s in kept._squares.values()}
+    assert sum(memory.values()) == 3 * 16 * 16 * 4
 
 
 def test_a_direction_that_the_average_does_not_know_gets_no_longer_step():
@@ -201,9 +212,22 @@ def test_products_in_tf32_are_near_those_in_float32_and_never_blow_up(monkeypatc
                 assert distance(f, w) < 0.08
 
 
-def test_the_floor_goes_by_what_torch_multiplies_in(monkeypatch):
-    assert floor_of(torch.device("cpu")) == FLOOR
-    assert floor_of(torch.device("cuda")) == FLOOR
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert floor_of(torch.device("cpu")) == FLOOR
-    assert floor_of(torch.device("cuda")) == TF32_FLOOR
+@pytest.mark.parametrize("how", ["old", "new", "transformers"])
+def test_the_floor_goes_by_what_torch_multiplies_in_however_that_was_said(how):
+    said = {
+        "old": 'torch.set_float32_matmul_precision("high")',
+        "new": 'torch.backends.cuda.matmul.fp32_precision = "tf32"',
+        "transformers": "from transformers.utils.import_utils import enable_tf32; enable_tf32(True)",
+    }
+    code = f"""
+import torch
+from hf_adaclip.gradients.newton_schulz import FLOOR, TF32_FLOOR, floor_of
+from hf_adaclip.run.shape_gate import slower
+cpu, cuda = torch.device("cpu"), torch.device("cuda")
+assert (floor_of(cuda), slower(cuda)) == (FLOOR, 15.0)
+{said[how]}
+assert (floor_of(cuda), slower(cuda)) == (TF32_FLOOR, 2.0)
+assert (floor_of(cpu), slower(cpu)) == (FLOOR, 1.0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -25,7 +25,10 @@ class Everything(HiddenMatrices):
         super().__init__(list)
 
     def among(self, parameters):
-        return [True] * len(parameters)
+        self.seen = getattr(self, "seen", []) + [
+            p for p in parameters if not any(p is q for q in getattr(self, "seen", []))
+        ]
+        return [f"p{next(i for i, q in enumerate(self.seen) if q is p)}" for p in parameters]
 
 
 def clipped(*matrices, width, change=True):
@@ -270,9 +273,9 @@ def test_lora_factors_are_hidden_matrices_and_its_embedding_is_not():
 def test_a_parameter_that_is_made_later_is_looked_up():
     model = Plain()
     matrices = HiddenMatrices(lambda: [model])
-    assert matrices.among([model.one.weight, model.head.weight]) == [True, True]
+    assert matrices.among([model.one.weight, model.head.weight]) == ["one.weight", "head.weight"]
     model.one = nn.Linear(8, 16)
-    assert matrices.among([model.one.weight, model.head.weight, model.one.bias]) == [True, True, False]
+    assert matrices.among([model.one.weight, model.head.weight, model.one.bias]) == ["one.weight", "head.weight", None]
 
 
 def test_convolution_kernels_are_flattened():
