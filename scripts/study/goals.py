@@ -38,20 +38,28 @@ def verdicts(results: Sequence[TaskResults]) -> dict[str, Verdict]:
     """Every goal by its name in the card's template; tasks of a GPU do not count."""
     proper = [r for r in results if r.task.group != "gpu"]
     scratch, tuning = [r for r in proper if r.task.scratch], [r for r in proper if not r.task.scratch]
-    tuned = f"{DEFAULT}-tuned"
+    short = f"{tuned_default(proper)}{SHORT}"
     found: dict[str, Callable[[], Verdict]] = {
         "no_harm": lambda: _no_harm(proper),
         "guard": lambda: _guard(proper),
         "sooner": lambda: _sooner(proper),
         "scratch": lambda: _against_tuned(scratch, RATIO, EACH),
         "fine_tuning": lambda: _against_tuned(tuning, FINE_TUNING, None),
-        "horizon": lambda: _horizon(scratch, (f"{tuned}{SHORT}", f"{COMBINED}-tuned{SHORT}")),
+        "horizon": lambda: _horizon(scratch, (short, f"{COMBINED}-tuned{SHORT}")),
         "moonshot": lambda: _against_tuned(proper, RATIO, None),
         "untuned": lambda: _untuned(proper),
         "wider": lambda: _wider(proper),
         "cost": lambda: _cost(proper),
     }
     return {name: judge() for name, judge in found.items()}
+
+
+def tuned_default(results: Sequence[TaskResults]) -> str:
+    """The arm that stands against the tuned Trainer: the default after a search of its own; where none was made, at the settings that were
+    best for the stock Trainer, which is no easier.
+    """
+    own = f"{DEFAULT}-tuned"
+    return own if any(own in r.arms for r in results) else f"{DEFAULT}{AT}"
 
 
 def _no_harm(results: Sequence[TaskResults]) -> Verdict:
@@ -100,17 +108,18 @@ def _sooner(results: Sequence[TaskResults]) -> Verdict:
 
 
 def _against_tuned(results: Sequence[TaskResults], bound: float, each: float | None) -> Verdict:
-    """The default, tuned with as many runs, on the tuned Trainer's target; the combined arm beside it does not count."""
-    ratios = ratios_of(results, f"{DEFAULT}-tuned", "tuned", STEP)
+    """The default on the tuned Trainer's target, tuned with as many runs or with none; the combined arm beside it does not count."""
+    ours = tuned_default(results)
+    ratios = ratios_of(results, ours, "tuned", STEP)
     if not ratios:
         return Verdict(NOT_RUN, None)
     middle = median(list(ratios.values()))
-    text = f"`{DEFAULT}-tuned` {number(middle)} over {len(ratios)} tasks{_judges(results, ratios)}"
+    text = f"`{ours}` {number(middle)} over {len(ratios)} tasks{_judges(results, ratios)}"
     above = [f"{task} {number(ratio)}" for task, ratio in ratios.items() if each is not None and ratio >= each]
     if each is not None:
         text += f", {each:g} or more on {', '.join(above) or 'none'}"
     for arm in (f"{COMBINED}-tuned", f"{DEFAULT}{AT}", "muon-tuned", "cautious-tuned"):
-        if beside := ratios_of(results, arm, "tuned", STEP):
+        if arm != ours and (beside := ratios_of(results, arm, "tuned", STEP)):
             text += f"; `{arm}` {number(median(list(beside.values())))} over {len(beside)}"
     return Verdict(text, middle <= bound and not above)
 
@@ -163,7 +172,9 @@ def _wider(results: Sequence[TaskResults]) -> Verdict:
 def _cost(results: Sequence[TaskResults]) -> Verdict:
     shares = {}
     for r in results:
-        share = r.step_ratio(COMBINED) or r.step_ratio(f"{COMBINED}-tuned")
+        # The default does more than these two, so it is no easier.
+        arms = (COMBINED, f"{COMBINED}-tuned", f"{DEFAULT}{AT}", DEFAULT)
+        share = next((ratio for arm in arms if (ratio := r.step_ratio(arm)) is not None), None)
         if share is not None:
             shares[r.task.name] = share
     if not shares:

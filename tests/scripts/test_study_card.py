@@ -82,6 +82,19 @@ def test_what_was_not_run_is_neither_yes_nor_no():
     assert {verdict.word for verdict in verdicts([]).values()} == {"not run"}
 
 
+def test_without_a_search_of_its_own_the_default_is_judged_at_the_settings_of_the_tuned_trainer():
+    left_out = ("adaptive-tuned", "adaptive-tuned~72", "adaptive@tuned", "spectral-agreement")
+    lines = [x for x in lines_of(TASKS["cifar-10"]) if x["arm"] not in left_out]
+    for seed in range(5):
+        lines.append(line("adaptive@tuned", seed, FASTER, seconds_per_step=0.14))
+        lines.append(line("adaptive@tuned~72", seed, STOCK))
+    found = verdicts([r := TaskResults(TASKS["cifar-10"], lines)])
+    assert found["scratch"].measured.startswith("`adaptive@tuned` 0.50 over 1 tasks")
+    assert found["scratch"].word == "yes"
+    assert (found["horizon"].word, found["cost"].word) == ("no", "no")
+    assert "| default, at its settings, over the *tuned* Trainer |" in section([r])
+
+
 def test_a_run_that_failed_is_no_success():
     results = study(("cifar-10",))
     results[0].runs["adaptive", 4] = line("adaptive", 4, [], error="exit code 1")
