@@ -264,7 +264,6 @@ def test_the_table_of_costs_is_that_of_the_benchmark():
 def test_the_table_of_the_default_is_that_of_its_runs():
     from scripts.docs.default_table import CARD, table
 
-    assert read_section("default") == table()
     assert read_section("default", CARD) == table()
 
 

@@ -1,8 +1,8 @@
-"""Write the table of what the default gains into the README and the card of the spectral range.
+"""Write the table of what the default gains in a plain loop into the card of the spectral range.
 
     python -m scripts.docs.default_table
 
-A test holds both equal to model_cards/spectral/default.jsonl, whose runs default_probe.py beside it made.
+A test holds it equal to model_cards/spectral/default.jsonl, whose runs default_probe.py beside it made.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from statistics import mean
 from typing import Any, Final
 
-from scripts.docs.readme_section import README, ROOT, write_section
+from scripts.docs.readme_section import ROOT, write_section
 
 CARD: Final = ROOT / "model_cards" / "spectral" / "README.md"
 RUNS: Final = ROOT / "model_cards" / "spectral" / "default.jsonl"
@@ -76,5 +76,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    for page in (README, CARD):
-        write_section("default", table(), page)
+    write_section("default", table(), CARD)

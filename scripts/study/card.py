@@ -18,7 +18,7 @@ from scripts.docs.readme_section import README, ROOT, write_section
 from scripts.study import first_card
 from scripts.study.arms import ABLATIONS, AT, SHORT
 from scripts.study.goals import NOT_RUN, ratios_of, tuned_default, verdicts
-from scripts.study.results import SECONDS, STEP, STUDY, TaskResults, load_first, load_study
+from scripts.study.results import SECONDS, STEP, STUDY, STUDY_ANEW, TaskResults, load_first, load_study
 from scripts.study.tables import (
     against,
     alarms,
@@ -80,8 +80,9 @@ def section(results: Sequence[TaskResults]) -> str:
     ours = tuned_default(results)
     how = "tuned" if ours == "adaptive-tuned" else "at its settings"
     columns = (
-        ("tuned Trainer, over the Trainer as it comes", "tuned", "stock"),
+        ("tuned Trainer over the Trainer as it comes", "tuned", "stock"),
         ("default, untuned, over the Trainer as it comes", "adaptive", "stock"),
+        ("default, untuned, over the *tuned* Trainer", "adaptive", "tuned"),
         (f"default, {how}, over the *tuned* Trainer", ours, "tuned"),
     )
     rows = []
@@ -111,8 +112,8 @@ def section(results: Sequence[TaskResults]) -> str:
     ]
     return "\n".join(
         [
-            f"{len(results)} tasks, {count} seeds. Steps until the target of that Trainer over its own, median [95 % interval]; final eval "
-            "loss less its own. 0.00 and inf: one of the two never arrives. Bold: a final loss that is worse.",
+            f"{len(results)} tasks, {count} seeds. Steps to that Trainer's target over its own, median [95 % interval]; final eval loss less its "
+            "own. inf: never reached. Bold: a worse final loss.",
             "",
             rows_of(heads, rows),
             "",
@@ -164,9 +165,10 @@ def main(argv: list[str] | None = None) -> None:
             f"`folder` must hold raw results that `study.run --record` wrote, but {folder} has none of a stock arm."
         )
     (folder / "README.md").write_text(page, encoding="utf-8")
-    if folder.resolve() == STUDY.resolve():
-        # The first one has measured the pace, and not yet the default.
-        write_section("study", summary, PACE if first and not results else README)
+    # The first one has measured the pace, and not yet the default.
+    page_of = {STUDY.resolve(): PACE if first and not results else README, STUDY_ANEW.resolve(): README}
+    if folder.resolve() in page_of:
+        write_section("study", summary, page_of[folder.resolve()])
     for goal in unexplained(page):
         print(f"No reason is given for a goal that is missed: {goal}. It is written in {TEMPLATE.name}.")
 

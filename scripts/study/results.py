@@ -21,6 +21,7 @@ from scripts.study.tasks import FIRST, RETIRED, TASKS, StudyTask
 from scripts.study.tasks_cuda import CUDA_TASKS
 
 STUDY = Path(__file__).parents[2] / "model_cards" / "study"
+STUDY_ANEW = STUDY.with_name("study-anew")
 STEP, SECONDS, LOSS, QUALITY = range(4)
 """Where in a point of the raw results things are."""
 RANGE_BELOW, RANGE_ABOVE = 3, 1

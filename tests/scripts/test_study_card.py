@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from hf_adaclip.controllers.adaptive import AdaptiveController
+from scripts.docs.readme_section import read_section
 from scripts.study import card as study_card
 from scripts.study.arms import ARMS
 from scripts.study.card import card, main, section, unexplained
 from scripts.study.goals import verdicts
 from scripts.study.records import STUDY_NUMBER, key
-from scripts.study.results import SECONDS, STEP, TaskResults, load_study, rates_of_range, same_points
+from scripts.study.results import SECONDS, STEP, STUDY_ANEW, TaskResults, load_study, rates_of_range, same_points
 from scripts.study.tables import against
 from scripts.study.tasks import TASKS
 
@@ -82,6 +83,12 @@ def test_what_was_not_run_is_neither_yes_nor_no():
     assert {verdict.word for verdict in verdicts([]).values()} == {"not run"}
 
 
+def test_the_card_and_the_readme_are_those_of_the_raw_results():
+    results = load_study(STUDY_ANEW)
+    assert (STUDY_ANEW / "README.md").read_text(encoding="utf-8") == card(results)
+    assert read_section("study") == section(results)
+
+
 def test_without_a_search_of_its_own_the_default_is_judged_at_the_settings_of_the_tuned_trainer():
     left_out = ("adaptive-tuned", "adaptive-tuned~72", "adaptive@tuned", "spectral-agreement")
     lines = [x for x in lines_of(TASKS["cifar-10"]) if x["arm"] not in left_out]
@@ -137,7 +144,7 @@ def test_the_tuned_trainer_and_the_horizon_stand_in_the_tables():
     assert "| task | `tuned` | `adaptive` |" in text
     assert "| task | tuned ends at | `tuned~72` |" in text
     assert "| cifar-10 | 0.400, 50.0% | - | - | +0.000 [+0.000, +0.000] |" in text
-    assert "tuned Trainer, over the Trainer as it comes" in readme
+    assert "tuned Trainer over the Trainer as it comes" in readme
     assert "default, tuned, over the *tuned* Trainer" in readme
     assert "10 of 10 runs of the untuned default reach the target of the *tuned* Trainer." in readme
 
