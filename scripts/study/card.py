@@ -112,7 +112,7 @@ def section(results: Sequence[TaskResults]) -> str:
     ]
     return "\n".join(
         [
-            f"{len(results)} tasks, {count} seeds. Steps to that Trainer's target over its own, median [95 % interval]; final eval loss less "
+            f"{len(results)} tasks, {count} seeds. Steps to that Trainer's target over its own, median [95 % interval]; final loss less "
             "its own. inf: never reached. Bold: a worse final loss.",
             "",
             rows_of(heads, rows),
