@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
-from hf_adaclip.errors import ConfigError
+from hf_adaclip.errors import ConfigError, StateError
 from tests.integrations.test_fp16 import Fp16Accelerator
 from tests.lanes import on_lane
 from tests.loops import HostReads, make, train, weights
@@ -104,6 +106,25 @@ def test_resumed_bit_for_bit(tmp_path, lane, fused):
     assert resumed.load_state(tmp_path)
     run(BOTH, steps=15, start=15, clipper=resumed, model=again, optimizer=fresh)
     assert torch.equal(weights(whole), weights(again))
+
+
+def test_a_checkpoint_of_before_there_was_an_average_goes_on_without_one(tmp_path):
+    alone = BOTH.replace(spectral_memory=0.0)
+    whole, *_ = run(alone)
+    model, optimizer, clipper = run(alone, steps=15)
+    clipper.save_state(tmp_path)
+    path = tmp_path / "clip_state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, text = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    config = json.loads(text["config"])
+    assert config.pop("spectral_memory") == 0.0
+    save_file(tensors, path, metadata={**text, "config": json.dumps(config)})
+    with pytest.raises(StateError, match=r"`?spectral_memory`? was 0.0 and is 0.9"):
+        AdaptiveClipper(BOTH, optimizer=optimizer, model=model).load_state(tmp_path)
+    resumed = AdaptiveClipper(alone, optimizer=optimizer, model=model)
+    assert resumed.load_state(tmp_path)
+    run(alone, steps=15, start=15, clipper=resumed, model=model, optimizer=optimizer)
+    assert torch.equal(weights(whole), weights(model))
 
 
 def test_every_so_many_steps(tmp_path):
