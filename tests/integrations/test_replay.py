@@ -127,7 +127,7 @@ def test_the_batches_of_several_ranks_give_the_step_together_and_one_by_one(tmp_
 
 
 def test_of_hashes_alone_the_samples_are_taken_from_the_dataset(tmp_path, capsys, monkeypatch):
-    clip = {"incident_batch": "hash"}
+    clip = {"incident_batch": "hash", "max_pace": 1.0, "spectral_width": None, "agreement": False}
     replay_script.make_trainer("llama", tmp_path, clip=clip).train()
     [incident] = find_incidents(tmp_path)
     assert not (incident.folder / "batch.safetensors").exists()

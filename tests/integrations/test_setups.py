@@ -53,7 +53,7 @@ def test_eight_micro_batches_of_one_are_one_batch_of_eight(tmp_path):
 
     assert [r["norm"] for r in small] == pytest.approx([r["norm"] for r in big], rel=1e-3)
     assert [r["threshold"] for r in small] == pytest.approx([r["threshold"] for r in big], rel=1e-3)
-    assert [r["loss"] for r in small] == pytest.approx([r["loss"] for r in big], rel=1e-4)
+    assert [r["loss"] for r in small] == pytest.approx([r["loss"] for r in big], rel=5e-4)  # signs that tip
 
 
 def test_a_retry_with_a_smaller_batch_starts_afresh(tmp_path):
