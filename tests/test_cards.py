@@ -44,7 +44,7 @@ def test_metadata_has_every_result_and_validates_offline():
     data = card_metadata(comparison)
     names = {r.metric_name for r in data.eval_results}
 
-    assert any("steps to target, median of 3 seeds, arm adaptive" in n for n in names)
+    assert "steps to target, median of 3 seeds, arm adaptive" in names
     assert all(math.isfinite(r.metric_value) for r in data.eval_results)
     assert "co2_eq_emissions" not in data.to_dict()  # the energy was estimated, not measured
     assert (data.license, data.language) == ("apache-2.0", "en")

@@ -261,6 +261,19 @@ def test_the_table_of_costs_is_that_of_the_benchmark():
     assert read_section("speed", CARD) == speed_table()
 
 
+def test_what_a_step_costs_more_is_that_of_the_benchmark():
+    folder = ROOT / "model_cards" / "spectral"
+    setups = json.loads((folder / "cost.json").read_text(encoding="utf-8"))["setups"]
+    llama, vit = (
+        round(100 * setups[name]["share of a whole step"]["spectral, width 0 + agreement"])
+        for name in ("llama-study", "vit-study")
+    )
+    assert f"A step takes {llama} to {vit} % longer" in README
+    assert f"{llama} % on the study's Llama and {vit} % on its ViT" in (folder / "README.md").read_text(
+        encoding="utf-8"
+    )
+
+
 def test_the_table_of_the_default_is_that_of_its_runs():
     from scripts.docs.default_table import CARD, table
 

@@ -66,9 +66,8 @@ class Preconditioner:
         stack = torch.zeros_like(like)
         for place, name in enumerate(names):
             kept = self._squares.get(name)
-            if (
-                kept is not None and kept.shape == stack.shape[1:]
-            ):  # a module may have been replaced by one of another size
+            # A module may have been replaced by one of another size.
+            if kept is not None and kept.shape == stack.shape[1:]:
                 stack[place].copy_(moved(kept, like.device))
             self._squares[name] = stack[place]
         for key in [key for key in self._stacks if not set(names).isdisjoint(key)]:

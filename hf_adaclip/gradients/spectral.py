@@ -69,8 +69,8 @@ class SpectralRange:
         elif self.preconditioner is None:
             self.preconditioner = Preconditioner(self.width, memory)
 
-    def pass_over(self) -> None:
-        """Instead of [`act_`], in a step that is left out."""
+    def begin_step(self) -> None:
+        """Called once in each step: by [`act_`], and in its place where the step is left out."""
         if self.preconditioner is not None:
             self.preconditioner.begin_step()
 
@@ -89,8 +89,7 @@ class SpectralRange:
         Raises:
             UnsupportedSetupError: A gradient is a sum that is still pending over ranks, or spread in a way that is not known.
         """
-        if self.preconditioner is not None:
-            self.preconditioner.begin_step()
+        self.begin_step()
         parameters = [gradients.parameters[i] for i in gradients.present]
         names = self._matrices.among(parameters)
         hidden = [_Hidden(n, g) for n, g in zip(names, gradients.tensors, strict=True) if n is not None]

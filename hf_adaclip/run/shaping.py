@@ -92,7 +92,7 @@ class Shaping:
         if gate is not None and not gate.spectral:
             return
         if not gradients.tensors or (ops.on_host and not taken):
-            self._range.pass_over()
+            self._range.begin_step()
             return
         made = taken if isinstance(taken, Tensor) and not ops.on_host else None
         effect = self._range.act_(gradients, change=not self._config.shadow, taken=made)
@@ -129,7 +129,7 @@ class Shaping:
         self._heed(gate)
 
     def _heed(self, gate: ShapeGate) -> None:
-        if self._range is not None and self._config.spectral_memory > 0:
+        if self._range is not None:
             self._range.remember(self._config.spectral_memory if gate.memory else 0.0)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -72,9 +72,8 @@ def card(results: Sequence[TaskResults]) -> str:
         ranges=ranges(results, "adaptive"),
         seeds=every_seed(results),
     )
-    return re.sub(
-        r"^(\| [0-9][^|]*\|[^|]*\| yes \|)[^|]*\|$", r"\1 - |", text, flags=re.MULTILINE
-    )  # no reason where a goal is met
+    # No reason where a goal is met.
+    return re.sub(r"^(\| [0-9][^|]*\|[^|]*\| yes \|)[^|]*\|$", r"\1 - |", text, flags=re.MULTILINE)
 
 
 def section(results: Sequence[TaskResults]) -> str:

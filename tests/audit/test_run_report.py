@@ -421,7 +421,7 @@ def test_what_shapes_the_step_is_in_the_answer_the_facts_and_a_figure(tmp_path):
     assert text.index("<h2>Pace</h2>") < text.index("<h2>Spectral range and sign agreement</h2>")
     for piece in ("altered energy", "agreeing share", f"altered energy {share} % on average, in 120 of 120 steps"):
         assert piece in text
-    assert len(text) < 42_000
+    assert len(text) < 40_500
     zoomed = write_html(report, tmp_path / "z.html", zoom=True).read_text()
     assert zoomed.count('class="plotly-graph-div"') == text.count('<svg class="chart"')
     assert (

@@ -97,7 +97,7 @@ def test_nothing_is_learned_from_a_step_that_is_left_out():
         matrices = batches(step, shapes)
         if step in (5, 20, 31):  # with a gradient that would be learned from, were the step made
             run.step([drawn(9, 20, 12, 3.0).T * 100], taken=torch.tensor(False))
-            host.range.pass_over()
+            host.range.begin_step()
             continue
         [found] = run.step(matrices, taken=torch.tensor(True))
         [other] = host.step(matrices)

@@ -23,12 +23,10 @@ class Everything(HiddenMatrices):
 
     def __init__(self):
         super().__init__(list)
+        self._names: dict[int, str] = {}
 
     def among(self, parameters):
-        self.seen = getattr(self, "seen", []) + [
-            p for p in parameters if not any(p is q for q in getattr(self, "seen", []))
-        ]
-        return [f"p{next(i for i, q in enumerate(self.seen) if q is p)}" for p in parameters]
+        return [self._names.setdefault(id(p), f"p{len(self._names)}") for p in parameters]
 
 
 def clipped(*matrices, width, change=True):

@@ -29,7 +29,12 @@ def without_dropout(trainer):
     return trainer
 
 
-def test_eight_micro_batches_of_one_are_one_batch_of_eight(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "close"),
+    # The agreement goes by signs, and rounding tips some that are nearly 0.
+    [({}, 2e-4), ({"agreement": False}, 1e-5)],
+)
+def test_eight_micro_batches_of_one_are_one_batch_of_eight(tmp_path, changes, close):
     shapes = (("big", 8, 1), ("small", 1, 8))
 
     def accumulating(name, batch, accumulation, **changes):
@@ -46,14 +51,16 @@ def test_eight_micro_batches_of_one_are_one_batch_of_eight(tmp_path):
 
     for name, batch, accumulation in shapes:
         args = accumulating(name, batch, accumulation)
-        trainer = without_dropout(build(AdaptiveClipTrainer, tmp_path / name, args=args, clip=CONFIG))
+        trainer = without_dropout(
+            build(AdaptiveClipTrainer, tmp_path / name, args=args, clip=CONFIG.replace(**changes))
+        )
         run(trainer)
         assert trainer.clipper.step == 25  # one decision per optimizer step
     big, small = steps_of(tmp_path / "big"), steps_of(tmp_path / "small")
 
     assert [r["norm"] for r in small] == pytest.approx([r["norm"] for r in big], rel=1e-3)
     assert [r["threshold"] for r in small] == pytest.approx([r["threshold"] for r in big], rel=1e-3)
-    assert [r["loss"] for r in small] == pytest.approx([r["loss"] for r in big], rel=5e-4)  # signs that tip
+    assert [r["loss"] for r in small] == pytest.approx([r["loss"] for r in big], rel=close)
 
 
 def test_a_retry_with_a_smaller_batch_starts_afresh(tmp_path):
