@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 from statistics import median
 from typing import Final, Literal, NamedTuple
 
@@ -18,8 +19,9 @@ WINDOW: Final = 50
 SPOILT: Final[frozenset[Kind]] = frozenset({"divergence", "zero_loss"})
 """Kinds that tell of weights that are no good any more."""
 _FEWEST: Final = 20
-_SPREADS: Final = 6.0
-"""A spike is also this many spreads above the median, on a logarithmic scale: where norms scatter widely, a large one is usual."""
+_SPREADS: Final = 7.0
+"""A spike is also this many spreads above the median, on a logarithmic scale: where norms scatter widely, a large one is usual.
+A fall over the window is no scatter (see `_spread`); without that, 6 would do."""
 _RECURRING: Final = 3
 """Norms as large as this one, within `_MEMORY` steps, after which they are usual: another source of data, a schedule that restarts."""
 _MEMORY: Final = 1000
@@ -133,8 +135,14 @@ class IncidentRules:
             return False
         if norm <= 1.5 * sorted(self._norms)[-1 - _RECURRING]:  # of two sources that take turns the median tells one
             return False
-        spread = 1.4826 * median(abs(math.log(n / usual)) for n in self._norms)
-        return math.log(norm / usual) > _SPREADS * spread
+        return math.log(norm / usual) > _SPREADS * self._spread(usual)
+
+    def _spread(self, usual: float) -> float:
+        """How widely norms scatter, in logarithms: about their median or, where they fall or rise, from one step to the next."""
+        logarithms = [math.log(n / usual) for n in self._norms]
+        about = median(map(abs, logarithms))
+        onward = median(abs(b - a) for a, b in pairwise(logarithms)) / math.sqrt(2)
+        return 1.4826 * min(about, onward)
 
     def _begins(self, kind: Kind, step: int) -> bool:
         """Whether a step is among the first of a series of its kind."""
