@@ -168,6 +168,11 @@ class AdaptiveClipper(GoingBack):
         return self._run.statistics
 
     @property
+    def static_threshold(self) -> float:
+        """The static threshold of the next step."""
+        return self._run.static_threshold
+
+    @property
     def alerts(self) -> Alerts:
         """Where events go."""
         return self._run.alerts

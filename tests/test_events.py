@@ -196,6 +196,16 @@ def test_a_spike_is_seen_under_every_controller(controller, step):
     assert clipper.metrics()["clip/spikes_total"] == 1
 
 
+@pytest.mark.parametrize("controller", ["static", "guard", "rl"])
+def test_steps_without_a_gradient_make_no_spikes_of_the_others(controller):
+    model, optimizer = make()
+    clipper = AdaptiveClipper(controller, optimizer=optimizer)
+    zeros = {step: 0.0 for step in range(150) if step % 5 < 3}
+    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 150, factors=zeros)
+
+    assert clipper.metrics()["clip/spikes_total"] == 0
+
+
 def test_skipped_steps_are_counted_by_window_and_in_all(tmp_path):
     model, optimizer = make()
     clipper = AdaptiveClipper(CONFIG, optimizer=optimizer)

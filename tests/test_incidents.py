@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_adaclip import AdaptiveClipper
+from hf_adaclip.audit.verify import verify_ledger
 from hf_adaclip.incidents.contents import load_batch
 from hf_adaclip.incidents.folder import find_incidents
 from tests.loops import HostReads, make
@@ -50,6 +51,29 @@ def same(a, b):
     for one, other in zip(a, b, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_a_run_that_changes_its_working_folder_keeps_its_files_together(tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    model, optimizer = make()
+    clipper = AdaptiveClipper({"controller": "static", "ledger": "run/clip_ledger.jsonl"}, optimizer=optimizer)
+    for step in range(60):
+        if step == 40:
+            monkeypatch.chdir(elsewhere)
+        one = batch(step)
+        clipper.watch(one)
+        loss = torch.nn.functional.mse_loss(model(one["x"]), one["y"]) * (1e4 if step == 50 else 1.0)
+        loss.backward()
+        clipper.clip_(model.parameters(), loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    clipper.close()
+    assert not list(elsewhere.iterdir())
+    report = verify_ledger(tmp_path / "run/clip_ledger.jsonl")
+    assert (report.ok, report.steps) == (True, 60)
+    assert [i.step for i in find_incidents(tmp_path / "run")] == [50]
 
 
 @pytest.mark.parametrize("parts", [1, 3])

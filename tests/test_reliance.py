@@ -182,6 +182,7 @@ TAKEN = {
     "_getframe": without(sys, "_getframe"),
     "_global_optimizer_pre_hooks": without(torch_optimizer, "_global_optimizer_pre_hooks"),
     "_optimizer_step_pre_hooks": unmentioned(torch.optim.Optimizer, "__init__"),
+    "_optimizer_step_post_hooks": unmentioned(torch.optim.Optimizer, "__init__"),
     "profile_hook_step": without(torch.optim.Optimizer, "profile_hook_step"),
     "found_inf": ignored_by_adam("found_inf"),
     "grad_scale": ignored_by_adam("grad_scale"),

@@ -171,7 +171,9 @@ class ClippingDriver:
             return reach
         if self._back is None:
             self._back = self._run.ops(-math.inf)
-            self._run.alerts.warn_once(f"{watch.found} The data is learned by heart, and the pace is 1 from here on.")
+            self._run.alerts.warn_once(
+                f"{watch.found} The data counts as learned by heart, and the pace is 1 from here on."
+            )
         return self._back
 
     def _decide(self, seen: Seen) -> StepPlan:

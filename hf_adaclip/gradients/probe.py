@@ -40,7 +40,8 @@ def check_torch() -> None:
     require(sys, "_getframe")
     require(torch_optimizer, "_global_optimizer_pre_hooks")
     require(torch.optim.Optimizer, "profile_hook_step")
-    require_mention([torch.optim.Optimizer.__init__], "_optimizer_step_pre_hooks")
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        require_mention([torch.optim.Optimizer.__init__], name)
     for name in ("_wrapped_by_lr_sched", "_opt_called"):
         require_mention([lr_scheduler.LRScheduler.step], name)
 

@@ -120,6 +120,10 @@ class StepGuard:
         hooks: Any = self.optimizer._optimizer_step_pre_hooks
         if next(reversed(hooks), None) != self._before.id and self._before.id in hooks:
             hooks.move_to_end(self._before.id)
+        # One of somebody else's that runs before ours may limit weights, and what of the step is taken back would undo that.
+        hooks = self.optimizer._optimizer_step_post_hooks
+        if next(iter(hooks), None) != self._after.id and self._after.id in hooks:
+            hooks.move_to_end(self._after.id, last=False)
         if self._leaves_out or pace is not None:
             self._wrap_step()
 

@@ -76,7 +76,7 @@ class IncidentCapture:
         if self._settled:
             return
         self._settled, self.on = True, self._config.incidents
-        self._root = self._config.folder_of_run(folder) / FOLDER
+        self._root = (self._config.folder_of_run(folder) / FOLDER).absolute()  # a run may change its working folder
         self.processing_class = processing_class
 
     # -- every step ----------------------------------------------------------------------------------------------

@@ -112,7 +112,12 @@ class AdaptiveClipMixin(_Base):
         check_optimizer_name(self.args.optim)
         self._given_config = config
         self._trial: Any = None
-        self.clip_config = self._complete_config(trial=None)
+        try:
+            self.clip_config = self._complete_config(trial=None)
+        except ConfigError:
+            if self.train_dataset is not None:
+                raise
+            self.clip_config = config  # to evaluate it does for; `train` says what is wrong
         self.clipper = None
         self._losses = StepLosses()
         self._samples = SampleIndices()
@@ -360,6 +365,9 @@ class AdaptiveClipMixin(_Base):
                 "%s has no state of hf_adaclip (a checkpoint of the stock Trainer?): the controller starts afresh.",
                 checkpoint,
             )
+        elif self._given_config.static_threshold is None:
+            # A callback may have set another one before the checkpoint, and need not set it again.
+            self._max_grad_norm = self._ready_clipper().static_threshold
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The usual card, with a section on what clipping did in this run (of the ledger, so there is none without one)."""

@@ -28,7 +28,7 @@ class SeamWatch(TrainerCallback):
     def __init__(self, trainer: "AdaptiveClipMixin") -> None:
         self._trainer = trainer
         self.offset = self._decided = self._stepped = 0
-        self._looked = False
+        self._looked = self._midway = False
         self._evaluated: str | None = None
         self._once = 1
         self._handle: Any = None
@@ -41,15 +41,19 @@ class SeamWatch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         clipper = self._trainer._ready_clipper()
         self.offset = state.global_step - clipper.step  # above 0 when the stock Trainer made the checkpoint
-        self._decided, self._looked = clipper.step, False
+        self._decided, self._looked, self._stepped, self._midway = clipper.step, False, 0, False
         if state.global_step and not args.ignore_data_skip:
-            self._trainer._samples.begin_midway(_skipped(args, state, kwargs.get("train_dataloader")))
+            skipped = _skipped(args, state, kwargs.get("train_dataloader"))
+            self._midway = bool(skipped)
+            self._trainer._samples.begin_midway(skipped)
         if self._trainer.clip_config.self_test:
             clipper.self_test(model.parameters())
         self._count_steps(self._trainer.optimizer)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._ready_clipper().begin_epoch()
+        midway, self._midway = self._midway, False
+        if not midway:  # it had begun before the run was resumed
+            self._trainer._ready_clipper().begin_epoch()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         # Somebody's own call of `evaluate`, before training or after it, says nothing about this run.

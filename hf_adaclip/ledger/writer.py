@@ -56,14 +56,15 @@ class Ledger:
 
     def __init__(self, path: str | Path, header: dict[str, Any], *, required: bool = False) -> None:
         self.path = Path(path)
+        self._place = self.path.absolute()  # a run may change its working folder
         self._required = required
         self._warned = self._warned_of_seal = False
         self._header: dict[str, Any] | None = None  # until it is written
         self._gap: dict[str, Any] | None = None  # steps that could not be, likewise
         self.lost = 0
         """Steps of this run that could not be written."""
-        seal = read_seal(self.path)
-        self._file, tail = _open(self.path, None if seal is None else seal["sha256"])
+        seal = read_seal(self._place)
+        self._file, tail = _open(self._place, None if seal is None else seal["sha256"])
         self._head, self._sealed_bytes, self._lines = tail.sha256, tail.offset, tail.lines
         dropped = None
         if tail.torn:
@@ -75,7 +76,7 @@ class Ledger:
             )
         if not tail.lines:
             with contextlib.suppress(OSError):
-                os.unlink(seal_path(self.path))  # of a ledger that is gone
+                os.unlink(seal_path(self._place))  # of a ledger that is gone
         self._header = {"kind": "header", "schema": SCHEMA_VERSION, **header, "dropped_tail": dropped}
         if tail.lines and seal is not None and not tail.anchored:
             self._header["missing_seal"] = seal
@@ -175,7 +176,7 @@ class Ledger:
     def _keep_seal(self) -> None:
         """Write the last seal beside the ledger, at once or not at all."""
         line = encode({"kind": "anchor", "ledger": self.path.name, "lines": self._lines, "sha256": self._head})
-        path = seal_path(self.path)
+        path = seal_path(self._place)
         try:
             with open(f"{path}.tmp", "wb", buffering=0) as file:
                 file.write(line)

@@ -293,7 +293,7 @@ class EventTracker:
             and math.isfinite(norm)
             and norm > SPIKE_TIMES * sorted(known)[len(known) // 2]
         )
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm > 0:  # of many steps without a gradient the median says nothing
             known.append(norm)
         return far
 

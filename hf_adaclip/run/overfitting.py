@@ -7,6 +7,8 @@ Two signs, each by the mean training loss of the last steps:
     epoch        the training loss falls by more than a tenth as an epoch begins, beside what it was about to fall anyway: what has been
                  seen before is known better than what had not. Not where the last evaluation was the best so far
 
+Where epochs are too short for either to be told by their losses, and no evaluation gets better, it counts as learned from the second on.
+
 Source: this package; model_cards/pace/README.md has the runs.
 """
 
@@ -23,9 +25,13 @@ from hf_adaclip.gradients.transfer import HOST
 WINDOW: Final = 50
 """Steps over which losses are averaged; in shorter epochs, a third of one."""
 _FEWEST: Final = 5
+_SHORT: Final = 3 * _FEWEST
+"""Steps below which an epoch has too few losses to be judged by."""
 _ONCE: Final = 1.1
 _TWICE: Final = 1.02
 _DROP: Final = 0.1
+_OF_BEFORE: Final = 6
+"""Numbers in a checkpoint of before losses were kept."""
 _SURE: Final = 4.0
 """Standard errors by which the fall has to be beyond chance."""
 
@@ -40,12 +46,12 @@ class OverfitWatch:
     def __init__(self) -> None:
         self.found: str | None = None
         self._losses: deque[Any] = deque(maxlen=3 * WINDOW)
-        self._steps = self._epoch = 0
+        self._steps = self._epoch = self._longest = 0
         self._before: tuple[float, float, float, float] | None = None
         self._window = WINDOW
-        self._best = self._loss_at_best = math.inf
+        self._first = self._best = self._loss_at_best = math.inf
         self._above = 0
-        self._improves = False
+        self._improves = self._resumed = False
 
     def add(self, loss: Any) -> None:
         """The training loss of a step, as the run's kind of number; NaN where it is not known."""
@@ -60,8 +66,17 @@ class OverfitWatch:
     def begin_epoch(self) -> None:
         """Data that has been seen is about to be seen again; or, the first time, not yet."""
         length, self._steps, self._epoch = self._steps, 0, self._epoch + 1
-        if self.found is not None or self._epoch == 1 or length < 3 * _FEWEST:
-            self._before = None
+        self._longest = max(self._longest, length)
+        resumed, self._resumed, self._before = self._resumed, False, None
+        if self.found is not None or self._epoch == 1:
+            return
+        if length < _SHORT:
+            # A loop that goes on in the middle of an epoch may begin it again.
+            if length and self._longest < _SHORT and not (self._improves or resumed):
+                self.found = (
+                    f"Epochs of {self._longest} steps are too short to tell by their losses what is known already, and no evaluation gets "
+                    "better."
+                )
             return
         self._window = min(WINDOW, length // 3)
         last = self._read(2 * self._window)
@@ -74,16 +89,22 @@ class OverfitWatch:
             return
         recent = [x for x in self._read(WINDOW) if math.isfinite(x)]
         training = sum(recent) / len(recent) if recent else math.nan
+        self._first = loss if self._first == math.inf else self._first
         self._improves = loss < self._best
         if self._improves:
-            self._best, self._loss_at_best, self._above = loss, training, 0
+            # Before the first step there is no training loss, and any that follows counts as lower.
+            self._best, self._loss_at_best, self._above = loss, training if recent else math.inf, 0
             return
-        rises = loss > _TWICE * self._best and training < self._loss_at_best
+        # Of a loss that may be below 0 its level says nothing: there a part of the way it has come counts, if that is more.
+        scale = self._best if self._best > 0 else max(abs(self._best), self._first - self._best)
+        higher = loss - self._best
+        rises = higher > (_TWICE - 1) * scale > 0 and training < self._loss_at_best
         self._above = self._above + 1 if rises else 0
-        if rises and (self._above > 1 or loss > _ONCE * self._best):
+        if rises and (self._above > 1 or higher > (_ONCE - 1) * scale):
+            known = self._loss_at_best < math.inf
+            fell = f"the training loss fell from {self._loss_at_best:.4g} to" if known else "the training loss is"
             self.found = (
-                f"The evaluation loss was {self._best:.4g} at best and is {loss:.4g}, while the training loss fell from "
-                f"{self._loss_at_best:.4g} to {training:.4g}."
+                f"The evaluation loss was {self._best:.4g} at best and is {loss:.4g}, while {fell} {training:.4g}."
             )
 
     def _compare(self, before: tuple[float, float, float, float]) -> None:
@@ -98,10 +119,9 @@ class OverfitWatch:
 
     def _read(self, count: int) -> list[float]:
         last = list(self._losses)[-count:]
-        if not last or not isinstance(last[0], Tensor):
-            return [float(x) for x in last]
-        numbers: list[float] = torch.stack(last).tolist()
-        return numbers
+        there = [x for x in last if isinstance(x, Tensor)]  # after a resumption, only the newer ones
+        numbers: list[float] = torch.stack(there).tolist() if there else []
+        return [float(x) for x in last[: len(last) - len(there)]] + numbers
 
     def keep(self) -> Callable[[], None]:
         """What puts back what is known now. Epochs that have begun since stay begun, and that boundary is not judged."""
@@ -118,18 +138,45 @@ class OverfitWatch:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def tensor(self) -> Tensor:
-        """What a checkpoint keeps: float64, shape `[6]`. Losses are not kept: a boundary right after a resumption is not judged."""
-        known = math.isfinite(self._best) and math.isfinite(self._loss_at_best)
-        best = [self._best, self._loss_at_best] if known else [0.0, 0.0]
-        values = [float(self.found is not None), float(known), *best, float(self._above), float(self._epoch)]
+        """What a checkpoint keeps: finite numbers, float64, shape `[18 + 2 n]`, with n losses and for each whether it is known."""
+        before = self._before if self._before is not None and all(map(math.isfinite, self._before)) else None
+        losses = self._read(3 * WINDOW)
+        values = [
+            *(float(self.found is not None), *_known(self._best), *_known(self._loss_at_best), *_known(self._first)),
+            *map(float, (self._above, self._epoch, self._improves, self._steps, self._window, self._longest)),
+            *(float(before is not None), *(before or (0.0,) * 4)),
+            *(float(math.isfinite(x)) for x in losses),
+            *(x if math.isfinite(x) else 0.0 for x in losses),
+        ]
         return torch.tensor(values, dtype=torch.float64, device=HOST)
 
     def restore(self, tensor: Tensor) -> None:
-        """Go on from what `tensor` gave."""
-        found, known, best, loss_at_best, above, epoch = tensor.tolist()
-        self.found = "That was found before the run was resumed." if found else None
-        self._best, self._loss_at_best = (best, loss_at_best) if known else (math.inf, math.inf)
-        self._above, self._epoch = int(above), int(epoch)
+        """Go on from what `tensor` gave, here or before it kept losses: then the next beginning of an epoch is not judged."""
+        values = iter(tensor.tolist())
+        vars(self).update(vars(OverfitWatch()))
+        self.found = "That was found before the run was resumed." if next(values) else None
+        self._resumed = True
+        if len(tensor) == _OF_BEFORE:
+            known, best, loss_at_best, above, _ = values
+            self._best, self._loss_at_best = (best, loss_at_best) if known else (math.inf, math.inf)
+            self._first, self._above = self._best, int(above)
+            return
+        self._best, self._loss_at_best, self._first = (
+            number if known else math.inf for known, number in [(next(values), next(values)) for _ in range(3)]
+        )
+        whole = [int(next(values)) for _ in range(6)]
+        self._above, self._epoch, improves, self._steps, self._window, self._longest = whole
+        self._improves = bool(improves)
+        there, *before = (next(values) for _ in range(5))
+        self._before = (before[0], before[1], before[2], before[3]) if there else None
+        rest = list(values)
+        known, losses = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        self._losses.extend(x if there else math.nan for there, x in zip(known, losses, strict=True))
+
+
+def _known(number: float) -> tuple[float, float]:
+    """Whether it is finite, and the number."""
+    return (1.0, number) if math.isfinite(number) else (0.0, 0.0)
 
 
 def _mean_and_error(values: list[float]) -> tuple[float, float]:

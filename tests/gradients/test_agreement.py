@@ -181,6 +181,27 @@ def test_a_grad_scaler_that_leaves_a_step_out_takes_nothing_back():
             optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("kind", ["fused", "sgd"])
+def test_weights_that_somebody_limits_after_each_step_stay_limited(kind):
+    net = model()
+    kinds = {**KINDS, "sgd": (torch.optim.SGD, {"momentum": 0.9})}
+    optimizer = kinds[kind][0](net.parameters(), lr=0.05, **kinds[kind][1])
+
+    def limit(*_):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.clamp_(-0.05, 0.05)
+
+    optimizer.register_step_post_hook(limit)  # before ours
+    clipper = AdaptiveClipper(CONFIG, optimizer=optimizer)
+    for step in range(20):
+        backward(net, step)
+        clipper.clip_(net.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert max(float(p.abs().max()) for p in net.parameters()) <= 0.05 + 1e-9
+
+
 def test_a_step_that_raises_leaves_no_copy_behind():
     net = model()
     optimizer = OTHERS["sgd"](net.parameters())

@@ -139,8 +139,11 @@ def test_the_others_take_it_for_their_warm_up_and_verify(tmp_path, clip):
     assert report.measured > 1
 
 
-def test_a_run_with_a_schedule_is_resumed_bit_for_bit(tmp_path):
-    callbacks = [Schedule(lambda s: 0.5 if s < 10 else 0.1)]
+@pytest.mark.parametrize(
+    "value_at", [lambda s: 0.5 if s < 10 else 0.1, lambda s: 0.1 if 10 <= s < 15 else 0.5], ids=["once", "and back"]
+)
+def test_a_run_with_a_schedule_is_resumed_bit_for_bit(tmp_path, value_at):
+    callbacks = [Schedule(value_at)]
     settings = {"max_steps": 30, "max_grad_norm": 0.5, "save_strategy": "steps", "save_steps": 15}
 
     def trainer(folder):
@@ -181,6 +184,13 @@ def test_a_threshold_of_the_config_is_not_moved_and_says_so(tmp_path, caplog):
     run(build(AdaptiveClipTrainer, tmp_path, args=args, callbacks=callbacks, clip=config))
     assert {s["threshold"] for s in steps_of(tmp_path)} == {0.2}
     assert any("it has no effect" in r.getMessage() for r in caplog.records)
+
+
+def test_steps_of_a_run_that_was_interrupted_do_not_count_in_the_next(tmp_path, caplog):
+    trainer = build(AdaptiveClipTrainer, tmp_path, clip=CONFIG)
+    trainer._watch._stepped = 1  # between an optimizer's step and the Trainer's end of it
+    run(trainer)
+    assert not [r for r in caplog.records if "stepped more than once" in r.getMessage()]
 
 
 def test_another_max_grad_norm_on_resume_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """`AdaptiveClipTrainer`, the mixin and `attach`, by real training runs."""
 
 import json
+import math
 import re
 
 import pytest
@@ -264,6 +265,12 @@ def test_attach_that_fails_leaves_the_trainer_as_it_was(tmp_path):
     assert type(trainer) is Trainer
     assert trainer.callback_handler.callbacks == before
     assert not hasattr(trainer, "clipper")
+
+
+def test_a_trainer_that_only_evaluates_may_have_any_max_grad_norm(tmp_path):
+    args = arguments(tmp_path, max_grad_norm=0.0)
+    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, train_dataset=None, eval_dataset=dataset())
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
 @pytest.mark.parametrize("value", [0.0, None, -1.0, float("nan"), "1"])

@@ -53,6 +53,32 @@ def test_an_evaluation_that_rises_while_the_training_loss_falls(pairs, found):
     assert (evaluated(*pairs).found is not None) == found
 
 
+@pytest.mark.parametrize(
+    ("losses", "found"),
+    [
+        ((-1.0, -0.99999, -0.99999), False),
+        ((-100.0, -99.999, -99.999), False),
+        ((0.0, 1e-9, 1e-9), False),
+        ((-1.0, -0.97, -0.96), True),
+        ((-1.0, -0.8), True),
+        ((2.0, -1.0, -0.9, -0.95), False),  # of the way it has come it has lost little
+        ((2.0, -1.0, -0.6), True),
+    ],
+    ids=str,
+)
+def test_a_loss_that_may_be_negative_is_judged_by_the_way_it_has_come(losses, found):
+    assert (evaluated(*((1.0 - 0.1 * k, loss) for k, loss in enumerate(losses))).found is not None) == found
+
+
+def test_an_evaluation_before_the_first_step_may_be_the_best():
+    watch = OverfitWatch()
+    watch.evaluated(1.0)
+    for loss in (1.05, 1.06):
+        fed(noisy(0.5, WINDOW), watch).evaluated(loss)
+    assert watch.found is not None
+    assert watch.found.endswith("was 1 at best and is 1.06, while the training loss is 0.5064.")
+
+
 def test_an_evaluation_without_training_losses_says_nothing():
     watch = OverfitWatch()
     for loss in (1.0, 2.0, 3.0, float("nan")):
@@ -106,9 +132,29 @@ def test_an_evaluation_that_is_the_best_so_far_says_that_nothing_is_learned_by_h
     assert fed(noisy(0.4, 200), watch).found is not None
 
 
-def test_short_epochs_are_not_judged():
-    assert two_epochs(noisy(1.0, 10), noisy(0.2, 200)).found is None
+def test_epochs_that_are_too_short_to_judge_count_as_learned():
     assert two_epochs(noisy(1.0, 30), noisy(0.2, 200)).found is not None
+    watch = two_epochs(noisy(1.0, 10), [])
+    assert watch.found is not None
+    assert watch.found.startswith("Epochs of 10 steps are too short")
+
+
+def test_short_epochs_are_trusted_as_long_as_evaluations_get_better():
+    watch = OverfitWatch()
+    watch.begin_epoch()
+    for loss in (1.0, 0.9, 0.8):
+        fed(noisy(loss, 10), watch).evaluated(loss)
+        watch.begin_epoch()
+        assert watch.found is None
+    fed(noisy(0.7, 10), watch).evaluated(0.81)
+    watch.begin_epoch()
+    assert watch.found is not None
+
+
+def test_an_epoch_that_was_cut_short_says_nothing():
+    watch = two_epochs(noisy(1.0, 30), noisy(1.0, 10, seed=1))
+    watch.begin_epoch()
+    assert watch.found is None
 
 
 def test_a_noisy_loss_needs_more_than_chance():
@@ -151,6 +197,39 @@ def test_it_goes_on_from_a_checkpoint():
     fresh.restore(OverfitWatch().tensor())
     fed(noisy(1.0, WINDOW), fresh).evaluated(3.0)
     assert fresh.found is None
+
+
+@pytest.mark.parametrize("at", [150, 199, 200, 201, 230, 249, 320])
+@pytest.mark.parametrize("second", [0.7, 0.97])
+def test_what_is_decided_does_not_depend_on_a_checkpoint(at, second):
+    losses = [*noisy(1.0, 200), *noisy(second, 200, seed=1)]
+
+    def watched(resumed):
+        watch = OverfitWatch()
+        for step, loss in enumerate(losses):
+            if step == at and resumed:
+                kept, watch = watch.tensor(), OverfitWatch()
+                watch.restore(kept)
+            if step % 200 == 0:
+                watch.begin_epoch()
+            watch.add(torch.tensor(loss) if step % 7 else np.float32(loss))
+            if step % 90 == 89:
+                watch.evaluated(2.0 + step / 1000)
+            if watch.found is not None:
+                return step
+        return None
+
+    assert watched(True) == watched(False)
+
+
+def test_a_checkpoint_of_before_losses_were_kept_is_gone_on_from():
+    watch = OverfitWatch()
+    watch.restore(torch.tensor([0.0, 1.0, 1.0, 0.9, 1.0, 3.0], dtype=torch.float64))
+    fed(noisy(0.7, 10), watch)
+    watch.begin_epoch()  # how much of the epoch went before is not known
+    assert watch.found is None
+    fed(noisy(0.7, WINDOW), watch).evaluated(1.05)
+    assert watch.found is not None
 
 
 # -- in a training -----------------------------------------------------------------------------------------------
@@ -198,6 +277,22 @@ def test_it_stays_so_after_a_resumption(tmp_path):
     again = trainer(tmp_path, eval_strategy="epoch", save_strategy="steps", save_steps=600)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-600"))
     assert [record["pace"] for record in ledger(tmp_path)][-len(whole[600:]) :] == whole[600:]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_gone_on_with_epoch_by_epoch_is_the_whole_one(tmp_path):
+    """30 steps an epoch; what the loss does as one begins is judged by steps before the checkpoint and after it."""
+    settings = {"num_train_epochs": 12, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 15}
+    trainer(tmp_path, **settings).train()
+    whole = ledger(tmp_path)
+    told = [record.get("reach") == "-inf" for record in whole]
+    first = told.index(True)
+    boundary = first // 30 * 30
+    for at in (boundary, boundary - 15):
+        again = trainer(tmp_path, **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+        rest = ledger(tmp_path)[-(360 - at) :]
+        assert [(r["norm"], r["pace"]) for r in rest] == [(r["norm"], r["pace"]) for r in whole[at:]]
 
 
 def test_a_loop_tells_it_by_two_calls():
