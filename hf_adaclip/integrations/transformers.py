@@ -36,6 +36,7 @@ from hf_adaclip.integrations.step_losses import StepLosses
 from hf_adaclip.integrations.telling import Telling
 from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.ledger.schema import LEDGER_FILE
+from hf_adaclip.run.checkpoint import STATE_FILE, pace_start_of
 from hf_adaclip.run.counts import for_reporters
 from hf_adaclip.run.ranks import of_first_rank
 from hf_adaclip.support import (
@@ -79,6 +80,7 @@ class AdaptiveClipMixin(_Base):
     clip_config: AdaptiveClipConfig
     clipper: AdaptiveClipper | None
     _awaits_inputs = _shown_inputs = False
+    _resumed: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -158,7 +160,7 @@ class AdaptiveClipMixin(_Base):
                 "clipped adaptively."
             )
         # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
-        self.clipper, self._losses = None, StepLosses()
+        self.clipper, self._losses, self._resumed = None, StepLosses(), None
         trial = inspect.signature(super()._inner_training_loop).bind(*args, **kwargs).arguments.get("trial")
         self._trial = trial
         self.clip_config = self._complete_config(trial)
@@ -201,8 +203,12 @@ class AdaptiveClipMixin(_Base):
         ]
         # Such a callback may look at the gradients, and is to see them clipped.
         config, planned = self.clip_config, self._planned_steps or self.state.max_steps
-        if planned:
-            config = config.with_pace_start(pace_start(planned, self.args.get_warmup_steps(planned)))
+        # One that is gone on with for longer is not to start again.
+        start = None if self._resumed is None else pace_start_of(Path(self._resumed) / STATE_FILE)
+        if start is None and planned:
+            start = pace_start(planned, self.args.get_warmup_steps(planned))
+        if start is not None:
+            config = config.with_pace_start(start)
         return config.replace(fold="never") if lookers else config
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -352,6 +358,7 @@ class AdaptiveClipMixin(_Base):
     def _load_clip_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        self._resumed = checkpoint
         try:
             loaded = self._ready_clipper().load_state(checkpoint)
         except StateError as error:

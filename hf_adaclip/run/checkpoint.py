@@ -165,6 +165,18 @@ def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
     return state
 
 
+def pace_start_of(path: Path) -> int | None:
+    """The start of the pace that a state file was written with; None where it does not say, which is for `read_state` to complain of."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            start = json.loads(file.metadata()["config"]).get("pace_start")
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return start if type(start) is int and start > 0 else None
+
+
 def _check_step(path: Path, state: SavedState, trainer_step: int) -> None:
     """Whether the state belongs to the checkpoint that it lies in. Accelerate's folders do not say of which step they are."""
     try:

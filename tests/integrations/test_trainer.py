@@ -22,7 +22,7 @@ from hf_adaclip import (
 from hf_adaclip.audit import verify_ledger
 from hf_adaclip.integrations.convergence_callback import ConvergenceCallback
 from hf_adaclip.telemetry.point import read_points
-from tests.integrations.trainers import STEPS, arguments, build, dataset, run, stock, weights
+from tests.integrations.trainers import STEPS, arguments, build, dataset, model, run, stock, weights
 
 pytestmark = pytest.mark.slow
 
@@ -269,7 +269,7 @@ def test_attach_that_fails_leaves_the_trainer_as_it_was(tmp_path):
 
 def test_a_trainer_that_only_evaluates_may_have_any_max_grad_norm(tmp_path):
     args = arguments(tmp_path, max_grad_norm=0.0)
-    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, train_dataset=None, eval_dataset=dataset())
+    trainer = AdaptiveClipTrainer(model=model(), args=args, eval_dataset=dataset())
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
@@ -377,6 +377,30 @@ def test_too_many_bad_steps_name_the_checkpoint_to_go_back_to(tmp_path):
 
     assert caught.value.checkpoint.endswith("checkpoint-20")
     assert weights(trainer).isfinite().all()
+
+
+def test_a_run_that_is_gone_on_with_for_longer_does_not_start_its_pace_again(tmp_path):
+    clip = CONFIG.replace(max_pace=4.0)
+    settings = {"save_strategy": "steps", "save_steps": 15, "lr_scheduler_type": "constant"}
+    first = build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_steps=30, **settings), clip=clip)
+    run(first)
+    longer = build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_steps=300, **settings), clip=clip)
+    longer.add_callback(StopAt(45))
+    run(longer, resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
+    assert longer.clipper.config.pace_start == first.clipper.config.pace_start == 3
+    ledger = [json.loads(line) for line in (tmp_path / "clip_ledger.jsonl").read_text().splitlines()]
+    paces = [line["pace"] for line in ledger if line["kind"] == "step"]
+    assert len(paces) == 30 + 30
+    assert min(paces[30:]) >= 1.0
+    assert verify_ledger(tmp_path / "clip_ledger.jsonl").ok
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.mark.parametrize(("warmup", "start"), [(0, 3), (0.05, 1), (0.5, 1)])
