@@ -85,7 +85,6 @@ def section(results: Sequence[TaskResults]) -> str:
     columns = (
         ("tuned / as it comes", "tuned", "stock", STEP),
         ("default / as it comes", "adaptive", "stock", STEP),
-        ("default / tuned", "adaptive", "tuned", STEP),
         (f"default {how} / tuned", ours, "tuned", STEP),
         ("in seconds", ours, "tuned", SECONDS),
     )
@@ -93,14 +92,26 @@ def section(results: Sequence[TaskResults]) -> str:
     for r in results:
         cells = [against(r, arm, baseline, column) for _, arm, baseline, column in columns]
         # Of what is beside the point the median alone: the card has the intervals.
-        cells[:3] = [cell.split(" [")[0] for cell in cells[:3]]
-        cells += [difference(r, ours, "tuned"), difference(r, f"{ours}{SHORT}", "tuned")]
+        cells = [cell if place == 2 else cell.split(" [")[0] for place, cell in enumerate(cells)]
+        losses = (difference(r, ours, "tuned"), difference(r, f"{ours}{SHORT}", "tuned"))
+        cells += [re.sub(r" \[[^]]*\]", "", loss) for loss in losses]
         rows.append([r.task.name, *(NOT_RUN if cell == "-" else cell for cell in cells)])
     facts = []
-    if found := list(ratios_of(results, ours, "tuned", STEP).values()):
-        facts.append(
-            f"- {number(median(found))} of the tuned Trainer's steps is the median, {number(max(found))} the most."
-        )
+    kinds = (("from scratch", True), ("on fine-tuning", False))
+    sooner = [
+        f"{number(median(list(found.values())))} {kind}"
+        for kind, scratch in kinds
+        if (found := ratios_of([r for r in results if r.task.scratch == scratch], ours, "tuned", STEP))
+    ]
+    if sooner:
+        facts.append(f"- {' and '.join(sooner)} of the tuned Trainer's steps are the medians.")
+    peers = [
+        f"{name} " + ", ".join(f"{number(ratio)} ({task})" for task, ratio in found.items())
+        for peer, name in (("muon-tuned", "Muon"), ("cautious-tuned", "C-AdamW"))
+        if (found := ratios_of(results, peer, "tuned", STEP))
+    ]
+    if peers:
+        facts.append(f"- Others, searched alike: {'; '.join(peers)}.")
     reached = [math.isfinite(c) for r in results if (t := r.target("tuned")) for c in _costs(r, "adaptive", t)]
     if reached:
         facts.append(
@@ -108,10 +119,16 @@ def section(results: Sequence[TaskResults]) -> str:
         )
     facts += [f"- {note}" for note in foreign_note(results)]
     heads = ["task", *(title for title, *_ in columns), "final loss", "loss in 0.72 of the steps"]
+    shown = " ".join(cell for row in rows for cell in row)
+    legend = [
+        text
+        for mark, text in ((" inf ", "inf: never."), (" 0.00 ", "0.00: not by that Trainer."), ("**", "Bold: worse."))
+        if mark in shown
+    ]
     return "\n".join(
         [
             f"{len(results)} tasks, {count} seeds. Steps to the target of the Trainer after the stroke, over its own: medians "
-            "[95 % intervals]; losses less the tuned Trainer's. inf: never; 0.00: not by that Trainer. Bold: worse.",
+            f"[95 % intervals]; losses less the tuned Trainer's. {' '.join(legend)}".rstrip(),
             "",
             rows_of(heads, rows),
             "",

@@ -55,11 +55,11 @@ def verdicts(results: Sequence[TaskResults]) -> dict[str, Verdict]:
 
 
 def tuned_default(results: Sequence[TaskResults]) -> str:
-    """The arm that stands against the tuned Trainer: the default after a search of its own; where none was made, at the settings that were
-    best for the stock Trainer, which is no easier.
+    """The arm that stands against the tuned Trainer: the default after a search of its own; unless that was made wherever it was run at
+    the settings that were best for the stock Trainer, the latter, which is no easier.
     """
-    own = f"{DEFAULT}-tuned"
-    return own if any(own in r.arms for r in results) else f"{DEFAULT}{AT}"
+    own, at = f"{DEFAULT}-tuned", f"{DEFAULT}{AT}"
+    return own if any(own in r.arms for r in results) and all(own in r.arms for r in results if at in r.arms) else at
 
 
 def _no_harm(results: Sequence[TaskResults]) -> Verdict:
@@ -155,18 +155,23 @@ def _untuned(results: Sequence[TaskResults]) -> Verdict:
 
 
 def _wider(results: Sequence[TaskResults]) -> Verdict:
-    found, gains = [], []
+    found, beside, gains = [], [], []
     for r in results:
         stock, ours = r.range_of("stock"), r.range_of(DEFAULT)
         if stock is None or ours is None:
             continue
+        level = r.range_of(DEFAULT, min(stock.finals.values()))
+        if level is not None:
+            beside.append(f"{r.task.name} {level.octaves - stock.octaves:+.0f}")
         gain = ours.octaves - stock.octaves
         # Of a stretch that reaches an end of the grid nobody knows how long it is: where that of stock does, the task cannot tell.
         ends = [name for name, one in (("ours", ours), ("stock", stock)) if one.is_open]
         found.append(f"{r.task.name} {gain:+.0f}" + (f" ({' and '.join(ends)} may go on)" if ends else ""))
         gains += [] if stock.is_open else [gain]
-    holds = bool(gains) and min(gains) >= OCTAVES
-    return Verdict(", ".join(found), holds) if found else Verdict(NOT_RUN, None)
+    if not found:
+        return Verdict(NOT_RUN, None)
+    text = f"each by its own best loss: {', '.join(found)}; both by that of `stock`: {', '.join(beside)}"
+    return Verdict(text, bool(gains) and min(gains) >= OCTAVES)
 
 
 def _cost(results: Sequence[TaskResults]) -> Verdict:
