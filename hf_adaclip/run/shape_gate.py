@@ -53,18 +53,15 @@ def rows_of(batch: Any, models: Sequence[Any]) -> int | None:
     """
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
     tensors = [v for v in values if isinstance(v, Tensor)]
-    ids = [v.numel() for v in tensors if v.dim() == 2 and not v.is_floating_point()]
-    if ids:
-        return max(ids)
     patch = next(
         (p for m in models if isinstance(p := getattr(getattr(m, "config", None), "patch_size", None), int)), 0
     )
-    for v in tensors:
-        if v.is_floating_point() and v.dim() == 4 and patch:
-            return int(v.shape[0] * (v.shape[2] // patch) * (v.shape[3] // patch))
-        if v.is_floating_point() and v.dim() in (2, 3):
-            return int(v.shape[:-1].numel())
-    return None
+    # Labels are such tensors too, and no more than what they are for.
+    counts = [v.numel() for v in tensors if v.dim() == 2 and not v.is_floating_point()]
+    features = [v for v in tensors if v.is_floating_point()]
+    counts += [v.shape[0] * (v.shape[2] // patch) * (v.shape[3] // patch) for v in features if v.dim() == 4 and patch]
+    counts += [v.shape[:-1].numel() for v in features if v.dim() in (2, 3)]
+    return max(counts, default=None)
 
 
 class ShapeGate:

@@ -24,6 +24,8 @@ def test_the_share_is_that_of_the_operations():
     [
         ({"input_ids": torch.zeros(4, 8, dtype=torch.long), "labels": torch.zeros(4, dtype=torch.long)}, 32),
         ({"pixel_values": torch.zeros(4, 3, 28, 28), "labels": torch.zeros(4, dtype=torch.long)}, 4 * 16),
+        ({"labels": torch.zeros(4, 10), "pixel_values": torch.zeros(4, 3, 28, 28)}, 4 * 16),  # mixed ones
+        ({"labels": torch.zeros(4, 10, dtype=torch.long), "pixel_values": torch.zeros(4, 3, 28, 28)}, 4 * 16),
         ({"inputs_embeds": torch.zeros(4, 8, 5)}, 32),
         ((torch.zeros(4, 5), torch.zeros(4)), 4),
         (torch.zeros(4, 5), 4),
