@@ -118,7 +118,23 @@ def table(runs: list[dict[str, Any]]) -> str:
         shares = ", ".join(f"{share:.1f}" if share < math.inf else "never" for share in map(_sooner, pairs))
         cost = mean(ours["seconds"] for _, ours in pairs) / mean(stock["seconds"] for stock, _ in pairs)
         lines.append(f"| {title} | {' | '.join([*cells, *ends, shares, f'{cost:.2f}'])} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_facts(runs)])
+
+
+def _facts(runs: list[dict[str, Any]]) -> list[str]:
+    """In how many pairs of runs that differ in nothing else the default ends lower."""
+    ends = {(r["kind"], r["rate"], r["seed"], r["arm"]): r["losses"][-1] for r in runs}
+    facts = []
+    for where, seeds in (("on seed 0, over all rates", (FIRST,)), ("on the other seeds, at the best rate", SEEDS)):
+        pairs = [
+            (ends[kind, rate, seed, "stock"], ours)
+            for (kind, rate, seed, arm), ours in ends.items()
+            if arm == "adaptive" and seed in seeds and (kind, rate, seed, "stock") in ends
+        ]
+        facts.append(
+            f"- {sum(ours < stock for stock, ours in pairs)} of {len(pairs)} pairs end lower with the default {where}."
+        )
+    return facts
 
 
 def _sooner(pair: tuple[dict[str, Any], dict[str, Any]]) -> float:
