@@ -1,4 +1,4 @@
-"""Whether a model was trained before: what moved its weights to where they are decides what may be done with their gradients."""
+"""Whether what is trained was trained before: what moved weights to where they are decides what may be done with their gradients."""
 
 import sys
 from collections.abc import Sequence
@@ -11,14 +11,16 @@ from hf_adaclip.reliance import is_of
 
 
 def trained_before(models: Sequence[Any]) -> bool:
-    """Whether a hidden matrix of these models was loaded by `from_pretrained`; a fresh head on a trained body does not change that.
+    """Whether a hidden matrix that is trained was loaded by `from_pretrained`.
+
+    A fresh head on a trained body does not change that. Fresh matrices beside frozen ones do: the factors of LoRA, a head alone.
 
     Where a version of transformers does not mark what it loads, a model that has a `name_or_path` counts as trained.
     """
     of_transformers = any(is_of("transformers", module) for model in models for module in model.modules())
     if of_transformers and not _loaded_is_marked():
         return any(getattr(module, "name_or_path", "") for model in models for module in model.modules())
-    return any(getattr(p, "_is_hf_initialized", False) for p in hidden_matrices(models))
+    return any(getattr(p, "_is_hf_initialized", False) for p in hidden_matrices(models) if p.requires_grad)
 
 
 def _loaded_is_marked() -> bool:

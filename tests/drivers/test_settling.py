@@ -101,6 +101,18 @@ def test_what_was_trained_before_keeps_its_step(tmp_path):
     assert acting(llama())[0] == {"spectral", "agreement"}
 
 
+def test_fresh_matrices_beside_frozen_ones_are_trained_from_scratch(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    llama().save_pretrained(tmp_path)
+    factors = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path), LoraConfig(r=4, target_modules=["q_proj"]))
+    assert acting(factors)[0] == {"spectral", "agreement"}
+    for name, parameter in factors.named_parameters():
+        if "q_proj.base_layer" in name:
+            parameter.requires_grad_(True)
+    assert acting(factors)[0] == set()
+
+
 def test_a_run_from_scratch_goes_on_as_such_from_its_own_checkpoint(tmp_path):
     model = llama()
     _, clipper = acting(model)
