@@ -106,12 +106,12 @@ def section(results: Sequence[TaskResults]) -> str:
     if sooner:
         facts.append(f"- {' and '.join(sooner)} of the tuned Trainer's steps are the medians.")
     peers = [
-        f"{name} " + ", ".join(f"{number(ratio)} ({task})" for task, ratio in found.items())
+        f"{name} {number(median(list(found.values())))} over {len(found)} tasks"
         for peer, name in (("muon-tuned", "Muon"), ("cautious-tuned", "C-AdamW"))
         if (found := ratios_of(results, peer, "tuned", STEP))
     ]
     if peers:
-        facts.append(f"- Others, searched alike: {'; '.join(peers)}.")
+        facts.append(f"- Others, searched alike: {', '.join(peers)}.")
     reached = [math.isfinite(c) for r in results if (t := r.target("tuned")) for c in _costs(r, "adaptive", t)]
     if reached:
         facts.append(
@@ -127,8 +127,8 @@ def section(results: Sequence[TaskResults]) -> str:
     ]
     return "\n".join(
         [
-            f"{len(results)} tasks, {count} seeds. Steps to the target of the Trainer after the stroke, over its own: medians "
-            f"[95 % intervals]; losses less the tuned Trainer's. {' '.join(legend)}".rstrip(),
+            f"{len(results)} tasks, {count} seeds. Steps to the target of the Trainer after the stroke over its own, medians "
+            f"[95 % intervals]; losses less the tuned one's. {' '.join(legend)}".rstrip(),
             "",
             rows_of(heads, rows),
             "",
