@@ -257,6 +257,8 @@ class ClippingDriver:
             self._probe()
 
     def leave_out(self) -> None:
+        if self._overfit is not None:
+            self._overfit.pass_over()
         # So that a checkpoint before the first gradient has a state. Which norms are judged apart is known only from gradients.
         whole = self._config.works_on == "global" and not self._config.parameter_rules
         if whole and not self._run.begun and self.parameters:

@@ -69,6 +69,7 @@ class StepGuard:
         self._own_step: Any = None
         self._before = self.optimizer.register_step_pre_hook(self._before_step)
         self._after = self.optimizer.register_step_post_hook(self._after_step)
+        self._agreeing: Any = None  # the hook of the agreement, where there is one
 
     @property
     def running(self) -> bool:
@@ -91,6 +92,8 @@ class StepGuard:
             measure: Called just before the optimizer reads the gradients; after it has, when it scales them.
             fold: What the step divides the gradients by, float32, shape `[]`; only on the `device` path.
         """
+        if self.agreement is not None:
+            self._agree_first()
         self._within = self.running
         if self._within:
             if pace is not None and isinstance(self.optimizer, torch.optim.LBFGS):
@@ -120,12 +123,21 @@ class StepGuard:
         hooks: Any = self.optimizer._optimizer_step_pre_hooks
         if next(reversed(hooks), None) != self._before.id and self._before.id in hooks:
             hooks.move_to_end(self._before.id)
-        # One of somebody else's that runs before ours may limit weights, and what of the step is taken back would undo that.
-        hooks = self.optimizer._optimizer_step_post_hooks
-        if next(iter(hooks), None) != self._after.id and self._after.id in hooks:
-            hooks.move_to_end(self._after.id, last=False)
         if self._leaves_out or pace is not None:
             self._wrap_step()
+
+    def _agree_first(self) -> None:
+        """What is taken back of a step is so before a hook of somebody else's, which may limit weights, looks at them."""
+        if self._agreeing is None:
+            self._agreeing = self.optimizer.register_step_post_hook(self._agree)
+        hooks: Any = self.optimizer._optimizer_step_post_hooks
+        if next(iter(hooks), None) != self._agreeing.id and self._agreeing.id in hooks:
+            hooks.move_to_end(self._agreeing.id, last=False)
+
+    def _agree(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        outermost = optimizer is self.optimizer and self._depth <= 1
+        if outermost and self.armed and self.agreement is not None and not self._leaves_out:
+            self.agreement.after()
 
     def detach(self) -> None:
         """Remove the hooks; the optimizer is as if this object had never been."""
@@ -133,8 +145,10 @@ class StepGuard:
         self.agreement = None
         self.consumed = 0
         if not steps_running(self.optimizer):  # as the garbage collector finds it, while torch goes through the hooks
-            self._before.remove()
-            self._after.remove()
+            for hook in (self._before, self._after, self._agreeing):
+                if hook is not None:
+                    hook.remove()
+            self._agreeing = None
 
     # -- around one step -----------------------------------------------------------------------------------------
 
@@ -201,8 +215,6 @@ class StepGuard:
         if self._depth:
             return
         if self.armed:
-            if self.agreement is not None and not self._leaves_out:
-                self.agreement.after()
             measure = self._measure if self._fold is not None or self._within else None
             self._clear()
             self.consumed += 1

@@ -51,7 +51,7 @@ class OverfitWatch:
         self._window = WINDOW
         self._first = self._best = self._loss_at_best = math.inf
         self._above = 0
-        self._improves = self._resumed = False
+        self._improves = self._partial = False
 
     def add(self, loss: Any) -> None:
         """The training loss of a step, as the run's kind of number; NaN where it is not known."""
@@ -63,16 +63,19 @@ class OverfitWatch:
             self._compare(self._before)
             self._before = None
 
+    def pass_over(self) -> None:
+        """A step of this epoch is left out, so that its length says nothing."""
+        self._partial = True
+
     def begin_epoch(self) -> None:
         """Data that has been seen is about to be seen again; or, the first time, not yet."""
         length, self._steps, self._epoch = self._steps, 0, self._epoch + 1
         self._longest = max(self._longest, length)
-        resumed, self._resumed, self._before = self._resumed, False, None
+        partial, self._partial, self._before = self._partial, False, None
         if self.found is not None or self._epoch == 1:
             return
         if length < _SHORT:
-            # A loop that goes on in the middle of an epoch may begin it again.
-            if length and self._longest < _SHORT and not (self._improves or resumed):
+            if length and self._longest < _SHORT and not (self._improves or partial):
                 self.found = (
                     f"Epochs of {self._longest} steps are too short to tell by their losses what is known already, and no evaluation gets "
                     "better."
@@ -130,6 +133,7 @@ class OverfitWatch:
         def put_back() -> None:
             epoch = self._epoch
             vars(self).update({**known, "_losses": known["_losses"].copy()})
+            self._partial = True
             if epoch != self._epoch:
                 self._epoch, self._steps, self._before = epoch, 0, None
 
@@ -155,7 +159,7 @@ class OverfitWatch:
         values = iter(tensor.tolist())
         vars(self).update(vars(OverfitWatch()))
         self.found = "That was found before the run was resumed." if next(values) else None
-        self._resumed = True
+        self._partial = True  # a loop that goes on in the middle of an epoch may begin it again
         if len(tensor) == _OF_BEFORE:
             known, best, loss_at_best, above, _ = values
             self._best, self._loss_at_best = (best, loss_at_best) if known else (math.inf, math.inf)
