@@ -122,9 +122,9 @@ class OverfitWatch:
 
     def _read(self, count: int) -> list[float]:
         last = list(self._losses)[-count:]
-        there = [x for x in last if isinstance(x, Tensor)]  # after a resumption, only the newer ones
-        numbers: list[float] = torch.stack(there).tolist() if there else []
-        return [float(x) for x in last[: len(last) - len(there)]] + numbers
+        there = [x for x in last if isinstance(x, Tensor)]  # those of before a resumption are numbers
+        read = iter(torch.stack(there).tolist() if there else ())
+        return [float(next(read) if isinstance(x, Tensor) else x) for x in last]
 
     def keep(self) -> Callable[[], None]:
         """What puts back what is known now. Epochs that have begun since stay begun, and that boundary is not judged."""

@@ -62,8 +62,8 @@ def llama() -> Setup:
     return Setup(model, lambda: model(input_ids=ids, labels=ids).loss, 16 * 48)
 
 
-def vit() -> Setup:
-    """The ViT of the study on Fashion-MNIST: 32 images of 17 tokens."""
+def small_vit() -> Any:
+    """The ViT of the study on Fashion-MNIST, with random weights."""
     from transformers import ViTConfig, ViTForImageClassification
 
     sizes: dict[str, Any] = {
@@ -73,7 +73,12 @@ def vit() -> Setup:
         "num_attention_heads": 4,
     }
     images: dict[str, Any] = {"image_size": 28, "patch_size": 7, "num_channels": 1, "num_labels": 10}
-    model = ViTForImageClassification(ViTConfig(**sizes, **images))
+    return ViTForImageClassification(ViTConfig(**sizes, **images))
+
+
+def vit() -> Setup:
+    """That ViT: 32 images of 17 tokens."""
+    model = small_vit()
     pixels, labels = torch.randn(32, 1, 28, 28), torch.randint(0, 10, (32,))
     return Setup(model, lambda: model(pixel_values=pixels, labels=labels).loss, 32 * 17)
 

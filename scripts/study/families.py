@@ -32,8 +32,6 @@ FIRST: Final = 0
 SEEDS: Final = (1, 2, 3)
 """Those that are compared at that rate."""
 ARMS: Final = ("stock", "adaptive")
-
-
 KINDS: Final = {
     "gpt2": "GPT-2 with dropout, tiny_shakespeare",
     "llama-tied": "Llama with tied embeddings, 10 epochs of 30,000 characters",
@@ -91,8 +89,8 @@ def best_rate(runs: list[dict[str, Any]], kind: str) -> float | None:
     return min(finite, key=lambda rate: finite[rate]) if found.keys() == set(RATES) and finite else None
 
 
-def missing(kind: str, path: Path) -> Iterator[tuple[float, int, str]]:
-    """Rate, seed and arm of the runs that are not there: the rates on one seed first, then the best of them on the others."""
+def planned(kind: str, path: Path) -> Iterator[tuple[float, int, str]]:
+    """Rate, seed and arm of all runs: the rates on one seed, and once they are recorded the best of them on the others."""
     for rate in RATES:
         yield from ((rate, FIRST, arm) for arm in ARMS)
     best = best_rate(recorded(path), kind)
@@ -158,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only must name kinds of {', '.join(KINDS)}, but {', '.join(sorted(unknown))} is none.")
     torch.set_num_threads(1)
     for kind in () if arguments.page else kinds:
-        for rate, seed, arm in missing(kind, path):
+        for rate, seed, arm in planned(kind, path):
             known = {(r["kind"], r["rate"], r["seed"], r["arm"]) for r in recorded(path)}
             if (kind, rate, seed, arm) in known:
                 continue

@@ -13,6 +13,8 @@ from datasets import Dataset, load_dataset
 from PIL import Image
 from torch import Tensor, nn
 
+from scripts.bench.spectral import small_vit
+
 LENGTH: Final = 64
 """Characters in a row."""
 TEXTS: Final = ("gpt2", "llama-tied", "bert", "t5", "lstm")
@@ -157,15 +159,7 @@ class _UNet(nn.Module):
 class _Vit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        sizes: dict[str, Any] = {
-            "hidden_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-        }
-        kind: dict[str, Any] = {"image_size": 28, "patch_size": 7, "num_channels": 1, "num_labels": 10}
-        off: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        self.vit: Any = hf.ViTForImageClassification(hf.ViTConfig(**sizes, **kind, **off))
+        self.vit = small_vit()
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.vit(pixel_values=x).logits

@@ -1,5 +1,7 @@
 """What the default comes to: every part where nothing speaks against it, and the reason where something does."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
@@ -111,6 +113,16 @@ def test_fresh_matrices_beside_frozen_ones_are_trained_from_scratch(tmp_path):
         if "q_proj.base_layer" in name:
             parameter.requires_grad_(True)
     assert acting(factors)[0] == set()
+
+
+def test_copies_and_loaded_dictionaries_count_as_new(tmp_path):
+    """Nothing is left there of where the weights came from, as the README says."""
+    llama().save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    filled = llama()
+    filled.load_state_dict(loaded.state_dict())
+    for model in (copy.deepcopy(loaded), filled):
+        assert acting(model)[0] == {"spectral", "agreement"}
 
 
 def test_a_run_from_scratch_goes_on_as_such_from_its_own_checkpoint(tmp_path):

@@ -18,7 +18,7 @@ def test_the_page_is_that_of_the_runs():
     assert len(page.splitlines()) == 2 + len(families.KINDS) + 3
 
 
-def test_what_is_missing_is_the_best_rate_of_the_stock_arm(tmp_path):
+def test_what_comes_next_is_the_best_rate_of_the_stock_arm(tmp_path):
     path = tmp_path / "runs.jsonl"
     ends = dict(zip(families.RATES, (3.0, 2.0, 1.0, float("nan")), strict=True))
     lines = [
@@ -28,7 +28,7 @@ def test_what_is_missing_is_the_best_rate_of_the_stock_arm(tmp_path):
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert families.best_rate(families.recorded(path), "mlp") == 4e-3
-    others = list(families.missing("mlp", path))[len(lines) :]
+    others = list(families.planned("mlp", path))[len(lines) :]
     assert others == [(4e-3, seed, arm) for seed in families.SEEDS for arm in families.ARMS]
 
 
