@@ -149,6 +149,7 @@ class ClippingDriver:
             run.ranks = self._port.rank_check()
         total = global_norm(norms)  # in the order given, which decides the last bit
         gradients, norms = kept.place(gradients, norms)
+        self._shaping.look()
         if self.guards.changed():
             self._check.again()
             self._probe()
@@ -284,16 +285,13 @@ class ClippingDriver:
         kept = self._shaping.tensors()
         if self._kept.reach is not None and self._overfit is not None:
             kept |= {**self._kept.reach.tensors(), "by_heart": self._overfit.tensor()}
-        gate = self._shaping.gate
-        return {**kept, "shape_gate": gate.tensor()} if gate is not None and gate.decided else kept
+        return kept
 
     def loaded(self) -> None:
         self._kept.forget()
-        kept, gate = self._run.beside or {}, self._shaping.gate
+        kept = self._run.beside or {}
         if self._overfit is not None and "by_heart" in kept:
             self._overfit.restore(kept["by_heart"])
-        if gate is not None and "shape_gate" in kept:
-            gate.restore(kept["shape_gate"])
         self._shaping.restore(kept)
 
     def sees(self, batch: Any) -> None:

@@ -18,7 +18,7 @@ about 2000, and no running maximum (the pace keeps a part of it). Why: model_car
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -26,19 +26,14 @@ from torch import Tensor
 from hf_adaclip.controllers.numerics.fused import Fused
 from hf_adaclip.controllers.numerics.ops import Ops, Value, ops_of
 from hf_adaclip.errors import ConfigError, UnsupportedSetupError
+from hf_adaclip.gradients.coordinates import grid_of, sample_of, spacing
 from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.observe import to_value
 from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
 from hf_adaclip.gradients.transfer import HOST, copy_into, moved
 
 DECAY: Final = 0.98
-EVERY: Final = 31
-MOST: Final = 1 << 18
-_BLOCK: Final = 16  # coordinates in a row: a cache line of float32
 _TINY: Final = 1e-30
-
-Grid: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
-"""Shape and strides of a view."""
 
 
 class ReachEstimate:
@@ -74,8 +69,8 @@ class ReachEstimate:
         self.optimizers = optimizers
         self._device = device
         total = sum(local_part(p).numel() for p in parameters)
-        self._every = max(EVERY, -(-total // MOST)) if every is None else every
-        grids = [_grid(local_part(p).numel(), self._every) for p in parameters]
+        self._every = spacing(total) if every is None else every
+        grids = [grid_of(local_part(p).numel(), self._every) for p in parameters]
         self._grids = [grids[i] for i in self._order]
         self._sizes = [local_part(p).numel() for p in self._parameters]
         self._sections = [
@@ -199,7 +194,7 @@ class ReachEstimate:
                     f"A gradient must be spread over ranks like its weight, but has {local.numel()} of its numbers here, and the weight "
                     f"{size}. Set `max_pace=1`: the distance estimate compares the two number by number."
                 )
-            found.append((part, _sample(local, grid)))
+            found.append((part, sample_of(local, grid)))
         if len(found) < len(parts):
             room.zero_()
         if found:
@@ -252,17 +247,3 @@ def check_rates(optimizers: Sequence[Any]) -> None:
                 f"`optimizer` must have a learning rate when `max_pace` > 1, but {type(optimizer).__name__} has `lr` None instead: it "
                 "finds its own. Give it one (Adafactor: `lr=1e-3, relative_step=False, warmup_init=False`), or set `max_pace=1`."
             )
-
-
-def _grid(count: int, every: int) -> Grid:
-    """Which coordinates of a tensor are looked at, one in `every`: in blocks, which cost less to read, where there is room for some."""
-    size = _BLOCK * every
-    if count < size:
-        return (-(-count // every),), (every,)
-    return (count // size, _BLOCK), (size, 1)
-
-
-def _sample(tensor: Tensor, grid: Grid) -> Tensor:
-    """These coordinates, numbered along the tensor's rows; a view, unless the memory has gaps or another order."""
-    flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
-    return flat.as_strided(*grid)

@@ -119,6 +119,11 @@ class Guards:
             if guard.agreement is None:
                 guard.agreement = Agreement(guard.optimizer, told, change=change)
 
+    def disagree(self) -> None:
+        """From the coming step on, steps stay as they are made."""
+        for guard in self._guards:
+            guard.agreement = None
+
     def changed(self) -> bool:
         """Whether the optimizers are others than at the last call, or the number of hooks that run before their steps is."""
         before = self._seen

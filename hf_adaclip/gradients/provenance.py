@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_adaclip.gradients.matrices import hidden_matrices
 from hf_adaclip.reliance import is_of
@@ -17,10 +18,17 @@ def trained_before(models: Sequence[Any]) -> bool:
 
     Where a version of transformers does not mark what it loads, a model that has a `name_or_path` counts as trained.
     """
+    return bool(loaded_matrices(models))
+
+
+def loaded_matrices(models: Sequence[Any]) -> list[Tensor]:
+    """The hidden matrices that are trained and were loaded, each once; all that are trained, where the marks are missing."""
+    matrices = [p for p in hidden_matrices(models) if p.requires_grad]
     of_transformers = any(is_of("transformers", module) for model in models for module in model.modules())
     if of_transformers and not _loaded_is_marked():
-        return any(getattr(module, "name_or_path", "") for model in models for module in model.modules())
-    return any(getattr(p, "_is_hf_initialized", False) for p in hidden_matrices(models) if p.requires_grad)
+        named = any(getattr(module, "name_or_path", "") for model in models for module in model.modules())
+        return matrices if named else []
+    return [p for p in matrices if getattr(p, "_is_hf_initialized", False)]
 
 
 def _loaded_is_marked() -> bool:

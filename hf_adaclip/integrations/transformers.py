@@ -417,7 +417,7 @@ def _in_one_line(config: AdaptiveClipConfig, given: AdaptiveClipConfig, trained:
     threshold = f"static threshold {config.static_threshold:g}"
     ledger = config.ledger_path or "none"
     parts = [f"pace up to x{config.max_pace:g}"] if config.max_pace > 1 else []
-    # Where they are on by themselves they do not act in a model that was trained before.
+    # Where they are on by themselves they do not act in a model that was trained before, unless its weights move fast.
     ranged = config.spectral is not None and not (trained and given.spectral_width == "auto")
     agreed = config.agreement is True and not (trained and given.agreement == "auto")
     parts += [*(["spectral range"] if ranged else []), *(["agreement"] if agreed else [])]

@@ -172,7 +172,7 @@ class Recorder:
     def note(self, **facts: Any) -> None:
         """Facts that the record of the coming step is to have beside its numbers."""
         if self.ledger is not None:
-            self._notes[self.next_step + len(self._ring)] = facts
+            self._notes.setdefault(self.next_step + len(self._ring), {}).update(facts)
 
     def take_over(self, before: "Recorder") -> None:
         """Go on from the recorder of the segment before: its clock, and the events that are still open."""

@@ -1,4 +1,8 @@
-"""Where spectral range and agreement act by themselves: in models that are trained from scratch, and the range where it is worth its work.
+"""Where spectral range and agreement act by themselves: where weights are trained anew, and the range where it is worth its work.
+
+Weights that were trained before keep their step as long as they keep near to what they were. Where they have moved by more than 4 % of
+their size in 16 steps (`hf_adaclip.gradients.movement`) they are trained anew, as from scratch, and both parts act from there on. Why
+just there: model_cards/RESEARCH.md, entry 31.
 
 By the count of operations, for a weight of small side m and large side n, and T rows (tokens) in a step:
 
@@ -16,12 +20,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from hf_adaclip.gradients.movement import WINDOW
 from hf_adaclip.gradients.newton_schulz import in_tf32
-from hf_adaclip.gradients.provenance import trained_before
 from hf_adaclip.gradients.transfer import HOST
 from hf_adaclip.run.ranks import world_size
 
-_TRAINED: Final = "the model was trained before, and there it may do harm (set it to have it all the same)"
+FAST: Final = 0.04
+"""Share of their size that loaded weights move in a window, above which they count as trained anew."""
+_TRAINED: Final = (
+    f"the model was trained before, and there it may do harm until weights move by {FAST:.0%} in {WINDOW} steps (set it to have it all "
+    "the same)"
+)
 MOST: Final = 2 / 3
 """Largest share of the matrices' own work that 'auto' lets it take."""
 
@@ -65,10 +74,10 @@ def rows_of(batch: Any, models: Sequence[Any]) -> int | None:
 
 
 class ShapeGate:
-    """Decides once, in the first step, whether spectral range and agreement act where they are on by themselves.
+    """Decides whether spectral range and agreement act where they are on by themselves.
 
-    Neither does in a model that was trained before; there both may do harm. The range is closed where it is too much work, and looks at
-    each step alone where an average is.
+    In the first step, and once more in a model that was trained before: there both may do harm, and wait until its weights move fast. The
+    range is closed where it is too much work, and looks at each step alone where an average is.
 
     Args:
         parts: Which of the two are on by themselves; what people have set acts in any case.
@@ -77,13 +86,15 @@ class ShapeGate:
     Attributes:
         spectral, agreement: Whether that part acts; None as long as nothing is decided.
         memory: Whether the range averages over steps.
-        why: Why a part does not, in words; empty after a resumption.
+        waiting: Parts that act once weights that were trained before move fast.
+        why: Why a part does not, in words; after a resumption of those that wait alone.
     """
 
     def __init__(self, parts: Collection[str], *, memory: bool) -> None:
         self._parts, self.memory = parts, memory
         self.spectral: bool | None = None
         self.agreement: bool | None = None
+        self.waiting: frozenset[str] = frozenset()
         self.why: dict[str, str] = {}
         self._rows: int | None = 0
 
@@ -100,27 +111,35 @@ class ShapeGate:
 
     def decide(
         self,
-        models: Sequence[Any],
         shapes: Sequence[tuple[int, int]],
         device: torch.device,
         group: Any,
         *,
+        trained: bool,
         ranks_known: bool,
     ) -> None:
         """Decide, every rank alike.
 
         Args:
-            models: Those that are trained, as far as they are known.
             shapes: Of the matrices.
             device: Where ranks can compare numbers.
             group: The process group of the ranks that train together.
-            ranks_known: Whether that is known.
+            trained: Whether they were trained before.
+            ranks_known: Whether the ranks are known.
         """
-        trained = trained_before(models)
-        self.why = dict.fromkeys(self._parts, _TRAINED) if trained else {}
-        self.spectral, self.agreement = "spectral" not in self.why, "agreement" not in self.why
-        if trained or "spectral" not in self._parts:
-            return
+        self.why = {}
+        self.spectral = self.agreement = True
+        if "spectral" in self._parts:
+            self._weigh(shapes, device, group, ranks_known=ranks_known)
+        if trained:
+            self.waiting = frozenset(part for part in self._parts if part not in self.why)
+            self.why |= dict.fromkeys(self.waiting, _TRAINED)
+            self._let(act=False)
+
+    def _weigh(
+        self, shapes: Sequence[tuple[int, int]], device: torch.device, group: Any, *, ranks_known: bool
+    ) -> None:
+        """Whether the range is worth its work."""
         rows = self._rows or 0
         if world_size() > 1 and ranks_known:
             most = torch.tensor([float(rows)], dtype=torch.float64, device=device)
@@ -142,12 +161,29 @@ class ShapeGate:
                 "(`spectral_width=0` has it all the same)"
             )
 
+    def moved(self, share: float) -> bool:
+        """Weights that were trained before have moved by this share of their size in a window; whether parts act from now on."""
+        if not self.waiting or not share > FAST:
+            return False
+        self._let(act=True)
+        self.why = {part: why for part, why in self.why.items() if part not in self.waiting}
+        self.waiting = frozenset()
+        return True
+
+    def _let(self, *, act: bool) -> None:
+        for part in self.waiting:
+            setattr(self, part, act)
+
     def tensor(self) -> Tensor:
-        """What a checkpoint keeps, once it is decided, shape `[3]`."""
+        """What a checkpoint keeps, once it is decided, shape `[5]`."""
         decided = [bool(self.spectral), bool(self.agreement), self.memory]
+        decided += [part in self.waiting for part in ("spectral", "agreement")]
         return torch.tensor(decided, dtype=torch.float32, device=HOST)
 
     def restore(self, tensor: Tensor) -> None:
         """Go on from what `tensor` gave."""
         self.spectral, self.agreement, *later = (bool(x) for x in tensor.tolist())
-        self.memory = self.memory and later == [True]  # older ones had none
+        self.memory = self.memory and later[:1] == [True]  # older ones had none
+        waiting = zip(("spectral", "agreement"), later[1:], strict=False)  # nor waited
+        self.waiting = frozenset(part for part, waits in waiting if waits)
+        self.why = dict.fromkeys(self.waiting, _TRAINED)

@@ -12,14 +12,18 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients import Gradients, Guards
-from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix
+from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix, hidden_matrices
+from hf_adaclip.gradients.movement import WINDOW, Movement
+from hf_adaclip.gradients.provenance import loaded_matrices
 from hf_adaclip.gradients.spectral import SpectralRange
 from hf_adaclip.gradients.transfer import moved
+from hf_adaclip.run.ranks import world_size
 from hf_adaclip.run.run import Run
 from hf_adaclip.run.shape_gate import ShapeGate
 
 logger = logging.getLogger(__name__)
 
+_GATE: Final = "shape_gate"
 _NAMES: Final = {
     "spectral": "the spectral range is",
     "agreement": "the agreement is",
@@ -54,6 +58,8 @@ class Shaping:
         self._matrices = HiddenMatrices(models)
         width = config.spectral
         self._range = None if width is None else SpectralRange(width, self._matrices, config.spectral_memory)
+        self._movement: Movement | None = None  # of weights that were trained before
+        self._moved: dict[str, Tensor] = {}  # what a checkpoint kept of it
         self._taken: Value | None = None
         if config.agreement is True and gate is None:  # what cannot be done is refused at once
             guards.agree(self._count, change=not config.shadow)
@@ -109,6 +115,40 @@ class Shaping:
         width = torch.full_like(altered, self._range.width)
         self._record(spectral_width=width, altered_energy=altered, matrix_norm=norm)
 
+    def look(self) -> None:
+        """Before a step is decided on: whether parts that wait for weights to move fast act from now on."""
+        gate = self.gate
+        if gate is None or not gate.waiting or self._run.step % WINDOW:
+            return
+        if self._movement is None:
+            # After a resumption nothing may tell any more which they are, as in a model that was made without `from_pretrained`.
+            models = self._models()
+            weights = loaded_matrices(models) or [p for p in hidden_matrices(models) if p.requires_grad]
+            if not weights:
+                return
+            self._movement = Movement(weights, delayed=not self._run.ops.on_host)
+            self._movement.restore(self._moved)
+        share = self._movement.end(self._agreed if world_size() > 1 else None)
+        if share is None or not gate.moved(share):
+            return
+        assert self._run.recorder is not None
+        self._run.recorder.note(moved=share)
+        logger.info(
+            "Adaptive clipping, step %d: the weights have moved by %.1f %% of their size in %d steps, so they count as trained anew: "
+            "spectral range and agreement act from here on, as far as they are on.",
+            *(self._run.step, 100 * share, WINDOW),
+        )
+        self._movement = None
+        self._heed(gate)
+
+    def _agreed(self, share: Tensor) -> None:
+        """The largest of all ranks, which have the same weights unless something is wrong; none where the ranks are not known."""
+        ranks = self._run.ranks
+        if ranks is None:
+            share.fill_(0.0)
+        else:
+            torch.distributed.all_reduce(share, torch.distributed.ReduceOp.MAX, group=ranks.group)
+
     def _decide(self, gradients: Gradients) -> None:
         """Whether parts that are on by themselves act, in the first step that has gradients."""
         gate = self.gate
@@ -116,16 +156,19 @@ class Shaping:
             return
         names = self._matrices.among([gradients.parameters[i] for i in gradients.present]) if self._range else []
         matrices = [as_matrix(g) for g, name in zip(gradients.tensors, names, strict=False) if name is not None]
-        ranks = self._run.ranks
+        ranks, loaded = self._run.ranks, loaded_matrices(self._models())
         gate.decide(
-            self._models(),
             [(m.shape[0], m.shape[1]) for m in matrices],
             gradients.tensors[0].device,
             None if ranks is None else ranks.group,
+            trained=bool(loaded),
             ranks_known=ranks is not None,
         )
         for part, why in gate.why.items():
             logger.info("Adaptive clipping: %s off: %s.", _NAMES[part], why)
+        if gate.waiting:
+            self._movement = Movement(loaded, delayed=not self._run.ops.on_host)
+            self._movement.begin()
         self._heed(gate)
 
     def _heed(self, gate: ShapeGate) -> None:
@@ -133,14 +176,24 @@ class Shaping:
             self._range.remember(self._config.spectral_memory if gate.memory else 0.0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps for single matrices; nothing as long as nothing is known."""
-        kept = None if self._range is None else self._range.preconditioner
-        return {} if kept is None else kept.tensors()
+        """What a checkpoint keeps of this; nothing as long as nothing is known."""
+        average = None if self._range is None else self._range.preconditioner
+        kept = {} if average is None else average.tensors()
+        if self.gate is not None and self.gate.decided:
+            kept[_GATE] = self.gate.tensor()
+            kept |= self._moved if self._movement is None else self._movement.tensors()
+        return kept
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave."""
         if self.gate is not None:
+            if _GATE in tensors:
+                self.gate.restore(tensors[_GATE])
             self._heed(self.gate)
+            # Made anew at the next look, when the models are there.
+            self._movement, self._moved = None, Movement.of_these(tensors) if self.gate.waiting else {}
+            if self.gate.decided and not self.gate.agreement:
+                self._guards.disagree()
         if self._range is not None and self._range.preconditioner is not None:
             self._range.preconditioner.restore(tensors)
 

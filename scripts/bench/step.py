@@ -24,7 +24,7 @@ import torch
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.controllers.numerics.ops import host_number
 from hf_adaclip.gradients import scale_
-from hf_adaclip.gradients.distance import EVERY
+from hf_adaclip.gradients.coordinates import EVERY
 from hf_adaclip.run.versions import environment
 from hf_adaclip.telemetry.progress import Progress
 

@@ -7,7 +7,8 @@ import torch
 from hf_adaclip.controllers.numerics.ops import SCALAR, tensor_ops
 from hf_adaclip.errors import UnsupportedSetupError
 from hf_adaclip.gradients import Gradients, collect, global_norm, tensor_norms
-from hf_adaclip.gradients.distance import EVERY, MOST, ReachEstimate, _grid, _sample
+from hf_adaclip.gradients.coordinates import EVERY, MOST, grid_of, sample_of
+from hf_adaclip.gradients.distance import ReachEstimate
 
 
 def problem(seed=0, sizes=((40, 30), (700,), (3,))):
@@ -61,7 +62,7 @@ def picks_of(parameters, every=EVERY):
     numbered, begin = [], 0
     for p in parameters:
         index = torch.arange(begin, begin + p.numel()).reshape(p.shape)
-        numbered.append(_sample(index, _grid(index.numel(), every)).reshape(-1))
+        numbered.append(sample_of(index, grid_of(index.numel(), every)).reshape(-1))
         begin += p.numel()
     return torch.cat(numbered)
 
@@ -128,20 +129,20 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_one_of_other_parameters_is_refused
 
 def test_the_sample_is_small_spread_out_and_the_same_for_a_weight_and_its_gradient():
     tensor = torch.arange(10_000.0).reshape(100, 100)
-    grid = _grid(10_000, EVERY)
-    sample = _sample(tensor, grid)
+    grid = grid_of(10_000, EVERY)
+    sample = sample_of(tensor, grid)
     assert sample.numel() == 10_000 // (16 * EVERY) * 16
     assert sample.max() > 9_000
-    assert torch.equal(_sample(tensor.t().contiguous().t(), grid), sample)
-    assert torch.equal(_sample(torch.cat([torch.zeros(100, 100), tensor])[100:], grid), sample)
-    assert [len(_sample(torch.zeros(n), _grid(n, EVERY))) for n in (0, 5, 31, 32)] == [0, 1, 1, 2]
+    assert torch.equal(sample_of(tensor.t().contiguous().t(), grid), sample)
+    assert torch.equal(sample_of(torch.cat([torch.zeros(100, 100), tensor])[100:], grid), sample)
+    assert [len(sample_of(torch.zeros(n), grid_of(n, EVERY))) for n in (0, 5, 31, 32)] == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 30, 31, 495, 496, 497, 5000])
 def test_the_sample_is_blocks_of_16_or_every_31st(count, dtype):
     flat = torch.randn(count + 7).to(dtype)[7:]  # a view with an offset
-    found = _sample(flat, _grid(count, EVERY))
+    found = sample_of(flat, grid_of(count, EVERY))
     blocks = [flat[begin : begin + 16] for begin in range(0, count - count % 496, 496)]
     assert torch.equal(found, torch.stack(blocks) if blocks else flat[::31])
 

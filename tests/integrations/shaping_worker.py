@@ -16,11 +16,13 @@ from tests.integrations.sharded_worker import shard, whole
 CONFIG = AdaptiveClipConfig(
     warmup_observations=10, ceiling_share=1.0, max_pace=1.0, spectral_width=0.3, agreement=True
 )
+DEFAULT = CONFIG.replace(spectral_width="auto", agreement="auto")
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3, fused=True, weight_decay=0.1),
     "plain": lambda p: torch.optim.AdamW(
         p, lr=3e-3, foreach=False, weight_decay=0.1
     ),  # for a mix of sharded and plain weights
+    "quick": lambda p: torch.optim.AdamW(p, lr=3e-2, fused=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
 }
 
@@ -37,12 +39,23 @@ def main(layout, kind, folder):
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     plain = make()
-    model = DistributedDataParallel(make()) if layout == "ddp" else shard(layout, make())
+    model = DistributedDataParallel(make()) if layout in ("ddp", "loaded") else shard(layout, make())
+    config = CONFIG
+    if layout == "loaded":  # as `from_pretrained` marks what it loads
+        config = DEFAULT
+        for parameter in (*plain.parameters(), *model.parameters()):
+            parameter._is_hf_initialized = True
     runs, refused = [], None
     for net, ledger in ((plain, "none"), (model, str(folder / "clip_ledger.jsonl"))):
         optimizer = OPTIMIZERS[kind](net.parameters())
-        runs.append((net, optimizer, AdaptiveClipper(CONFIG, optimizer=optimizer, model=net, ledger=ledger)))
-    shares = {"fsdp": (world, rank), "ddp": (world, rank), "tp": (1, 0), "fsdp+tp": (world // 2, rank // 2)}
+        runs.append((net, optimizer, AdaptiveClipper(config, optimizer=optimizer, model=net, ledger=ledger)))
+    shares = {
+        "fsdp": (world, rank),
+        "ddp": (world, rank),
+        "loaded": (world, rank),
+        "tp": (1, 0),
+        "fsdp+tp": (world // 2, rank // 2),
+    }
     parts, mine = shares[layout]
     for step in range(30):
         x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))

@@ -34,3 +34,13 @@ def test_gradients_that_are_split_twice_are_refused_or_right(tmp_path):
             assert result["distance"] < 2e-4
         else:
             assert "`spectral_width`" in result["refused"]
+
+
+def test_ranks_find_in_the_same_step_that_loaded_weights_are_trained_anew(tmp_path):
+    results = launch("tests.integrations.shaping_worker", ["loaded", "quick"], tmp_path, processes=2)
+    assert results[0]["weights"] == results[1]["weights"]  # bit for bit
+    records = [json.loads(line) for line in (tmp_path / "clip_ledger.jsonl").read_text().splitlines()]
+    steps = [r for r in records if r["kind"] == "step"]
+    assert [r["step"] for r in steps if "agreeing_share" in r] == [s for s in range(16, 30) if s != 20]
+    assert steps[16]["moved"] > 0.04
+    assert verify_ledger(tmp_path / "clip_ledger.jsonl").ok

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_adaclip import AdaptiveClipper
-from hf_adaclip.run.shape_gate import MOST, ShapeGate, rows_of, share
+from hf_adaclip.run.shape_gate import FAST, MOST, ShapeGate, rows_of, share
+from tests.lanes import on_lane
 
 
 def test_the_share_is_that_of_the_operations():
@@ -46,7 +47,7 @@ def test_an_average_is_kept_where_its_products_are_worth_it(device, tf32, memory
     monkeypatch.setattr("hf_adaclip.run.shape_gate.in_tf32", lambda device: tf32)
     gate = ShapeGate(["spectral", "agreement"], memory=True)
     gate.sees({"input_ids": torch.zeros(4, 512, dtype=torch.long)}, [])
-    gate.decide([], [(64, 256)] * 4, torch.device(device), None, ranks_known=True)
+    gate.decide([(64, 256)] * 4, torch.device(device), None, trained=False, ranks_known=True)
     assert gate.spectral is True
     assert gate.memory is memory
     assert ("memory" in gate.why) is not memory
@@ -56,6 +57,42 @@ def test_an_average_is_kept_where_its_products_are_worth_it(device, tf32, memory
     older = ShapeGate(["spectral", "agreement"], memory=True)
     older.restore(gate.tensor()[:2])
     assert not older.memory  # before there was an average
+
+
+@pytest.mark.parametrize("worth", [True, False])
+def test_what_was_trained_before_waits_until_it_moves_fast(worth):
+    gate = ShapeGate(["spectral", "agreement"], memory=True)
+    gate.sees({"input_ids": torch.zeros(4, 512 if worth else 1, dtype=torch.long)}, [])
+    gate.decide([(64, 64)], torch.device("cpu"), None, trained=True, ranks_known=True)
+    assert (gate.spectral, gate.agreement) == (False, False)
+    assert "trained before" in gate.why["agreement"]
+    assert ("trained before" in gate.why["spectral"]) is worth
+    assert not gate.moved(FAST)
+    assert not gate.moved(float("nan"))
+    waiting = gate.tensor()
+    assert gate.moved(1.01 * FAST)
+    assert (gate.spectral, gate.agreement) == (worth, True)
+    assert gate.why.keys() == ({"spectral"} - ({"spectral"} if worth else set()))
+    assert not gate.moved(1.0)  # once
+    gate.restore(waiting)  # as going back does
+    assert (gate.spectral, gate.agreement) == (False, False)
+    assert gate.moved(1.0)
+    assert (gate.spectral, gate.agreement) == (worth, True)
+
+
+def test_what_people_have_set_does_not_wait():
+    gate = ShapeGate(["spectral"], memory=True)
+    gate.decide([(64, 64)], torch.device("cpu"), None, trained=True, ranks_known=True)
+    assert (gate.spectral, gate.agreement) == (False, True)
+    assert gate.moved(1.0)
+    assert (gate.spectral, gate.agreement) == (True, True)
+
+
+def test_a_checkpoint_of_before_anything_waited_stays_as_it_was():
+    gate = ShapeGate(["spectral", "agreement"], memory=True)
+    gate.restore(torch.tensor([0.0, 0.0, 1.0]))
+    assert not gate.moved(1.0)
+    assert (gate.spectral, gate.agreement) == (False, False)
 
 
 def trained(width, tokens, steps=3, folder=None, resume=None):
@@ -120,3 +157,94 @@ def test_what_was_decided_holds_after_a_resumption(before, after, tmp_path):
     first.save_state(tmp_path)
     then = trained(64, tokens=after, folder=tmp_path, resume=tmp_path)
     assert ("clip/spectral_width" in then.metrics()) == (before == 4096)
+
+
+def loaded(rate, lane, folder=None, *, steps=40, weights=None, resume=None):
+    """A Llama that was trained before, gone on with at that rate; and what acted in which step."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, use_cache=False, initializer_range=0.2, **sizes))
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    with on_lane(lane):
+        clipper = AdaptiveClipper({"max_pace": 1.0}, optimizer=optimizer, model=model, output_dir=folder)
+    if resume is not None:
+        model.load_state_dict(weights[0])
+        optimizer.load_state_dict(weights[1])
+        assert clipper.load_state(resume)
+    acted = []
+    for step in range(clipper.step, steps):
+        ids = torch.randint(0, 32, (4, 128), generator=torch.Generator().manual_seed(step))
+        loss = model(**clipper.watch({"input_ids": ids, "labels": ids})).loss
+        loss.backward()
+        clipper.clip_(model.parameters(), loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        acted.append({"clip/spectral_width", "clip/agreeing_share"} & set(clipper.metrics()))
+    return model, optimizer, clipper, acted
+
+
+@pytest.mark.parametrize(("lane", "first"), [("host", 16), ("device", 32)])
+def test_both_parts_act_once_loaded_weights_move_fast(lane, first, caplog, tmp_path):
+    caplog.set_level("INFO")
+    _, _, clipper, acted = loaded(1e-2, lane, tmp_path)
+    both = {"clip/spectral_width", "clip/agreeing_share"}
+    assert acted == [set()] * first + [both] * (40 - first)
+    assert f"step {first}: the weights have moved by" in caplog.text
+    assert "trained before" not in clipper.explain()
+
+
+def test_slow_steps_stay_as_they_are(tmp_path):
+    model, _, clipper, acted = loaded(1e-4, "host", tmp_path / "a")
+    assert not any(acted)
+    assert clipper.explain().count("trained before") == 2
+    with_off = {"spectral_width": None, "agreement": False, "max_pace": 1.0}
+    other = LlamaForCausalLM(model.config)
+    torch.manual_seed(0)
+    other.load_state_dict(loaded(1e-4, "host", tmp_path / "b", steps=0)[0].state_dict())
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4)
+    plain = AdaptiveClipper(with_off, optimizer=optimizer, model=other, output_dir=tmp_path / "c")
+    for step in range(40):
+        ids = torch.randint(0, 32, (4, 128), generator=torch.Generator().manual_seed(step))
+        loss = other(input_ids=ids, labels=ids).loss
+        loss.backward()
+        plain.clip_(other.parameters(), loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("lane", ["host", "device"])
+@pytest.mark.parametrize("at", [5, 16, 20, 36])
+def test_resumed_within_a_window_it_is_the_whole_run_bit_for_bit(lane, at, tmp_path):
+    whole, *_, acted = loaded(1e-2, lane, tmp_path / "whole", steps=50)
+    model, optimizer, clipper, before = loaded(1e-2, lane, tmp_path / "part", steps=at)
+    clipper.save_state(tmp_path)
+    kept = model.state_dict(), optimizer.state_dict()
+    again, _, _, after = loaded(1e-2, lane, tmp_path / "rest", steps=50, weights=kept, resume=tmp_path)
+    assert before + after == acted
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_going_back_to_before_it_takes_the_parts_away_again(tmp_path):
+    model, optimizer, clipper, _ = loaded(1e-2, "host", tmp_path, steps=10)
+    put_back = clipper._driver.keep()
+
+    def go_on(steps):
+        for step in range(steps):
+            ids = torch.randint(0, 32, (4, 128), generator=torch.Generator().manual_seed(step))
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            clipper.clip_(model.parameters(), loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    go_on(10)
+    assert clipper._driver.guards._guards[0].agreement is not None
+    put_back()
+    clipper._run.step = 10
+    assert clipper._driver.guards._guards[0].agreement is None
+    assert clipper.explain().count("trained before") == 2
+    go_on(10)
+    assert clipper._driver.guards._guards[0].agreement is not None
