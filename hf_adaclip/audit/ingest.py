@@ -15,7 +15,7 @@ from hf_adaclip.ledger.schema import LEDGER_FILE, parse_number
 
 __all__ = ["Series", "ledger_records", "load_series"]
 
-_NOT_ALWAYS: Final = ("reach", "altered_energy", "agreeing_share")
+_NOT_ALWAYS: Final = ("reach", "altered_energy", "agreeing_share", "moved")
 """Fields of the parts that are not on in every run."""
 
 
@@ -101,4 +101,5 @@ def _from_ledger(path: Path) -> Series:
         every=1,
         altered_energies=array(rows["altered_energy"]),
         agreeing_shares=array(rows["agreeing_share"]),
+        moved=array(rows["moved"]),
     )

@@ -16,6 +16,7 @@ from hf_adaclip.controllers.wrappers.states import Keeping, carry_over
 from hf_adaclip.ledger.header import check_counts, check_header, is_text, rewound_of
 from hf_adaclip.ledger.records import Summary, revisions, state_bytes, state_from_json, summarise
 from hf_adaclip.ledger.schema import APPLIED_TOLERANCE, SHAPE_FIELDS, STEP_FIELDS, parse_number
+from hf_adaclip.run.shape_gate import FAST
 
 SUM_TOLERANCE = 1e-5
 """Relative difference in the summary of a per-tensor step: the order in which a device sums squares is its own."""
@@ -135,6 +136,7 @@ class Segment:
             norms = [parse_number(n) for n in record["norms"]] if self._num_tensors else None
             problems += self._compare_time(parse_number(record["time"]))
             parse_number(record["loss_scale"])
+            moved = parse_number(record["moved"]) if "moved" in record else None
             shape: dict[str, float] = {str(k): parse_number(record[k]) for k in SHAPE_FIELDS if k in record}
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             self._broken = True
@@ -143,6 +145,10 @@ class Segment:
             self._broken = True
             return [*problems, f"the record has {len(norms)} norms for {self._num_tensors} tensors."]
         problems += _impossible(recorded, reason, applied)
+        if moved is not None and not moved > FAST:
+            problems.append(
+                f"loaded weights are recorded as trained anew, but had moved by {moved:g}, which is no more than {FAST:g}."
+            )
         if reason == Reason.LEFT_OUT.name:
             return [*problems, *self._leave_out(recorded, applied)]
         if not self._broken:

@@ -33,6 +33,7 @@ class Series:
         altered_energies: What the spectral range moved, 0 to 1, float32, NaN in steps in which it did not act; None when the log does not
             say.
         agreeing_shares: Share of the components that the sign agreement let move, likewise.
+        moved: Share of their size that loaded weights had moved, in the step from which on they count as trained anew; NaN in all others.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Series:
     left_out: tuple[str, ...] = ()
     altered_energies: np.ndarray | None = None
     agreeing_shares: np.ndarray | None = None
+    moved: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -7,6 +7,7 @@ import numpy as np
 
 from hf_adaclip.audit.ingest import Series
 from hf_adaclip.controllers import Reason
+from hf_adaclip.run.shape_gate import how_fast
 
 _MOST: Final = 0.5
 """Share of the steps after the warm-up from which on the static threshold counts as one that always acts."""
@@ -17,12 +18,14 @@ def shape_numbers(series: Series) -> dict[str, Any]:
 
     Returns:
         `altered_energy` and `agreeing_share` (means over the steps that have one), `spectral_steps` and `agreement_steps` (how many),
-        `by_heart_step` (from which on the data counts as learned by heart), `held` and `judged` (steps that the static threshold cut,
+        `by_heart_step` (from which on the data counts as learned by heart), `anew_step` (from which on loaded weights count as trained
+        anew) and `moved` (by which share of their size they had moved), `held` and `judged` (steps that the static threshold cut,
         and all after the warm-up).
     """
     altered, altered_steps = _mean(series.altered_energies)
     agreeing, agreeing_steps = _mean(series.agreeing_shares)
     back = np.flatnonzero(series.reaches == -math.inf) if series.reaches is not None else np.array([])
+    anew = np.flatnonzero(np.isfinite(series.moved)) if series.moved is not None else np.array([])
     reasons = series.reasons or []
     return {
         "altered_energy": altered,
@@ -30,6 +33,8 @@ def shape_numbers(series: Series) -> dict[str, Any]:
         "agreeing_share": agreeing,
         "agreement_steps": agreeing_steps,
         "by_heart_step": int(series.steps[back[0]]) if len(back) else None,
+        "anew_step": int(series.steps[anew[-1]]) if len(anew) else None,
+        "moved": float(series.moved[anew[-1]]) if series.moved is not None and len(anew) else None,
         "held": reasons.count(Reason.HELD.name),
         "judged": len(reasons) - reasons.count(Reason.WARMUP.name),
     }
@@ -100,9 +105,19 @@ def pace_remark(numbers: dict[str, Any]) -> str:
     )
 
 
+def anew_remark(numbers: dict[str, Any]) -> str:
+    """Why range and agreement did not act from the first step on; empty where that has another reason or none."""
+    if numbers["anew_step"] is None:
+        return ""
+    return (
+        f"Spectral range and agreement were let in at step {numbers['anew_step']}. "
+        f"The loaded weights had moved by {how_fast(numbers['moved'])} then, so they count as trained anew."
+    )
+
+
 def remarks(numbers: dict[str, Any]) -> list[str]:
-    """What there is to remark on threshold and pace."""
-    return [text for text in (threshold_remark(numbers), pace_remark(numbers)) if text]
+    """What there is to remark on threshold, pace, and the parts that waited."""
+    return [text for text in (threshold_remark(numbers), pace_remark(numbers), anew_remark(numbers)) if text]
 
 
 def percent(share: float) -> str:

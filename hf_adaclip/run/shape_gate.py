@@ -35,6 +35,11 @@ MOST: Final = 2 / 3
 """Largest share of the matrices' own work that 'auto' lets it take."""
 
 
+def how_fast(moved: float) -> str:
+    """The way of a window in words."""
+    return f"{moved * 100:.1f} % of their size in {WINDOW} steps"
+
+
 def share(shapes: Iterable[tuple[int, int]], rows: int) -> float:
     """The spectral range over forward and backward of these matrices, in operations.
 

@@ -19,7 +19,7 @@ from hf_adaclip.gradients.spectral import SpectralRange
 from hf_adaclip.gradients.transfer import moved
 from hf_adaclip.run.ranks import world_size
 from hf_adaclip.run.run import Run
-from hf_adaclip.run.shape_gate import ShapeGate
+from hf_adaclip.run.shape_gate import ShapeGate, how_fast
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,9 @@ class Shaping:
         assert self._run.recorder is not None
         self._run.recorder.note(moved=share)
         logger.info(
-            "Adaptive clipping, step %d: the weights have moved by %.1f %% of their size in %d steps, so they count as trained anew: "
-            "spectral range and agreement act from here on, as far as they are on.",
-            *(self._run.step, 100 * share, WINDOW),
+            "Adaptive clipping, step %d: the loaded weights have moved by %s, so they count as trained anew: spectral range and agreement "
+            "act from here on, as far as they are on.",
+            *(self._run.step, how_fast(share)),
         )
         self._movement = None
         self._heed(gate)

@@ -4,9 +4,10 @@ python model_cards/spectral/default_probe.py --data FOLDER --out results.jsonl J
 
 FOLDER holds {wikitext2,tiny_shakespeare,fashion_mnist,sst2}/{train,validation,test}.parquet with the hub's columns. A job is one JSON
 object per line: `task`, `seed`, `lr`, `b2`, `thr` (static threshold), `warm` (share of the steps), `hor` (share of the task's steps, the
-schedule scaled), `clip` (fields of AdaptiveClipConfig; null: `clip_grad_norm_`), `off` (from this step on `clip_grad_norm_`). In recorded
-jobs `head` says that the range acted on the head, as it does now in all; `scale` and `sp` multiplied the estimate and set the start's
-share.
+schedule scaled), `clip` (fields of AdaptiveClipConfig; null: `clip_grad_norm_`), `off` (from this step on `clip_grad_norm_`), `loaded`
+(mark the weights as `from_pretrained` does). `moved` of a result: by which share of their size hidden matrices moved in each 16 steps. In
+recorded jobs `head` says that the range acted on the head, as it does now in all; `scale` and `sp` multiplied the estimate and set the
+start's share.
 
 Tasks: `wiki`, a Llama of 3 layers and width 64 from scratch on WikiText-2, 400 steps of 16 x 48; `ft`, that Llama after 1600 steps,
 fine-tuned on tiny_shakespeare, 300 steps; `fashion`, a ViT of 4 layers and width 64 from scratch on Fashion-MNIST, 400 steps of 32;
@@ -39,6 +40,8 @@ from transformers import (
 )
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
+from hf_adaclip.gradients.matrices import hidden_matrices
+from hf_adaclip.gradients.movement import WINDOW, Movement
 
 LENGTH, VOCABULARY = 48, 768
 Loss = Callable[[Any, Tensor], Tensor]
@@ -196,6 +199,11 @@ def run(job: dict[str, Any], task: Task) -> dict[str, Any]:
     rising = round(steps * job.get("warm", 0.0))
     model = task.model(job["seed"])
     parameters = list(model.parameters())
+    if job.get("loaded"):
+        for parameter in parameters:
+            setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - a parameter has no such attribute to type
+    movement, moved = Movement(hidden_matrices([model]), delayed=False), []
+    movement.begin()
     optimizer = torch.optim.AdamW(
         parameters, lr=job["lr"], betas=(0.9, job.get("b2", 0.999)), weight_decay=0.0, fused=True
     )
@@ -223,6 +231,8 @@ def run(job: dict[str, Any], task: Task) -> dict[str, Any]:
         optimizer.zero_grad()
         seconds += time.process_time() - begin
         losses.append(float(loss.detach()))
+        if (step + 1) % WINDOW == 0:
+            moved.append(round(movement.end() or 0.0, 4))
         if clipper is not None and step % every == 0:
             paces.append(round(float(clipper.metrics()["clip/pace"]), 2))
         if (step + 1) % every == 0 or step + 1 == steps:
@@ -239,6 +249,7 @@ def run(job: dict[str, Any], task: Task) -> dict[str, Any]:
         "curve": curve,
         "train": train,
         "paces": paces,
+        "moved": moved,
     }
     return {**job, "S": steps, **found, "ms": round(seconds / steps * 1e3, 1)}
 

@@ -1,5 +1,6 @@
 """The spectral range has to be worth its work where it is on by itself."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_adaclip import AdaptiveClipper
-from hf_adaclip.run.shape_gate import FAST, MOST, ShapeGate, rows_of, share
+from hf_adaclip.audit import verify_ledger
+from hf_adaclip.report.run_report import load_run, summary, write_html, write_markdown
+from hf_adaclip.run.shape_gate import FAST, MOST, ShapeGate, how_fast, rows_of, share
 from tests.lanes import on_lane
 
 
@@ -168,7 +171,9 @@ def loaded(rate, lane, folder=None, *, steps=40, weights=None, resume=None):
         parameter._is_hf_initialized = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     with on_lane(lane):
-        clipper = AdaptiveClipper({"max_pace": 1.0}, optimizer=optimizer, model=model, output_dir=folder)
+        clipper = AdaptiveClipper(
+            {"max_pace": 1.0}, optimizer=optimizer, model=model, output_dir=folder, ledger=folder / "l.jsonl"
+        )
     if resume is not None:
         model.load_state_dict(weights[0])
         optimizer.load_state_dict(weights[1])
@@ -191,7 +196,7 @@ def test_both_parts_act_once_loaded_weights_move_fast(lane, first, caplog, tmp_p
     _, _, clipper, acted = loaded(1e-2, lane, tmp_path)
     both = {"clip/spectral_width", "clip/agreeing_share"}
     assert acted == [set()] * first + [both] * (40 - first)
-    assert f"step {first}: the weights have moved by" in caplog.text
+    assert f"step {first}: the loaded weights have moved by" in caplog.text
     assert "trained before" not in clipper.explain()
 
 
@@ -248,3 +253,19 @@ def test_going_back_to_before_it_takes_the_parts_away_again(tmp_path):
     assert clipper.explain().count("trained before") == 2
     go_on(10)
     assert clipper._driver.guards._guards[0].agreement is not None
+
+
+def test_a_report_says_when_and_why_the_parts_were_let_in(tmp_path):
+    *_, clipper, _ = loaded(1e-2, "host", tmp_path)
+    clipper.close()
+    (ledger,) = tmp_path.glob("*.jsonl")
+    assert verify_ledger(ledger).ok
+    report = load_run(ledger)
+    assert summary(report)["anew_step"] == 16
+    words = f"let in at step 16. The loaded weights had moved by {how_fast(summary(report)['moved'])} then"
+    assert words in write_markdown(report, tmp_path / "r.md").read_text()
+    assert words in write_html(report, tmp_path / "r.html").read_text()
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    next(line for line in lines if line.get("step") == 16)["moved"] = 0.01
+    ledger.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    assert any("had moved by 0.01" in f.message and f.step == 16 for f in verify_ledger(ledger).findings)
