@@ -133,9 +133,10 @@ class AdaptiveClipper(GoingBack):
         self._capture = IncidentCapture(config, self._run)
         self._driver: Driver
         if engine is None:
+            memory, ranged = config.spectral_memory > 0, config.spectral is not None
             self._driver = ClippingDriver(
                 *(config, self._run, port, optimizers, lambda: models or port.models, self._losses, self._capture),
-                gate=ShapeGate(by_itself, memory=config.spectral_memory > 0) if by_itself else None,
+                gate=ShapeGate(by_itself, memory=memory, ranged=ranged) if by_itself else None,
             )
         else:
             self._driver = FollowingDriver(self._run, engine, self._losses, self._capture)

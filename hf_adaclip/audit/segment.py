@@ -145,9 +145,9 @@ class Segment:
             self._broken = True
             return [*problems, f"the record has {len(norms)} norms for {self._num_tensors} tensors."]
         problems += _impossible(recorded, reason, applied)
-        if moved is not None and not moved > FAST:
+        if moved is not None and not min(FAST.values()) < moved < math.inf:
             problems.append(
-                f"loaded weights are recorded as trained anew, but had moved by {moved:g}, which is no more than {FAST:g}."
+                f"loaded weights are recorded as trained anew, but had moved by {moved:g}, which does not say so."
             )
         if reason == Reason.LEFT_OUT.name:
             return [*problems, *self._leave_out(recorded, applied)]

@@ -33,7 +33,7 @@ class Series:
         altered_energies: What the spectral range moved, 0 to 1, float32, NaN in steps in which it did not act; None when the log does not
             say.
         agreeing_shares: Share of the components that the sign agreement let move, likewise.
-        moved: Share of their size that loaded weights had moved, in the step from which on they count as trained anew; NaN in all others.
+        moved: Share of their size that loaded weights had moved, in steps from which on a part acts for that; NaN in all others.
     """
 
     path: str

@@ -149,7 +149,7 @@ class ClippingDriver:
             run.ranks = self._port.rank_check()
         total = global_norm(norms)  # in the order given, which decides the last bit
         gradients, norms = kept.place(gradients, norms)
-        self._shaping.look()
+        self._shaping.look(kept.joined)
         if self.guards.changed():
             self._check.again()
             self._probe()

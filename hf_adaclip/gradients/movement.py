@@ -6,8 +6,8 @@ over all given matrices together, on a sample of their coordinates (see `hf_adac
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,24 +17,27 @@ from hf_adaclip.gradients.transfer import HOST, copy_into, moved, start_copy
 
 WINDOW: Final = 16
 """Steps that the way is measured over."""
-_FROM: Final = "moved_from"
+_CLOCK: Final = "moved_steps"
 _SHARE: Final = "moved_share"
+_PREFIX: Final = "moved."
 
 
 class Movement:
-    """Of some weights of a run, looked at once in `WINDOW` steps.
+    """Of some weights of a run.
 
     Args:
-        weights: At least one, each once. They may lie on several devices.
+        weights: By name, at least one, each once. They may lie on several devices.
         delayed: Whether nobody is to wait for a measurement: it is read when the next window ends.
     """
 
-    def __init__(self, weights: Sequence[Tensor], *, delayed: bool) -> None:
-        self._weights = list(weights)
-        every = spacing(sum(w.numel() for w in self._weights))
-        self._grids = [grid_of(w.numel(), every) for w in self._weights]
-        self._device, self._delayed = self._weights[0].device, delayed
-        self._from: Tensor | None = None
+    def __init__(self, weights: Mapping[str, Tensor], *, delayed: bool) -> None:
+        self._weights = dict(weights)
+        self._sizes = [w.numel() for w in self._weights.values()]
+        every = spacing(sum(self._sizes))
+        self._grids = [grid_of(size, every) for size in self._sizes]
+        self._device, self._delayed = next(iter(self._weights.values())).device, delayed
+        self._steps = 0
+        self._from: list[Tensor] | None = None
         self._share: Tensor | None = None  # of the last window, where nobody has read it yet
         self._event = torch.Event(self._device) if self._device.type in ("cuda", "xpu") else None
         self._landing = torch.empty((), dtype=torch.float32, device=HOST, pin_memory=self._event is not None)
@@ -42,51 +45,69 @@ class Movement:
     @torch.no_grad()
     def begin(self) -> None:
         """A window begins with the weights as they are now."""
-        self._from = self._look()
+        self._from, self._steps = self._look(), 0
 
     @torch.no_grad()
-    def end(self, agreed: Any = None) -> float | None:
-        """A window ends, and the next one begins.
+    def step(self, agree: Callable[[Tensor], None] | None = None) -> float | None:
+        """A step has been made since the last call, or since the beginning.
 
         Args:
-            agreed: Called with what this rank has found, float32, shape `[]`, to be made the same on every rank, in place.
+            agree: Called with what this rank has found, float32, shape `[]`, to make it the same on every rank, in place.
 
         Returns:
-            The share by which the weights have moved; None where it is not known yet.
+            The share by which the weights moved in a window; None where none has ended, or it is not known yet.
         """
+        self._steps += 1
+        if self._steps < WINDOW:
+            return None
         before, now = self._from, self._look()
-        self._from = now
-        waiting = self._read() if self._share is not None else None
-        if before is not None:
-            share = torch.linalg.vector_norm(now - before) / torch.linalg.vector_norm(before)
-            if agreed is not None:
-                agreed(share)
-            self._share = share
-            start_copy(self._landing, share, awaited=self._event is not None)
-            if self._event is not None:
-                self._event.record()
+        self._from, self._steps = now, 0
+        known = self._read() if self._share is not None else None
+        if before is not None and now is not None:
+            way, size = (torch.stack(torch._foreach_norm(x)).norm() for x in (torch._foreach_sub(now, before), before))
+            self._share = way / size
+            if agree is not None:
+                agree(self._share)
+            self._land()
             if not self._delayed:
-                return self._read()
-        return waiting
+                known = self._read()
+        return known
 
     @staticmethod
     def of_these(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those among the tensors of a checkpoint that are a movement's."""
-        return {name: tensors[name] for name in (_FROM, _SHARE) if name in tensors}
+        return {name: x for name, x in tensors.items() if name in (_CLOCK, _SHARE) or name.startswith(_PREFIX)}
+
+    @staticmethod
+    def names(tensors: Mapping[str, Tensor]) -> list[str]:
+        """Of the weights that they are of."""
+        return [name.removeprefix(_PREFIX) for name in tensors if name.startswith(_PREFIX)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: where the present window began, shape `[count]`, and what has not been read, shape `[]`."""
-        kept = {_FROM: self._from, _SHARE: self._share}
-        return {name: value for name, value in kept.items() if value is not None}
+        """What a checkpoint keeps: steps of the present window, where it began by weight, and what has not been read, shape `[]`."""
+        kept = {} if self._share is None else {_SHARE: self._share}
+        if self._from is not None:
+            kept[_CLOCK] = torch.tensor(float(self._steps), dtype=torch.float32, device=HOST)
+            kept |= {f"{_PREFIX}{name}": start for name, start in zip(self._weights, self._from, strict=True)}
+        return kept
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `tensors` gave; where it gave nothing that fits, from the next window on."""
-        start, share = tensors.get(_FROM), tensors.get(_SHARE)
-        fits = start is not None and start.numel() == sum(math.prod(shape) for shape, _ in self._grids)
-        self._from = moved(start, self._device).to(torch.float32).clone() if fits and start is not None else None
-        self._share = moved(share, self._device) if fits and share is not None else None
+        """Go on from what `tensors` gave; where that was of other weights, a window begins now."""
+        starts = [tensors.get(f"{_PREFIX}{name}") for name in self._weights]
+        sizes = [math.prod(shape) for shape, _ in self._grids]
+        if _CLOCK not in tensors or [None if s is None else s.numel() for s in starts] != sizes:
+            self.begin()
+            return
+        parts = self._room()
+        copy_into(parts, [s.reshape(p.shape) for s, p in zip(starts, parts, strict=True) if s is not None])
+        self._from, self._steps = parts, int(tensors[_CLOCK].item())
+        share = tensors.get(_SHARE)
+        self._share = None if share is None else moved(share, self._device)
+        self._land()
+
+    def _land(self) -> None:
         if self._share is not None:
-            self._landing.copy_(self._share)
+            start_copy(self._landing, self._share, awaited=self._event is not None)
             if self._event is not None:
                 self._event.record()
 
@@ -96,9 +117,16 @@ class Movement:
         self._share = None
         return float(self._landing)
 
-    def _look(self) -> Tensor:
+    def _room(self) -> list[Tensor]:
         sizes = [math.prod(shape) for shape, _ in self._grids]
         room = torch.empty(sum(sizes), dtype=torch.float32, device=self._device)
-        parts = [part.view(shape) for part, (shape, _) in zip(torch.split(room, sizes), self._grids, strict=True)]
-        copy_into(parts, [sample_of(w.detach(), grid) for w, grid in zip(self._weights, self._grids, strict=True)])
-        return room
+        return [part.view(shape) for part, (shape, _) in zip(torch.split(room, sizes), self._grids, strict=True)]
+
+    def _look(self) -> list[Tensor] | None:
+        """The sample; None where somebody has given a weight another size."""
+        weights = list(self._weights.values())
+        if [w.numel() for w in weights] != self._sizes:
+            return None
+        parts = self._room()
+        copy_into(parts, [sample_of(w.detach(), grid) for w, grid in zip(weights, self._grids, strict=True)])
+        return parts

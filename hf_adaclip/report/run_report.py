@@ -77,7 +77,7 @@ def write_html(report: RunReport, path: Path, *, zoom: bool = False) -> Path:
     shapes = shape_chart(series.steps, series.altered_energies, series.agreeing_shares)
     if shapes is not None:
         parts += [page.heading("Spectral range and sign agreement"), page.figure(shapes, zoom=zoom)]
-        parts += _remark(shape_facts.anew_remark(numbers))
+        parts += _remark(shape_facts.waiting_remark(numbers))
     if np.isfinite(series.losses).any():
         chart = line_chart(series.steps, series.losses, "training loss", "loss", log=spans_decades(series.losses))
         parts += [page.heading("Training loss"), page.figure(chart, zoom=zoom)]

@@ -18,8 +18,8 @@ def shape_numbers(series: Series) -> dict[str, Any]:
 
     Returns:
         `altered_energy` and `agreeing_share` (means over the steps that have one), `spectral_steps` and `agreement_steps` (how many),
-        `by_heart_step` (from which on the data counts as learned by heart), `anew_step` (from which on loaded weights count as trained
-        anew) and `moved` (by which share of their size they had moved), `held` and `judged` (steps that the static threshold cut,
+        `by_heart_step` (from which on the data counts as learned by heart), `let_in` (steps from which on a part acted because loaded
+        weights moved fast, and by which share of their size), `held` and `judged` (steps that the static threshold cut,
         and all after the warm-up).
     """
     altered, altered_steps = _mean(series.altered_energies)
@@ -33,8 +33,7 @@ def shape_numbers(series: Series) -> dict[str, Any]:
         "agreeing_share": agreeing,
         "agreement_steps": agreeing_steps,
         "by_heart_step": int(series.steps[back[0]]) if len(back) else None,
-        "anew_step": int(series.steps[anew[-1]]) if len(anew) else None,
-        "moved": float(series.moved[anew[-1]]) if series.moved is not None and len(anew) else None,
+        "let_in": [[int(series.steps[i]), float(series.moved[i])] for i in anew] if series.moved is not None else [],
         "held": reasons.count(Reason.HELD.name),
         "judged": len(reasons) - reasons.count(Reason.WARMUP.name),
     }
@@ -105,19 +104,17 @@ def pace_remark(numbers: dict[str, Any]) -> str:
     )
 
 
-def anew_remark(numbers: dict[str, Any]) -> str:
+def waiting_remark(numbers: dict[str, Any]) -> str:
     """Why range and agreement did not act from the first step on; empty where that has another reason or none."""
-    if numbers["anew_step"] is None:
+    if not numbers["let_in"]:
         return ""
-    return (
-        f"Spectral range and agreement were let in at step {numbers['anew_step']}. "
-        f"The loaded weights had moved by {how_fast(numbers['moved'])} then, so they count as trained anew."
-    )
+    moments = [f"at step {step} they had moved by {how_fast(share)}" for step, share in numbers["let_in"]]
+    return f"Spectral range and agreement were let in as loaded weights moved fast: {', '.join(moments)}."
 
 
 def remarks(numbers: dict[str, Any]) -> list[str]:
     """What there is to remark on threshold, pace, and the parts that waited."""
-    return [text for text in (threshold_remark(numbers), pace_remark(numbers), anew_remark(numbers)) if text]
+    return [text for text in (threshold_remark(numbers), pace_remark(numbers), waiting_remark(numbers)) if text]
 
 
 def percent(share: float) -> str:

@@ -33,6 +33,7 @@ class PerParameter:
 
     Attributes:
         reach: The distance estimate that the pace goes by; None when it is off.
+        joined: Parameters that the present step is the first one of, once there was a step; mostly none.
         why_not_folded: The reason to scale gradients in a pass of their own; None where the step does it.
     """
 
@@ -48,6 +49,7 @@ class PerParameter:
         self._roster: Roster | None = None
         self._scope: Scope | None = None
         self.reach: ReachEstimate | None = None
+        self.joined: list[Tensor] = []
         self.why_not_folded: str | None = "that is decided in the first step"
 
     @property
@@ -101,6 +103,7 @@ class PerParameter:
             self._roster = Roster(self._models(), self._run.loaded_parameters or (), required=required)
         gradients, order, change = self._roster.place(gradients)
         norms = norms if order is None else norms[order]
+        self.joined = []
         if self._scope is None:
             self._begin(gradients, norms.device, change)
         elif change is not None:
@@ -145,6 +148,7 @@ class PerParameter:
         self._run.beside = {}
 
     def _follow(self, gradients: Gradients, change: Change) -> None:
+        self.joined = [gradients.parameters[i] for i in change.joined]
         scope, names = self._look_around(gradients), self.names
         self._run.regroup(scope.grouping, names, _restarted(scope, change))
         if self.reach is not None:

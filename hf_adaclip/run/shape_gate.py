@@ -1,8 +1,8 @@
 """Where spectral range and agreement act by themselves: where weights are trained anew, and the range where it is worth its work.
 
 Weights that were trained before keep their step as long as they keep near to what they were. Where they have moved by more than 4 % of
-their size in 16 steps (`hf_adaclip.gradients.movement`) they are trained anew, as from scratch, and both parts act from there on. Why
-just there: model_cards/RESEARCH.md, entry 31.
+their size in 16 steps (`hf_adaclip.gradients.movement`) they are trained anew, as from scratch, and the range acts from there on; at 7 %
+the agreement joins it. Alone it did harm at every rate. Why just there: model_cards/RESEARCH.md, entry 31.
 
 By the count of operations, for a weight of small side m and large side n, and T rows (tokens) in a step:
 
@@ -14,6 +14,7 @@ for the range. On accelerators an average over steps needs products in float32, 
 are in bfloat16. By data sheets they take twice as long where torch may use TF32, and 15 times where not.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -25,12 +26,17 @@ from hf_adaclip.gradients.newton_schulz import in_tf32
 from hf_adaclip.gradients.transfer import HOST
 from hf_adaclip.run.ranks import world_size
 
-FAST: Final = 0.04
-"""Share of their size that loaded weights move in a window, above which they count as trained anew."""
-_TRAINED: Final = (
-    f"the model was trained before, and there it may do harm until weights move by {FAST:.0%} in {WINDOW} steps (set it to have it all "
-    "the same)"
+FAST: Final = {"spectral": 0.04, "agreement": 0.07}
+"""Share of their size that loaded weights move in a window, above which that part acts on them."""
+_ALONE: Final = (
+    "the model was trained before, and there it does harm without the spectral range (set it to have it all the same)"
 )
+_BEFORE: Final = "so it was decided in the run that this one goes on with"
+_TRAINED: Final = {
+    part: f"the model was trained before, and there it may do harm until weights move by {share:.0%} in {WINDOW} steps (set it to have "
+    "it all the same)"
+    for part, share in FAST.items()
+}
 MOST: Final = 2 / 3
 """Largest share of the matrices' own work that 'auto' lets it take."""
 
@@ -81,22 +87,27 @@ def rows_of(batch: Any, models: Sequence[Any]) -> int | None:
 class ShapeGate:
     """Decides whether spectral range and agreement act where they are on by themselves.
 
-    In the first step, and once more in a model that was trained before: there both may do harm, and wait until its weights move fast. The
-    range is closed where it is too much work, and looks at each step alone where an average is.
+    In the first step, and once more in a model that was trained before: there both may do harm, and wait until its weights move fast. So
+    they do where such weights join later. The range is closed where it is too much work, and looks at each step alone where an average is.
 
     Args:
         parts: Which of the two are on by themselves; what people have set acts in any case.
         memory: Whether the range has one.
+        ranged: Whether there is a range, by itself or set.
 
     Attributes:
         spectral, agreement: Whether that part acts; None as long as nothing is decided.
         memory: Whether the range averages over steps.
         waiting: Parts that act once weights that were trained before move fast.
-        why: Why a part does not, in words; after a resumption of those that wait alone.
+        why: Why a part does not, in words.
     """
 
-    def __init__(self, parts: Collection[str], *, memory: bool) -> None:
-        self._parts, self.memory = parts, memory
+    def __init__(self, parts: Collection[str], *, memory: bool, ranged: bool = True) -> None:
+        self._parts, self._given_memory, self._ranged = parts, memory, ranged
+        self._begin()
+
+    def _begin(self) -> None:
+        self.memory = self._given_memory
         self.spectral: bool | None = None
         self.agreement: bool | None = None
         self.waiting: frozenset[str] = frozenset()
@@ -137,9 +148,7 @@ class ShapeGate:
         if "spectral" in self._parts:
             self._weigh(shapes, device, group, ranks_known=ranks_known)
         if trained:
-            self.waiting = frozenset(part for part in self._parts if part not in self.why)
-            self.why |= dict.fromkeys(self.waiting, _TRAINED)
-            self._let(act=False)
+            self.wait()
 
     def _weigh(
         self, shapes: Sequence[tuple[int, int]], device: torch.device, group: Any, *, ranks_known: bool
@@ -166,29 +175,41 @@ class ShapeGate:
                 "(`spectral_width=0` has it all the same)"
             )
 
-    def moved(self, share: float) -> bool:
-        """Weights that were trained before have moved by this share of their size in a window; whether parts act from now on."""
-        if not self.waiting or not share > FAST:
-            return False
-        self._let(act=True)
-        self.why = {part: why for part, why in self.why.items() if part not in self.waiting}
-        self.waiting = frozenset()
-        return True
+    def wait(self) -> None:
+        """Weights that were trained before have joined those that are trained."""
+        self.waiting |= {part for part in self._parts if getattr(self, part)}
+        self.why |= {part: _TRAINED[part] for part in self.waiting}
+        ranged = self._ranged and (self.spectral or "spectral" in self.waiting)
+        if "agreement" in self.waiting and not ranged:
+            self.waiting, self.agreement = self.waiting - {"agreement"}, False
+            self.why["agreement"] = _ALONE
+        self._let(self.waiting, act=False)
 
-    def _let(self, *, act: bool) -> None:
-        for part in self.waiting:
+    def moved(self, share: float) -> frozenset[str]:
+        """Weights that were trained before have moved by this share of their size in a window; which parts act from now on for that."""
+        found = frozenset(part for part in self.waiting if FAST[part] < share < math.inf)
+        self._let(found, act=True)
+        self.why = {part: why for part, why in self.why.items() if part not in found}
+        self.waiting -= found
+        return found
+
+    def _let(self, parts: Collection[str], *, act: bool) -> None:
+        for part in parts:
             setattr(self, part, act)
 
     def tensor(self) -> Tensor:
         """What a checkpoint keeps, once it is decided, shape `[5]`."""
         decided = [bool(self.spectral), bool(self.agreement), self.memory]
-        decided += [part in self.waiting for part in ("spectral", "agreement")]
+        decided += [part in self.waiting for part in FAST]
         return torch.tensor(decided, dtype=torch.float32, device=HOST)
 
-    def restore(self, tensor: Tensor) -> None:
-        """Go on from what `tensor` gave."""
+    def restore(self, tensor: Tensor | None) -> None:
+        """Go on from what `tensor` gave; from the beginning where there was nothing."""
+        self._begin()
+        if tensor is None:
+            return
         self.spectral, self.agreement, *later = (bool(x) for x in tensor.tolist())
         self.memory = self.memory and later[:1] == [True]  # older ones had none
-        waiting = zip(("spectral", "agreement"), later[1:], strict=False)  # nor waited
-        self.waiting = frozenset(part for part, waits in waiting if waits)
-        self.why = dict.fromkeys(self.waiting, _TRAINED)
+        self.waiting = frozenset(part for part, waits in zip(FAST, later[1:], strict=False) if waits)  # nor waited
+        closed = {part for part in self._parts if not getattr(self, part)}
+        self.why = {part: _TRAINED[part] if part in self.waiting else _BEFORE for part in closed}

@@ -12,8 +12,9 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients import Gradients, Guards
+from hf_adaclip.gradients.groups import named_parameters
 from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix, hidden_matrices
-from hf_adaclip.gradients.movement import WINDOW, Movement
+from hf_adaclip.gradients.movement import Movement
 from hf_adaclip.gradients.provenance import loaded_matrices
 from hf_adaclip.gradients.spectral import SpectralRange
 from hf_adaclip.gradients.transfer import moved
@@ -24,6 +25,7 @@ from hf_adaclip.run.shape_gate import ShapeGate, how_fast
 logger = logging.getLogger(__name__)
 
 _GATE: Final = "shape_gate"
+_PARTS: Final = {"spectral": "spectral range", "agreement": "agreement"}
 _NAMES: Final = {
     "spectral": "the spectral range is",
     "agreement": "the agreement is",
@@ -115,39 +117,74 @@ class Shaping:
         width = torch.full_like(altered, self._range.width)
         self._record(spectral_width=width, altered_energy=altered, matrix_norm=norm)
 
-    def look(self) -> None:
-        """Before a step is decided on: whether parts that wait for weights to move fast act from now on."""
+    def look(self, joined: Sequence[Tensor]) -> None:
+        """Before a step is decided on: whether parts act from now on that waited for weights to move fast, or begin to wait.
+
+        Args:
+            joined: Parameters that were not among those of any step before.
+        """
         gate = self.gate
-        if gate is None or not gate.waiting or self._run.step % WINDOW:
+        if gate is None or not gate.decided:
+            return
+        if joined and self._known(bool(self._loaded(joined)), joined[0].device):
+            gate.wait()
+            self._heed(gate)
+            self._movement, self._moved = None, {}
+        if not gate.waiting:
             return
         if self._movement is None:
-            # After a resumption nothing may tell any more which they are, as in a model that was made without `from_pretrained`.
-            models = self._models()
-            weights = loaded_matrices(models) or [p for p in hidden_matrices(models) if p.requires_grad]
-            if not weights:
+            self._watch()
+            if not self._moved:
                 return
-            self._movement = Movement(weights, delayed=not self._run.ops.on_host)
-            self._movement.restore(self._moved)
-        share = self._movement.end(self._agreed if world_size() > 1 else None)
-        if share is None or not gate.moved(share):
+        assert self._movement is not None
+        share = self._movement.step(self._agree if world_size() > 1 else None)
+        if share is None or not (parts := gate.moved(share)):
             return
         assert self._run.recorder is not None
         self._run.recorder.note(moved=share)
         logger.info(
-            "Adaptive clipping, step %d: the loaded weights have moved by %s, so they count as trained anew: spectral range and agreement "
-            "act from here on, as far as they are on.",
-            *(self._run.step, how_fast(share)),
+            "Adaptive clipping, step %d: the loaded weights have moved by %s, so they count as trained anew. From here on: %s.",
+            *(self._run.step, how_fast(share), " and ".join(_PARTS[part] for part in _PARTS if part in parts)),
         )
-        self._movement = None
+        if not gate.waiting:
+            self._movement, self._moved = None, {}
         self._heed(gate)
 
-    def _agreed(self, share: Tensor) -> None:
-        """The largest of all ranks, which have the same weights unless something is wrong; none where the ranks are not known."""
+    def _watch(self) -> None:
+        """See how fast weights move that were trained before; after a resumption those that were watched before it."""
+        models = self._models()
+        matrices = {id(p) for p in hidden_matrices(models)}
+        named = {name: p for name, p in named_parameters(models).items() if id(p) in matrices}
+        weights = {name: named[name] for name in Movement.names(self._moved) if name in named}
+        if len(weights) < len(Movement.names(self._moved)):
+            weights, self._moved = {}, {}
+        if not weights:
+            loaded = {id(p) for p in self._loaded(self._guards.parameters)}
+            # Nothing may tell any more which they are, in a model that was made without `from_pretrained` and filled from a checkpoint.
+            loaded = loaded or {id(p) for p in self._guards.parameters if p.requires_grad}
+            weights = {name: p for name, p in named.items() if id(p) in loaded}
+        self._movement = Movement(weights, delayed=not self._run.ops.on_host)
+        self._movement.restore(self._moved)
+
+    def _loaded(self, among: Sequence[Tensor]) -> list[Tensor]:
+        there = {id(p) for p in among}
+        return [p for p in loaded_matrices(self._models()) if id(p) in there]
+
+    def _known(self, here: bool, device: torch.device) -> bool:
+        """Whether something holds on any rank; every rank is told the same."""
+        if world_size() == 1 or self._run.ranks is None:
+            return here
+        answer = torch.tensor(float(here), dtype=torch.float32, device=device)
+        self._agree(answer)
+        return bool(answer.item())
+
+    def _agree(self, number: Tensor) -> None:
+        """The largest of all ranks; 0 where the ranks are not known."""
         ranks = self._run.ranks
         if ranks is None:
-            share.fill_(0.0)
+            number.fill_(0.0)
         else:
-            torch.distributed.all_reduce(share, torch.distributed.ReduceOp.MAX, group=ranks.group)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=ranks.group)
 
     def _decide(self, gradients: Gradients) -> None:
         """Whether parts that are on by themselves act, in the first step that has gradients."""
@@ -156,22 +193,23 @@ class Shaping:
             return
         names = self._matrices.among([gradients.parameters[i] for i in gradients.present]) if self._range else []
         matrices = [as_matrix(g) for g, name in zip(gradients.tensors, names, strict=False) if name is not None]
-        ranks, loaded = self._run.ranks, loaded_matrices(self._models())
+        ranks, device = self._run.ranks, gradients.tensors[0].device
         gate.decide(
             [(m.shape[0], m.shape[1]) for m in matrices],
-            gradients.tensors[0].device,
+            device,
             None if ranks is None else ranks.group,
-            trained=bool(loaded),
+            trained=self._known(bool(self._loaded(self._guards.parameters)), device),
             ranks_known=ranks is not None,
         )
         for part, why in gate.why.items():
             logger.info("Adaptive clipping: %s off: %s.", _NAMES[part], why)
         if gate.waiting:
-            self._movement = Movement(loaded, delayed=not self._run.ops.on_host)
-            self._movement.begin()
+            self._watch()
         self._heed(gate)
 
     def _heed(self, gate: ShapeGate) -> None:
+        if not gate.agreement:
+            self._guards.disagree()
         if self._range is not None:
             self._range.remember(self._config.spectral_memory if gate.memory else 0.0)
 
@@ -187,13 +225,10 @@ class Shaping:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave."""
         if self.gate is not None:
-            if _GATE in tensors:
-                self.gate.restore(tensors[_GATE])
-            self._heed(self.gate)
+            self.gate.restore(tensors.get(_GATE))
             # Made anew at the next look, when the models are there.
             self._movement, self._moved = None, Movement.of_these(tensors) if self.gate.waiting else {}
-            if self.gate.decided and not self.gate.agreement:
-                self._guards.disagree()
+            self._heed(self.gate)
         if self._range is not None and self._range.preconditioner is not None:
             self._range.preconditioner.restore(tensors)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_adaclip.gradients.movement import Movement
+from hf_adaclip.gradients.movement import WINDOW, Movement
 from tests.loops import HostReads
 
 
@@ -12,9 +12,26 @@ def weights(*shapes, seed=0):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
+def named(tensors):
+    return {f"w{k}": tensor for k, tensor in enumerate(tensors)}
+
+
+def movement_of(tensors, *, delayed=False):
+    movement = Movement(named(tensors), delayed=delayed)
+    movement.begin()
+    return movement
+
+
 def move(tensors, seed, size=0.1):
     for tensor, way in zip(tensors, weights(*(t.shape for t in tensors), seed=seed), strict=True):
         tensor.add_(way, alpha=size)
+
+
+def window(movement, agree=None):
+    """What is said at the end of a window; nothing before."""
+    said = [movement.step(agree) for _ in range(WINDOW)]
+    assert said[:-1] == [None] * (WINDOW - 1)
+    return said[-1]
 
 
 def of_all(before, after):
@@ -25,81 +42,78 @@ def of_all(before, after):
 @pytest.mark.parametrize("factor", [0.97, 1.0, 1.5])
 def test_scaled_weights_have_moved_by_the_factor(factor):
     tensors = weights((64, 96), (7, 3), (40, 3, 3, 3))
-    movement = Movement(tensors, delayed=False)
-    movement.begin()
+    movement = movement_of(tensors)
     for tensor in tensors:
         tensor.mul_(factor)
-    assert movement.end() == pytest.approx(abs(factor - 1), abs=1e-6)
+    assert window(movement) == pytest.approx(abs(factor - 1), abs=1e-6)
 
 
 def test_the_sample_tells_what_all_of_them_would():
     tensors = weights((300, 400), (400, 100), (500,))
-    movement = Movement(tensors, delayed=False)
-    movement.begin()
+    movement = movement_of(tensors)
     for seed in range(1, 4):
         before = [t.clone() for t in tensors]
         move(tensors, seed, size=0.05 * seed)
-        assert movement.end() == pytest.approx(of_all(before, tensors), rel=0.05)  # one window at a time
-
-
-def test_before_a_window_has_begun_nothing_is_known():
-    tensors = weights((8, 8))
-    movement = Movement(tensors, delayed=False)
-    assert movement.end() is None
-    move(tensors, 1)
-    assert movement.end() > 0
+        assert window(movement) == pytest.approx(of_all(before, tensors), rel=0.05)  # one window at a time
 
 
 @pytest.mark.parametrize("delayed", [False, True])
-def test_a_checkpoint_within_a_window_changes_nothing(delayed):
+@pytest.mark.parametrize("steps", [0, 1, 7, WINDOW - 1])
+def test_a_checkpoint_within_a_window_changes_nothing(delayed, steps):
     tensors = weights((64, 64), (64,))
-    whole, found = Movement(tensors, delayed=delayed), []
-    whole.begin()
+    whole = movement_of(tensors, delayed=delayed)
     move(tensors, 1)
-    found.append(whole.end())
+    window(whole)
+    for _ in range(steps):
+        whole.step()
     move(tensors, 2)
     kept = {name: tensor.clone() for name, tensor in whole.tensors().items()}
-    resumed = Movement(tensors, delayed=delayed)
+    assert sorted(Movement.names(kept)) == ["w0", "w1"]
+    assert Movement.of_these(kept | {"else": torch.zeros(1)}).keys() == kept.keys()
+    resumed = Movement(named(tensors), delayed=delayed)
     resumed.restore(kept)
-    move(tensors, 3)
-    a, b = whole.end(), resumed.end()
-    assert a == b
-    assert a is not None
-    move(tensors, 4)
-    assert whole.end() == resumed.end()
+    for seed in range(3, 3 + 3 * WINDOW):
+        move(tensors, seed)
+        assert whole.step() == resumed.step()
 
 
 def test_what_belongs_to_other_weights_is_left_aside():
-    movement = Movement(weights((64, 64)), delayed=False)
-    movement.restore({"moved_from": torch.zeros(3)})
-    assert movement.end() is None
+    tensors = weights((64, 64))
+    kept = movement_of(weights((8, 8))).tensors()
+    movement = Movement(named(tensors), delayed=False)
+    movement.restore(kept)
+    move(tensors, 1)
+    assert window(movement) > 0
+
+
+def test_a_weight_of_another_size_is_not_known_and_no_error():
+    tensors = weights((64, 64), (64, 64))
+    movement = movement_of(tensors)
+    tensors[0].data = tensors[0].data[:32]
+    assert window(movement) is None
+    assert window(movement) is None
 
 
 def test_delayed_it_is_known_one_window_later():
     tensors = weights((64, 64))
-    at_once, later = Movement(tensors, delayed=False), Movement(tensors, delayed=True)
-    at_once.begin()
-    later.begin()
+    at_once, later = movement_of(tensors), movement_of(tensors, delayed=True)
     expected, found = [], []
     for seed in range(1, 5):
         move(tensors, seed)
-        expected.append(at_once.end())
-        found.append(later.end())
+        expected.append(window(at_once))
+        found.append(window(later))
     assert found == [None, *expected[:-1]]
 
 
 def test_ranks_may_agree_on_what_counts():
     tensors = weights((64, 64))
-    movement = Movement(tensors, delayed=False)
-    movement.begin()
+    movement = movement_of(tensors)
     move(tensors, 1)
-    assert movement.end(lambda share: share.fill_(0.5)) == 0.5
+    assert window(movement, lambda share: share.fill_(0.5)) == 0.5
 
 
-def test_delayed_the_first_look_reads_nothing():
-    tensors = weights((64, 64))
-    movement = Movement(tensors, delayed=True)
-    movement.begin()
+def test_delayed_nothing_is_read_where_a_window_ends():
+    movement = movement_of(weights((64, 64)), delayed=True)
     with HostReads() as reads:
-        movement.end()
+        window(movement)
     assert reads.count == 0

@@ -43,8 +43,8 @@ def main(layout, kind, folder):
     config = CONFIG
     if layout == "loaded":  # as `from_pretrained` marks what it loads
         config = DEFAULT
-        for parameter in (*plain.parameters(), *model.parameters()):
-            parameter._is_hf_initialized = True
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = rank == 0  # one rank knowing it is enough
     runs, refused = [], None
     for net, ledger in ((plain, "none"), (model, str(folder / "clip_ledger.jsonl"))):
         optimizer = OPTIMIZERS[kind](net.parameters())

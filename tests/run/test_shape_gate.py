@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_adaclip import AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
+from hf_adaclip.gradients.movement import Movement
 from hf_adaclip.report.run_report import load_run, summary, write_html, write_markdown
 from hf_adaclip.run.shape_gate import FAST, MOST, ShapeGate, how_fast, rows_of, share
 from tests.lanes import on_lane
@@ -62,25 +64,56 @@ def test_an_average_is_kept_where_its_products_are_worth_it(device, tf32, memory
     assert not older.memory  # before there was an average
 
 
-@pytest.mark.parametrize("worth", [True, False])
-def test_what_was_trained_before_waits_until_it_moves_fast(worth):
+def test_what_was_trained_before_waits_until_it_moves_fast():
     gate = ShapeGate(["spectral", "agreement"], memory=True)
-    gate.sees({"input_ids": torch.zeros(4, 512 if worth else 1, dtype=torch.long)}, [])
+    gate.sees({"input_ids": torch.zeros(4, 512, dtype=torch.long)}, [])
     gate.decide([(64, 64)], torch.device("cpu"), None, trained=True, ranks_known=True)
     assert (gate.spectral, gate.agreement) == (False, False)
-    assert "trained before" in gate.why["agreement"]
-    assert ("trained before" in gate.why["spectral"]) is worth
-    assert not gate.moved(FAST)
+    assert all("trained before" in why for why in gate.why.values())
+    assert not gate.moved(FAST["spectral"])
     assert not gate.moved(float("nan"))
+    assert not gate.moved(float("inf"))
     waiting = gate.tensor()
-    assert gate.moved(1.01 * FAST)
-    assert (gate.spectral, gate.agreement) == (worth, True)
-    assert gate.why.keys() == ({"spectral"} - ({"spectral"} if worth else set()))
+    assert gate.moved(1.01 * FAST["spectral"]) == {"spectral"}
+    assert (gate.spectral, gate.agreement) == (True, False)
+    assert gate.why.keys() == {"agreement"}
+    assert gate.moved(1.01 * FAST["agreement"]) == {"agreement"}
+    assert (gate.spectral, gate.agreement) == (True, True)
+    assert not gate.why
     assert not gate.moved(1.0)  # once
     gate.restore(waiting)  # as going back does
     assert (gate.spectral, gate.agreement) == (False, False)
     assert gate.moved(1.0)
-    assert (gate.spectral, gate.agreement) == (worth, True)
+    assert (gate.spectral, gate.agreement) == (True, True)
+    gate.restore(None)  # to before the first step
+    assert not gate.decided
+
+
+def test_the_agreement_does_not_act_alone_in_what_was_trained_before():
+    gate = ShapeGate(["spectral", "agreement"], memory=True)
+    gate.sees({"input_ids": torch.zeros(4, 1, dtype=torch.long)}, [])
+    gate.decide([(64, 64)], torch.device("cpu"), None, trained=True, ranks_known=True)
+    assert "would take" in gate.why["spectral"]
+    assert "without the spectral range" in gate.why["agreement"]
+    assert not gate.waiting
+    assert not gate.moved(1.0)
+    switched_off = ShapeGate(["agreement"], memory=True, ranged=False)
+    switched_off.decide([], torch.device("cpu"), None, trained=True, ranks_known=True)
+    assert not switched_off.waiting
+    set_by_hand = ShapeGate(["agreement"], memory=True)
+    set_by_hand.decide([], torch.device("cpu"), None, trained=True, ranks_known=True)
+    assert set_by_hand.waiting == {"agreement"}
+
+
+def test_weights_that_were_trained_before_may_join_later():
+    gate = ShapeGate(["spectral", "agreement"], memory=True)
+    gate.sees({"input_ids": torch.zeros(4, 512, dtype=torch.long)}, [])
+    gate.decide([(64, 64)], torch.device("cpu"), None, trained=False, ranks_known=True)
+    assert (gate.spectral, gate.agreement) == (True, True)
+    gate.wait()
+    assert (gate.spectral, gate.agreement) == (False, False)
+    assert gate.why.keys() == {"spectral", "agreement"}
+    assert gate.moved(1.0) == {"spectral", "agreement"}
 
 
 def test_what_people_have_set_does_not_wait():
@@ -162,14 +195,31 @@ def test_what_was_decided_holds_after_a_resumption(before, after, tmp_path):
     assert ("clip/spectral_width" in then.metrics()) == (before == 4096)
 
 
-def loaded(rate, lane, folder=None, *, steps=40, weights=None, resume=None):
-    """A Llama that was trained before, gone on with at that rate; and what acted in which step."""
+def model_of_before(size=16):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, use_cache=False, initializer_range=0.2, **sizes))
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+        parameter._is_hf_initialized = True  # as `from_pretrained` leaves it
+    return model
+
+
+def one_step(model, optimizer, clipper, step):
+    """A step of the loop; which parts acted in it."""
+    ids = torch.randint(0, 32, (4, 128), generator=torch.Generator().manual_seed(step))
+    loss = model(**clipper.watch({"input_ids": ids, "labels": ids})).loss
+    loss.backward()
+    clipper.clip_(model.parameters(), loss=loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"clip/spectral_width", "clip/agreeing_share"} & set(clipper.metrics())
+
+
+def loaded(rate, lane, folder, *, steps=40, weights=None, resume=None, at=None, model=None, parameters=None):
+    """A Llama that was trained before, gone on with at that rate; and what acted in which step. `at` has what is done before a step."""
+    model = model or model_of_before()
+    parameters = model.parameters() if parameters is None else parameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=rate)
     with on_lane(lane):
         clipper = AdaptiveClipper(
             {"max_pace": 1.0}, optimizer=optimizer, model=model, output_dir=folder, ledger=folder / "l.jsonl"
@@ -180,22 +230,27 @@ def loaded(rate, lane, folder=None, *, steps=40, weights=None, resume=None):
         assert clipper.load_state(resume)
     acted = []
     for step in range(clipper.step, steps):
-        ids = torch.randint(0, 32, (4, 128), generator=torch.Generator().manual_seed(step))
-        loss = model(**clipper.watch({"input_ids": ids, "labels": ids})).loss
-        loss.backward()
-        clipper.clip_(model.parameters(), loss=loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        acted.append({"clip/spectral_width", "clip/agreeing_share"} & set(clipper.metrics()))
+        if at is not None and step in at:
+            at[step](model)
+        acted.append(one_step(model, optimizer, clipper, step))
     return model, optimizer, clipper, acted
+
+
+BOTH = {"clip/spectral_width", "clip/agreeing_share"}
+
+
+def begins(acted):
+    """The step from which on both acted; None if they never did."""
+    first = next((k for k, found in enumerate(acted) if found), None)
+    assert first is None or acted[first:] == [BOTH] * (len(acted) - first)
+    return first
 
 
 @pytest.mark.parametrize(("lane", "first"), [("host", 16), ("device", 32)])
 def test_both_parts_act_once_loaded_weights_move_fast(lane, first, caplog, tmp_path):
     caplog.set_level("INFO")
     _, _, clipper, acted = loaded(1e-2, lane, tmp_path)
-    both = {"clip/spectral_width", "clip/agreeing_share"}
-    assert acted == [set()] * first + [both] * (40 - first)
+    assert begins(acted) == first
     assert f"step {first}: the loaded weights have moved by" in caplog.text
     assert "trained before" not in clipper.explain()
 
@@ -205,18 +260,11 @@ def test_slow_steps_stay_as_they_are(tmp_path):
     assert not any(acted)
     assert clipper.explain().count("trained before") == 2
     with_off = {"spectral_width": None, "agreement": False, "max_pace": 1.0}
-    other = LlamaForCausalLM(model.config)
-    torch.manual_seed(0)
-    other.load_state_dict(loaded(1e-4, "host", tmp_path / "b", steps=0)[0].state_dict())
+    other = model_of_before()
     optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4)
     plain = AdaptiveClipper(with_off, optimizer=optimizer, model=other, output_dir=tmp_path / "c")
     for step in range(40):
-        ids = torch.randint(0, 32, (4, 128), generator=torch.Generator().manual_seed(step))
-        loss = other(input_ids=ids, labels=ids).loss
-        loss.backward()
-        plain.clip_(other.parameters(), loss=loss)
-        optimizer.step()
-        optimizer.zero_grad()
+        one_step(other, optimizer, plain, step)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -232,27 +280,120 @@ def test_resumed_within_a_window_it_is_the_whole_run_bit_for_bit(lane, at, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
-def test_going_back_to_before_it_takes_the_parts_away_again(tmp_path):
-    model, optimizer, clipper, _ = loaded(1e-2, "host", tmp_path, steps=10)
-    put_back = clipper._driver.keep()
-
-    def go_on(steps):
-        for step in range(steps):
-            ids = torch.randint(0, 32, (4, 128), generator=torch.Generator().manual_seed(step))
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            clipper.clip_(model.parameters(), loss=loss)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    go_on(10)
-    assert clipper._driver.guards._guards[0].agreement is not None
+@pytest.mark.parametrize("done", [0, 10])
+def test_going_back_to_before_it_takes_the_parts_away_again(done, tmp_path):
+    model, optimizer, clipper, _ = loaded(1e-2, "host", tmp_path, steps=done)
+    driver = clipper._driver
+    put_back = driver.keep()
+    first = [one_step(model, optimizer, clipper, step) for step in range(20)]
+    assert begins(first) == 16 - done
     put_back()
-    clipper._run.step = 10
-    assert clipper._driver.guards._guards[0].agreement is None
+    assert driver.guards._guards[0].agreement is None
+    assert driver._shaping.gate.decided is (done > 0)
+    again = [one_step(model, optimizer, clipper, step) for step in range(20)]
+    assert begins(again) == 16 - done
+    assert "trained before" not in clipper.explain()
+
+
+def test_steps_that_are_left_out_make_no_window_longer(tmp_path):
+    model, optimizer, clipper, _ = loaded(8e-4, "host", tmp_path, steps=16)
+    clipper._driver.leave_out()  # the step in which the window would end by its number
+    for step in range(17, 60):
+        one_step(model, optimizer, clipper, step)
+    shares = []
+    step_of = Movement.step
+    with mock.patch.object(Movement, "step", lambda self, agree: shares.append(step_of(self, agree)) or shares[-1]):
+        loaded(8e-4, "host", tmp_path / "whole", steps=60)
+    fastest = max(share for share in shares if share is not None)
+    assert fastest < FAST["spectral"] < 2 * fastest  # two windows as one would be enough
     assert clipper.explain().count("trained before") == 2
-    go_on(10)
-    assert clipper._driver.guards._guards[0].agreement is not None
+
+
+def freeze(model):
+    model.model.layers[0].mlp.requires_grad_(False)
+
+
+def unfreeze(model):
+    model.model.layers[0].mlp.requires_grad_(True)
+
+
+@pytest.mark.parametrize(("before", "within"), [(None, freeze), (freeze, unfreeze)])
+def test_what_is_frozen_or_thawed_within_a_window_is_resumed_bit_for_bit(before, within, tmp_path):
+    def made():
+        model = model_of_before()
+        if before is not None:
+            before(model)
+        return model
+
+    whole, _, _, acted = loaded(1e-2, "host", tmp_path / "whole", at={5: within}, model=made())
+    model, optimizer, clipper, first = loaded(1e-2, "host", tmp_path / "part", at={5: within}, model=made(), steps=12)
+    clipper.save_state(tmp_path)
+    kept = model.state_dict(), optimizer.state_dict()
+    again = made()
+    within(again)
+    again, _, _, rest = loaded(1e-2, "host", tmp_path / "rest", weights=kept, resume=tmp_path, model=again)
+    assert first + rest == acted
+    assert begins(acted) is not None
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_body_that_is_thawed_later_waits_like_one_that_was_trained_from_the_start(tmp_path):
+    model = model_of_before()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # a fresh head
+    model.model.requires_grad_(False)
+    body = {8: lambda m: m.model.requires_grad_(True)}
+    _, _, clipper, acted = loaded(1e-4, "host", tmp_path, model=model, at=body)
+    assert all(found == BOTH for found in acted[:8])
+    assert not any(acted[8:])
+    assert clipper.explain().count("trained before") == 2
+
+
+def test_what_no_optimizer_has_does_not_count(tmp_path):
+    def one(model):
+        return [model.model.layers[0].self_attn.q_proj.weight]
+
+    assert begins(loaded(1e-2, "host", tmp_path / "a", parameters=one)[-1]) == 16
+    model = model_of_before()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    head = loaded(1e-4, "host", tmp_path / "b", model=model, parameters=lambda m: [m.lm_head.weight])
+    assert begins(head[-1]) == 0
+
+
+def test_weights_of_zero_and_of_another_size_do_no_harm(tmp_path):
+    def zero(model):
+        for parameter in model.parameters():
+            parameter.data.zero_()
+
+    model = model_of_before()
+    zero(model)
+    _, _, clipper, acted = loaded(1e-2, "host", tmp_path / "a", model=model)
+    clipper.close()
+    assert verify_ledger(tmp_path / "a" / "l.jsonl").ok
+    assert begins(acted) in (None, 32)  # nothing can be said of the first window
+
+    def prune(model):
+        mlp = model.model.layers[0].mlp
+        mlp.gate_proj.weight.data = mlp.gate_proj.weight.data[:8].clone()
+        mlp.up_proj.weight.data = mlp.up_proj.weight.data[:8].clone()
+        mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :8].clone()
+
+    model = model_of_before()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    clipper = AdaptiveClipper({"max_pace": 1.0}, optimizer=optimizer, model=model, output_dir=tmp_path / "b")
+    for step in range(20):
+        if step == 8:
+            prune(model)
+            optimizer.state.clear()
+        one_step(model, optimizer, clipper, step)
+    assert clipper.explain().count("trained before") == 2
+
+
+@pytest.mark.parametrize("tokens", [8, 4096])
+def test_a_resumed_run_says_what_is_off(tokens, tmp_path):
+    first = trained(64, tokens=tokens, folder=tmp_path)
+    first.save_state(tmp_path)
+    then = trained(64, tokens=4096, folder=tmp_path, resume=tmp_path)
+    assert ("spectral    off" in then.explain()) is (tokens == 8)
 
 
 def test_a_report_says_when_and_why_the_parts_were_let_in(tmp_path):
@@ -261,8 +402,9 @@ def test_a_report_says_when_and_why_the_parts_were_let_in(tmp_path):
     (ledger,) = tmp_path.glob("*.jsonl")
     assert verify_ledger(ledger).ok
     report = load_run(ledger)
-    assert summary(report)["anew_step"] == 16
-    words = f"let in at step 16. The loaded weights had moved by {how_fast(summary(report)['moved'])} then"
+    [[step, moved]] = summary(report)["let_in"]
+    assert step == 16
+    words = f"let in as loaded weights moved fast: at step 16 they had moved by {how_fast(moved)}."
     assert words in write_markdown(report, tmp_path / "r.md").read_text()
     assert words in write_html(report, tmp_path / "r.html").read_text()
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
