@@ -80,6 +80,10 @@ class Alerts:
                 "The listener %r of adaptive clipping has raised; training goes on, and it is called again.", listener
             )
 
+    def say(self, message: str) -> None:
+        """Log what people should see though nothing is wrong: a change of what training does."""
+        logger.log(self._alarm, "Adaptive clipping, %s", message)
+
     def warn_once(self, message: str) -> None:
         """Log a warning, the first time only."""
         if message not in self._warned:

@@ -142,9 +142,10 @@ class Shaping:
             return
         assert self._run.recorder is not None
         self._run.recorder.note(moved=share)
-        logger.info(
-            "Adaptive clipping, step %d: the loaded weights have moved by %s, so they count as trained anew. From here on: %s.",
-            *(self._run.step, how_fast(share), " and ".join(_PARTS[part] for part in _PARTS if part in parts)),
+        acting = " and ".join(_PARTS[part] for part in _PARTS if part in parts)
+        self._run.alerts.say(
+            f"step {self._run.step}: the loaded weights have moved by {how_fast(share)}, so they count as trained anew. From here on: "
+            f'{acting} (`clip="guard"` only clips).'
         )
         if not gate.waiting:
             self._movement, self._moved = None, {}

@@ -248,7 +248,7 @@ def begins(acted):
 
 @pytest.mark.parametrize(("lane", "first"), [("host", 16), ("device", 32)])
 def test_both_parts_act_once_loaded_weights_move_fast(lane, first, caplog, tmp_path):
-    caplog.set_level("INFO")
+    caplog.set_level("WARNING")  # as a Trainer has it
     _, _, clipper, acted = loaded(1e-2, lane, tmp_path)
     assert begins(acted) == first
     assert f"step {first}: the loaded weights have moved by" in caplog.text
