@@ -16,6 +16,7 @@ from hf_adaclip.audit import verify_ledger
 from hf_adaclip.controllers import Observation, build_controller
 from hf_adaclip.controllers.numerics.fused import Fused, failures
 from hf_adaclip.controllers.numerics.ops import SCALAR, tensor_ops
+from hf_adaclip.gradients.movement import WINDOW, Movement
 from hf_adaclip.incidents.contents import load_batch
 from hf_adaclip.run.plan import GlobalRule
 from hf_adaclip.run.ring import LOOK_EVERY
@@ -266,3 +267,24 @@ def test_an_incident_keeps_its_batch_and_the_host_waits_for_nothing(tmp_path):
     assert (incident.step, incident.kind) == (50, "nonfinite")
     [kept] = load_batch(incident.folder)
     assert torch.equal(kept["x"], batch(50)[0].cpu())
+
+
+def test_how_fast_weights_move_is_known_without_waiting_for_it():
+    def weights_of(device):
+        generator = torch.Generator().manual_seed(0)
+        return {f"w{k}": torch.randn(256, 64 * (k + 1), generator=generator).to(device) for k in range(3)}
+
+    found = {}
+    for device in ("cpu", DEVICE):
+        tensors = weights_of(device)
+        movement = Movement(tensors, delayed=True)
+        movement.begin()
+        found[device, len(found)] = said = []
+        with no_sync():
+            for step in range(3 * WINDOW):
+                for tensor in tensors.values():
+                    tensor.mul_(1 + 1e-3 * (step // WINDOW + 1))
+                said.append(movement.step())
+    here, there = found.values()
+    assert [k for k, share in enumerate(there) if share is not None] == [2 * WINDOW - 1, 3 * WINDOW - 1]
+    assert [x for x in here if x is not None] == pytest.approx([x for x in there if x is not None], rel=1e-4)
