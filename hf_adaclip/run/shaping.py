@@ -12,13 +12,10 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients import Gradients, Guards
-from hf_adaclip.gradients.groups import named_parameters
-from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix, hidden_matrices
-from hf_adaclip.gradients.movement import Movement
-from hf_adaclip.gradients.provenance import loaded_matrices
+from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix
 from hf_adaclip.gradients.spectral import SpectralRange
 from hf_adaclip.gradients.transfer import moved
-from hf_adaclip.run.ranks import world_size
+from hf_adaclip.run.loaded_weights import LoadedWeights
 from hf_adaclip.run.run import Run
 from hf_adaclip.run.shape_gate import ShapeGate, how_fast
 
@@ -60,8 +57,7 @@ class Shaping:
         self._matrices = HiddenMatrices(models)
         width = config.spectral
         self._range = None if width is None else SpectralRange(width, self._matrices, config.spectral_memory)
-        self._movement: Movement | None = None  # of weights that were trained before
-        self._moved: dict[str, Tensor] = {}  # what a checkpoint kept of it
+        self._loaded = LoadedWeights(run, guards, models)
         self._taken: Value | None = None
         if config.agreement is True and gate is None:  # what cannot be done is refused at once
             guards.agree(self._count, change=not config.shadow)
@@ -126,18 +122,13 @@ class Shaping:
         gate = self.gate
         if gate is None or not gate.decided:
             return
-        if joined and self._known(bool(self._loaded(joined)), joined[0].device):
+        if joined and self._loaded.among(joined):
             gate.wait()
             self._heed(gate)
-            self._movement, self._moved = None, {}
+            self._loaded.forget()
         if not gate.waiting:
             return
-        if self._movement is None:
-            self._watch()
-            if not self._moved:
-                return
-        assert self._movement is not None
-        share = self._movement.step(self._agree if world_size() > 1 else None)
+        share = self._loaded.step()
         if share is None or not (parts := gate.moved(share)):
             return
         assert self._run.recorder is not None
@@ -148,44 +139,8 @@ class Shaping:
             f'{acting} (`clip="guard"` only clips).'
         )
         if not gate.waiting:
-            self._movement, self._moved = None, {}
+            self._loaded.forget()
         self._heed(gate)
-
-    def _watch(self) -> None:
-        """See how fast weights move that were trained before; after a resumption those that were watched before it."""
-        models = self._models()
-        matrices = {id(p) for p in hidden_matrices(models)}
-        named = {name: p for name, p in named_parameters(models).items() if id(p) in matrices}
-        weights = {name: named[name] for name in Movement.names(self._moved) if name in named}
-        if len(weights) < len(Movement.names(self._moved)):
-            weights, self._moved = {}, {}
-        if not weights:
-            loaded = {id(p) for p in self._loaded(self._guards.parameters)}
-            # Nothing may tell any more which they are, in a model that was made without `from_pretrained` and filled from a checkpoint.
-            loaded = loaded or {id(p) for p in self._guards.parameters if p.requires_grad}
-            weights = {name: p for name, p in named.items() if id(p) in loaded}
-        self._movement = Movement(weights, delayed=not self._run.ops.on_host)
-        self._movement.restore(self._moved)
-
-    def _loaded(self, among: Sequence[Tensor]) -> list[Tensor]:
-        there = {id(p) for p in among}
-        return [p for p in loaded_matrices(self._models()) if id(p) in there]
-
-    def _known(self, here: bool, device: torch.device) -> bool:
-        """Whether something holds on any rank; every rank is told the same."""
-        if world_size() == 1 or self._run.ranks is None:
-            return here
-        answer = torch.tensor(float(here), dtype=torch.float32, device=device)
-        self._agree(answer)
-        return bool(answer.item())
-
-    def _agree(self, number: Tensor) -> None:
-        """The largest of all ranks; 0 where the ranks are not known."""
-        ranks = self._run.ranks
-        if ranks is None:
-            number.fill_(0.0)
-        else:
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=ranks.group)
 
     def _decide(self, gradients: Gradients) -> None:
         """Whether parts that are on by themselves act, in the first step that has gradients."""
@@ -194,18 +149,18 @@ class Shaping:
             return
         names = self._matrices.among([gradients.parameters[i] for i in gradients.present]) if self._range else []
         matrices = [as_matrix(g) for g, name in zip(gradients.tensors, names, strict=False) if name is not None]
-        ranks, device = self._run.ranks, gradients.tensors[0].device
+        ranks = self._run.ranks
         gate.decide(
             [(m.shape[0], m.shape[1]) for m in matrices],
-            device,
+            gradients.tensors[0].device,
             None if ranks is None else ranks.group,
-            trained=self._known(bool(self._loaded(self._guards.parameters)), device),
+            trained=self._loaded.among(self._guards.parameters),
             ranks_known=ranks is not None,
         )
         for part, why in gate.why.items():
             logger.info("Adaptive clipping: %s off: %s.", _NAMES[part], why)
         if gate.waiting:
-            self._watch()
+            self._loaded.watch()
         self._heed(gate)
 
     def _heed(self, gate: ShapeGate) -> None:
@@ -220,15 +175,14 @@ class Shaping:
         kept = {} if average is None else average.tensors()
         if self.gate is not None and self.gate.decided:
             kept[_GATE] = self.gate.tensor()
-            kept |= self._moved if self._movement is None else self._movement.tensors()
+            kept |= self._loaded.tensors()
         return kept
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave."""
         if self.gate is not None:
             self.gate.restore(tensors.get(_GATE))
-            # Made anew at the next look, when the models are there.
-            self._movement, self._moved = None, Movement.of_these(tensors) if self.gate.waiting else {}
+            self._loaded.restore(tensors if self.gate.waiting else {})
             self._heed(self.gate)
         if self._range is not None and self._range.preconditioner is not None:
             self._range.preconditioner.restore(tensors)
