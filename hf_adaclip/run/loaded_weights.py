@@ -74,7 +74,7 @@ class LoadedWeights:
         weights = {name: named[name] for name in Movement.names(kept) if name in named}
         if not weights or len(weights) < len(Movement.names(kept)):
             loaded = {id(p) for p in self._of(parameters)}
-            # Nothing may tell any more which they are, in a model that was made without `from_pretrained` and filled from a checkpoint.
+            # Nothing may tell any more which they are, in a model that was made anew and filled from a checkpoint.
             loaded = loaded or {id(p) for p in parameters if p.requires_grad}
             weights = {name: p for name, p in named.items() if id(p) in loaded}
         if weights:

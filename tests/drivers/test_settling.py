@@ -8,6 +8,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.drivers.settling import settle
+from hf_adaclip.gradients.matrices import hidden_matrices
 
 
 def llama(**more):
@@ -115,14 +116,26 @@ def test_fresh_matrices_beside_frozen_ones_are_trained_from_scratch(tmp_path):
     assert acting(factors)[0] == set()
 
 
-def test_copies_and_loaded_dictionaries_count_as_new(tmp_path):
-    """Nothing is left there of where the weights came from, as the README says."""
-    llama().save_pretrained(tmp_path)
+@pytest.mark.parametrize("trained", [True, False])
+def test_of_copies_and_loaded_dictionaries_the_weights_say_whether_they_were_trained(tmp_path, trained):
+    """Nothing else is left there of where they came from."""
+    before = llama()
+    if trained:
+        leave_what_training_leaves(before)
+    before.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
     filled = llama()
     filled.load_state_dict(loaded.state_dict())
     for model in (copy.deepcopy(loaded), filled):
-        assert acting(model)[0] == {"spectral", "agreement"}
+        assert acting(model)[0] == (set() if trained else {"spectral", "agreement"})
+
+
+def leave_what_training_leaves(model):
+    """Directions far beyond those of entries that were drawn one by one."""
+    with torch.no_grad():
+        for matrix in hidden_matrices([model]):
+            u, v = torch.randn(len(matrix)), torch.randn(matrix[0].numel())
+            matrix += 2 * matrix.square().mean().sqrt() * torch.outer(u, v).reshape(matrix.shape)
 
 
 def test_a_run_from_scratch_goes_on_as_such_from_its_own_checkpoint(tmp_path):
