@@ -274,7 +274,7 @@ def test_how_fast_weights_move_is_known_without_waiting_for_it():
         generator = torch.Generator().manual_seed(0)
         return {f"w{k}": torch.randn(256, 64 * (k + 1), generator=generator).to(device) for k in range(3)}
 
-    found = {}
+    found: dict[tuple[str, int], list[float | None]] = {}
     for device in ("cpu", DEVICE):
         tensors = weights_of(device)
         movement = Movement(tensors, delayed=True)

@@ -200,7 +200,7 @@ def model_of_before(size=16):
     sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, use_cache=False, initializer_range=0.2, **sizes))
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # as `from_pretrained` leaves it
+        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - as `from_pretrained` leaves it
     return model
 
 
@@ -300,9 +300,14 @@ def test_steps_that_are_left_out_make_no_window_longer(tmp_path):
     clipper._driver.leave_out()  # the step in which the window would end by its number
     for step in range(17, 60):
         one_step(model, optimizer, clipper, step)
-    shares = []
+    shares: list[float | None] = []
     step_of = Movement.step
-    with mock.patch.object(Movement, "step", lambda self, agree: shares.append(step_of(self, agree)) or shares[-1]):
+
+    def step_and_note(self, agree):
+        shares.append(step_of(self, agree))
+        return shares[-1]
+
+    with mock.patch.object(Movement, "step", step_and_note):
         loaded(8e-4, "host", tmp_path / "whole", steps=60)
     fastest = max(share for share in shares if share is not None)
     assert fastest < FAST["spectral"] < 2 * fastest  # two windows as one would be enough
