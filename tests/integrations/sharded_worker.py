@@ -13,7 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
-from hf_adaclip.gradients import distance as reach
+from hf_adaclip.gradients import coordinates
 from hf_adaclip.gradients.norms import global_norm, tensor_norms
 from tests.integrations.launching import leave
 from tests.lanes import on_lane
@@ -67,8 +67,8 @@ def step(model, optimizer, clipper, x, factor):
 
 def paced(layout, folder, rank, world):
     """Pace of every step of an unsharded and of a sharded run, the distance estimate taken on all coordinates of both."""
-    setattr(reach, "EVERY", 1)  # noqa: B010
-    setattr(reach, "_BLOCK", 10**9)  # noqa: B010
+    setattr(coordinates, "EVERY", 1)  # noqa: B010
+    setattr(coordinates, "_BLOCK", 10**9)  # noqa: B010
     config = CONFIG.replace(max_pace=8.0, pace_start=5)
     found = []
     for sharded in (False, True):
