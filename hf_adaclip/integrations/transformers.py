@@ -36,7 +36,7 @@ from hf_adaclip.integrations.step_losses import StepLosses
 from hf_adaclip.integrations.telling import Telling
 from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.ledger.schema import LEDGER_FILE
-from hf_adaclip.run.checkpoint import STATE_FILE, pace_start_of
+from hf_adaclip.run.checkpoint import STATE_FILE, SavedPace, pace_of
 from hf_adaclip.run.counts import for_reporters
 from hf_adaclip.run.ranks import of_first_rank
 from hf_adaclip.support import (
@@ -58,6 +58,12 @@ logger = logging.getLogger(__name__)
 _shown = transformers_logging.get_logger("transformers.hf_adaclip")
 
 PACE_START_SHARE = 0.1
+SEVERAL = 3
+"""Epochs from which on the pace is off by itself for weights that were trained before (model_cards/RESEARCH.md, entry 33)."""
+_BY_HEART = (
+    f" The pace is off, because weights that were trained before are to see their data {SEVERAL} times or more (`max_pace=64` has it all "
+    "the same)."
+)
 
 
 class AdaptiveClipMixin(_Base):
@@ -124,6 +130,7 @@ class AdaptiveClipMixin(_Base):
         self._losses = StepLosses()
         self._samples = SampleIndices()
         self._planned_steps = 0
+        self._pace_given_up = False
         self._max_grad_norm = self.args.max_grad_norm
         self._max_grad_norm_was_set = False
         self._logs_own_line = False
@@ -204,12 +211,28 @@ class AdaptiveClipMixin(_Base):
         # Such a callback may look at the gradients, and is to see them clipped.
         config, planned = self.clip_config, self._planned_steps or self.state.max_steps
         # One that is gone on with for longer is not to start again.
-        start = None if self._resumed is None else pace_start_of(Path(self._resumed) / STATE_FILE)
+        before = SavedPace() if self._resumed is None else pace_of(Path(self._resumed) / STATE_FILE)
+        start = before.start
         if start is None and planned:
             start = pace_start(planned, self.args.get_warmup_steps(planned))
         if start is not None:
             config = config.with_pace_start(start)
+        # Nor is its pace to be another one than that of its checkpoint.
+        left_open = getattr(config.settings, "max_pace", 0) is None
+        self._pace_given_up = left_open and before.maximum is None and self._learns_by_heart()
+        if self._pace_given_up or (left_open and before.maximum == 1):
+            config = config.replace(max_pace=1.0)
         return config.replace(fold="never") if lookers else config
+
+    def _learns_by_heart(self) -> bool:
+        """Whether weights that were trained before are to see their data several times: there a higher rate only overfits sooner."""
+        loader: Any = self.callback_handler.train_dataloader
+        try:
+            batches = len(loader)
+        except TypeError:  # a stream
+            return False
+        epochs = self.state.max_steps / max(1, batches // self.args.gradient_accumulation_steps)
+        return epochs >= SEVERAL and trained_before([self.model])
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self._planned_steps = num_training_steps
@@ -228,7 +251,8 @@ class AdaptiveClipMixin(_Base):
             self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
             if self.is_world_process_zero():
-                _shown.warning(_in_one_line(self.clipper.config, self.clip_config, trained_before([self.model])))
+                line = _in_one_line(self.clipper.config, self.clip_config, trained_before([self.model]))
+                _shown.warning(line + (_BY_HEART if self._pace_given_up else ""))
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())
         return self.clipper
 

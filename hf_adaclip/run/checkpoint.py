@@ -165,16 +165,25 @@ def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
     return state
 
 
-def pace_start_of(path: Path) -> int | None:
-    """The start of the pace that a state file was written with; None where it does not say, which is for `read_state` to complain of."""
+class SavedPace(NamedTuple):
+    """The start of the pace and its maximum in a state file; None where it does not say, which is for `read_state` to complain of."""
+
+    start: int | None = None
+    maximum: float | None = None
+
+
+def pace_of(path: Path) -> SavedPace:
+    """With which pace a state file was written."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            start = json.loads(file.metadata()["config"]).get("pace_start")
+            config = json.loads(file.metadata()["config"])
+            start, maximum = config.get("pace_start"), config.get("max_pace")
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    return start if type(start) is int and start > 0 else None
+        return SavedPace()
+    known = isinstance(maximum, int | float) and not isinstance(maximum, bool)
+    return SavedPace(start if type(start) is int and start > 0 else None, float(maximum) if known else None)
 
 
 def _check_step(path: Path, state: SavedState, trainer_step: int) -> None:

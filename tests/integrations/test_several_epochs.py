@@ -1,0 +1,57 @@
+"""Several epochs over little data, from weights that were trained before: there the pace is off by itself."""
+
+import pytest
+import torch
+
+import hf_adaclip.integrations.transformers as trainer_module
+from hf_adaclip import AdaptiveClipTrainer
+from tests.integrations.trainers import arguments, dataset, model, run
+
+PER_EPOCH = 4
+
+
+def trainer_of(folder, steps, *, clip="adaptive", loaded=True, **changes):
+    made = model()
+    for parameter in made.parameters():
+        if loaded:
+            setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - as `from_pretrained` leaves it
+    args = arguments(folder, max_steps=steps, **changes)
+    return AdaptiveClipTrainer(model=made, args=args, train_dataset=dataset().select(range(16 * PER_EPOCH)), clip=clip)
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "pace"),
+    [
+        (3 * PER_EPOCH, {}, 1.0),
+        (3 * PER_EPOCH - 1, {}, 64.0),
+        (3 * PER_EPOCH, {"loaded": False}, 64.0),
+        (3 * PER_EPOCH, {"clip": "adaptive:max_pace=8"}, 8.0),
+        (3 * PER_EPOCH, {"clip": "guard"}, 1.0),
+        (3 * PER_EPOCH // 2, {"gradient_accumulation_steps": 2}, 1.0),
+    ],
+    ids=str,
+)
+def test_the_pace_is_off_where_loaded_weights_see_their_data_several_times(tmp_path, monkeypatch, steps, given, pace):
+    said: list[str] = []
+    monkeypatch.setattr(trainer_module._shown, "warning", said.append)
+    trainer = trainer_of(tmp_path, steps, **given)
+    run(trainer)
+    assert trainer.clipper.config.max_pace == pace
+    assert ("see their data 3 times or more" in said[0]) is (pace == 1.0 and given.get("clip") is None)
+
+
+def test_without_a_pace_it_is_the_run_of_the_guard_bit_for_bit(tmp_path):
+    found = []
+    for name in ("adaptive", "guard"):
+        trainer = trainer_of(tmp_path / name, 5 * PER_EPOCH, clip=name, learning_rate=1e-4)
+        run(trainer)
+        found.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("first", "then", "pace"), [(2, 4, 64.0), (4, 2, 1.0)])
+def test_a_run_that_is_gone_on_with_keeps_its_pace(tmp_path, first, then, pace):
+    run(trainer_of(tmp_path, first * PER_EPOCH, save_strategy="steps", save_steps=PER_EPOCH))
+    again = trainer_of(tmp_path, then * PER_EPOCH)
+    run(again, resume_from_checkpoint=str(tmp_path / f"checkpoint-{PER_EPOCH}"))
+    assert again.clipper.config.max_pace == pace
