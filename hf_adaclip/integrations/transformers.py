@@ -36,7 +36,7 @@ from hf_adaclip.integrations.step_losses import StepLosses
 from hf_adaclip.integrations.telling import Telling
 from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.ledger.schema import LEDGER_FILE
-from hf_adaclip.run.checkpoint import STATE_FILE, SavedPace, pace_of
+from hf_adaclip.run.checkpoint import STATE_FILE, SavedPlan, plan_of
 from hf_adaclip.run.counts import for_reporters
 from hf_adaclip.run.ranks import of_first_rank
 from hf_adaclip.support import (
@@ -59,10 +59,10 @@ _shown = transformers_logging.get_logger("transformers.hf_adaclip")
 
 PACE_START_SHARE = 0.1
 SEVERAL = 3
-"""Epochs from which on the pace is off by itself for weights that were trained before (model_cards/RESEARCH.md, entry 33)."""
+"""Epochs from which on weights that were trained before get no higher rate or threshold by itself (model_cards/RESEARCH.md, entry 33)."""
 _BY_HEART = (
-    f" The pace is off, because weights that were trained before are to see their data {SEVERAL} times or more (`max_pace=64` has it all "
-    "the same)."
+    " The threshold stays below `max_grad_norm`, and the pace is off unless it is set, because weights that were trained before are to "
+    f"see their data {SEVERAL} times or more (`max_threshold` and `max_pace` say otherwise)."
 )
 
 
@@ -130,7 +130,7 @@ class AdaptiveClipMixin(_Base):
         self._losses = StepLosses()
         self._samples = SampleIndices()
         self._planned_steps = 0
-        self._pace_given_up = False
+        self._by_heart = False
         self._max_grad_norm = self.args.max_grad_norm
         self._max_grad_norm_was_set = False
         self._logs_own_line = False
@@ -211,17 +211,19 @@ class AdaptiveClipMixin(_Base):
         # Such a callback may look at the gradients, and is to see them clipped.
         config, planned = self.clip_config, self._planned_steps or self.state.max_steps
         # One that is gone on with for longer is not to start again.
-        before = SavedPace() if self._resumed is None else pace_of(Path(self._resumed) / STATE_FILE)
+        before = SavedPlan() if self._resumed is None else plan_of(Path(self._resumed) / STATE_FILE)
         start = before.start
         if start is None and planned:
             start = pace_start(planned, self.args.get_warmup_steps(planned))
         if start is not None:
             config = config.with_pace_start(start)
         # Nor is its pace to be another one than that of its checkpoint.
-        left_open = getattr(config.settings, "max_pace", 0) is None
-        self._pace_given_up = left_open and before.maximum is None and self._learns_by_heart()
-        if self._pace_given_up or (left_open and before.maximum == 1):
+        self._by_heart = before.max_pace is None and self._learns_by_heart()
+        if (self._by_heart or before.max_pace == 1) and getattr(config.settings, "max_pace", 0) is None:
             config = config.replace(max_pace=1.0)
+        ceiling = config.static_threshold if self._by_heart else before.max_threshold
+        if config.controller == "adaptive" and config.max_threshold is None and ceiling is not None:
+            config = config.replace(max_threshold=max(ceiling, config.min_threshold or 0.0))
         return config.replace(fold="never") if lookers else config
 
     def _learns_by_heart(self) -> bool:
@@ -252,7 +254,9 @@ class AdaptiveClipMixin(_Base):
             self.clipper.alerts.stop = self._end_on_trouble
             if self.is_world_process_zero():
                 line = _in_one_line(self.clipper.config, self.clip_config, trained_before([self.model]))
-                _shown.warning(line + (_BY_HEART if self._pace_given_up else ""))
+                _shown.warning(
+                    line + (_BY_HEART if self._by_heart and self.clipper.config.controller == "adaptive" else "")
+                )
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())
         return self.clipper
 

@@ -165,25 +165,32 @@ def read_state(path: Path, config: AdaptiveClipConfig) -> SavedState | None:
     return state
 
 
-class SavedPace(NamedTuple):
-    """The start of the pace and its maximum in a state file; None where it does not say, which is for `read_state` to complain of."""
+class SavedPlan(NamedTuple):
+    """What a run has by its length, in a state file; None where it does not say, which is for `read_state` to complain of.
+
+    Attributes:
+        start: Steps of the pace's start.
+        max_pace: Its maximum.
+        max_threshold: The upper limit of the threshold; None where there is none, too.
+    """
 
     start: int | None = None
-    maximum: float | None = None
+    max_pace: float | None = None
+    max_threshold: float | None = None
 
 
-def pace_of(path: Path) -> SavedPace:
-    """With which pace a state file was written."""
+def plan_of(path: Path) -> SavedPlan:
+    """With which plan a state file was written."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
             config = json.loads(file.metadata()["config"])
-            start, maximum = config.get("pace_start"), config.get("max_pace")
+            start, *others = (config.get(name) for name in ("pace_start", "max_pace", "max_threshold"))
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return SavedPace()
-    known = isinstance(maximum, int | float) and not isinstance(maximum, bool)
-    return SavedPace(start if type(start) is int and start > 0 else None, float(maximum) if known else None)
+        return SavedPlan()
+    numbers = [float(x) if isinstance(x, int | float) and not isinstance(x, bool) else None for x in others]
+    return SavedPlan(start if type(start) is int and start > 0 else None, *numbers)
 
 
 def _check_step(path: Path, state: SavedState, trainer_step: int) -> None:

@@ -36,17 +36,32 @@ def test_the_pace_is_off_where_loaded_weights_see_their_data_several_times(tmp_p
     monkeypatch.setattr(trainer_module._shown, "warning", said.append)
     trainer = trainer_of(tmp_path, steps, **given)
     run(trainer)
+    several = steps >= 3 * PER_EPOCH / given.get("gradient_accumulation_steps", 1) and given.get("loaded", True)
     assert trainer.clipper.config.max_pace == pace
-    assert ("see their data 3 times or more" in said[0]) is (pace == 1.0 and given.get("clip") is None)
+    assert trainer.clipper.config.max_threshold == (1.0 if several else None)
+    assert ("see their data 3 times or more" in said[0]) is several
 
 
-def test_without_a_pace_it_is_the_run_of_the_guard_bit_for_bit(tmp_path):
+def test_where_the_static_threshold_cuts_it_is_the_run_of_the_stock_trainer_bit_for_bit(tmp_path):
     found = []
-    for name in ("adaptive", "guard"):
-        trainer = trainer_of(tmp_path / name, 5 * PER_EPOCH, clip=name, learning_rate=1e-4)
+    for clip in ("adaptive", "static"):
+        settings = {"learning_rate": 1e-5, "max_grad_norm": 0.5}  # below every norm of this run
+        trainer = trainer_of(tmp_path / clip, 20 * PER_EPOCH, clip=clip, **settings)
         run(trainer)
         found.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     assert torch.equal(*found)
+
+
+def test_limits_that_are_set_stay(tmp_path):
+    trainer = trainer_of(tmp_path, 3 * PER_EPOCH, clip="adaptive:max_threshold=5,min_threshold=2")
+    run(trainer)
+    assert trainer.clipper.config.max_threshold == 5
+    trainer = trainer_of(tmp_path, 3 * PER_EPOCH, clip="adaptive:min_threshold=2")
+    run(trainer)
+    assert trainer.clipper.config.max_threshold == 2
+    trainer = trainer_of(tmp_path, 3 * PER_EPOCH, clip="zscore")
+    run(trainer)
+    assert trainer.clipper.config.max_threshold is None
 
 
 @pytest.mark.parametrize(("first", "then", "pace"), [(2, 4, 64.0), (4, 2, 1.0)])
@@ -55,3 +70,4 @@ def test_a_run_that_is_gone_on_with_keeps_its_pace(tmp_path, first, then, pace):
     again = trainer_of(tmp_path, then * PER_EPOCH)
     run(again, resume_from_checkpoint=str(tmp_path / f"checkpoint-{PER_EPOCH}"))
     assert again.clipper.config.max_pace == pace
+    assert again.clipper.config.max_threshold == (1.0 if pace == 1.0 else None)
