@@ -41,7 +41,7 @@ from transformers import (
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
 from hf_adaclip.gradients.matrices import hidden_matrices
-from hf_adaclip.gradients.movement import WINDOW, Movement
+from hf_adaclip.gradients.movement import Movement
 
 LENGTH, VOCABULARY = 48, 768
 Loss = Callable[[Any, Tensor], Tensor]
@@ -202,7 +202,8 @@ def run(job: dict[str, Any], task: Task) -> dict[str, Any]:
     if job.get("loaded"):
         for parameter in parameters:
             setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - a parameter has no such attribute to type
-    movement, moved = Movement(hidden_matrices([model]), delayed=False), []
+    matrices = {str(number): matrix for number, matrix in enumerate(hidden_matrices([model]))}
+    movement, moved = Movement(matrices, delayed=False), []
     movement.begin()
     optimizer = torch.optim.AdamW(
         parameters, lr=job["lr"], betas=(0.9, job.get("b2", 0.999)), weight_decay=0.0, fused=True
@@ -231,8 +232,8 @@ def run(job: dict[str, Any], task: Task) -> dict[str, Any]:
         optimizer.zero_grad()
         seconds += time.process_time() - begin
         losses.append(float(loss.detach()))
-        if (step + 1) % WINDOW == 0:
-            moved.append(round(movement.end() or 0.0, 4))
+        if (share := movement.step()) is not None:
+            moved.append(round(share, 4))
         if clipper is not None and step % every == 0:
             paces.append(round(float(clipper.metrics()["clip/pace"]), 2))
         if (step + 1) % every == 0 or step + 1 == steps:
