@@ -201,7 +201,7 @@ class AdaptiveClipMixin(_Base):
         if self.clipper is not None:
             self.clipper.close(clean=clean, counted_steps=self._watch.counted_steps)
 
-    def _config_of_run(self) -> AdaptiveClipConfig:
+    def _config_of_run(self, *, trained: bool) -> AdaptiveClipConfig:
         hook = "on_pre_optimizer_step"
         lookers = [
             c
@@ -218,7 +218,7 @@ class AdaptiveClipMixin(_Base):
         if start is not None:
             config = config.with_pace_start(start)
         # Nor is its pace to be another one than that of its checkpoint.
-        self._by_heart = before.max_pace is None and self._learns_by_heart()
+        self._by_heart = trained and before.max_pace is None and self._sees_data_often()
         if (self._by_heart or before.max_pace == 1) and getattr(config.settings, "max_pace", 0) is None:
             config = config.replace(max_pace=1.0)
         ceiling = config.static_threshold if self._by_heart else before.max_threshold
@@ -226,15 +226,15 @@ class AdaptiveClipMixin(_Base):
             config = config.replace(max_threshold=max(ceiling, config.min_threshold or 0.0))
         return config.replace(fold="never") if lookers else config
 
-    def _learns_by_heart(self) -> bool:
-        """Whether weights that were trained before are to see their data several times: there a higher rate only overfits sooner."""
+    def _sees_data_often(self) -> bool:
+        """Whether the run is planned to see its data several times: trained weights only overfit sooner there at a higher rate."""
         loader: Any = self.callback_handler.train_dataloader
         try:
             batches = len(loader)
         except TypeError:  # a stream
             return False
         epochs = self.state.max_steps / max(1, batches // self.args.gradient_accumulation_steps)
-        return epochs >= SEVERAL and trained_before([self.model])
+        return epochs >= SEVERAL
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self._planned_steps = num_training_steps
@@ -243,8 +243,9 @@ class AdaptiveClipMixin(_Base):
     def _ready_clipper(self) -> AdaptiveClipper:
         # The optimizer exists, and is prepared by Accelerate, only once training has begun.
         if self.clipper is None:
+            trained = trained_before([self.model])
             self.clipper = AdaptiveClipper(
-                self._config_of_run(),
+                self._config_of_run(trained=trained),
                 accelerator=self.accelerator,
                 optimizer=self.optimizer,
                 model=self.model,
@@ -253,7 +254,7 @@ class AdaptiveClipMixin(_Base):
             self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
             if self.is_world_process_zero():
-                line = _in_one_line(self.clipper.config, self.clip_config, trained_before([self.model]))
+                line = _in_one_line(self.clipper.config, self.clip_config, trained)
                 _shown.warning(
                     line + (_BY_HEART if self._by_heart and self.clipper.config.controller == "adaptive" else "")
                 )
