@@ -41,6 +41,15 @@ def trained_before(models: Sequence[Any]) -> bool:
     return bool(loaded_matrices(models))
 
 
+def frozen_beside(models: Sequence[Any]) -> bool:
+    """Whether a hidden matrix is not trained, as beside adapters or a head alone: what is frozen was trained before.
+
+    Packed weights, which are no floating-point tensors, count too.
+    """
+    packed = [p for model in models for p in model.parameters() if not p.is_floating_point() and p.numel() > 1]
+    return not all(p.requires_grad for p in [*hidden_matrices(models), *packed])
+
+
 def loaded_matrices(models: Sequence[Any]) -> list[Tensor]:
     """The hidden matrices that are trained and were before, each once; all that are trained, where the marks are missing."""
     matrices = [p for p in hidden_matrices(models) if p.requires_grad]

@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
-from hf_adaclip.gradients.provenance import trained_before
+from hf_adaclip.gradients.provenance import frozen_beside, trained_before
 from hf_adaclip.incidents.skip_list import read_skip_list
 from hf_adaclip.integrations.left_out_samples import leave_out_samples, too_late
 from hf_adaclip.integrations.model_card import add_section
@@ -59,10 +59,10 @@ _shown = transformers_logging.get_logger("transformers.hf_adaclip")
 
 PACE_START_SHARE = 0.1
 SEVERAL = 3
-"""Epochs from which on weights that were trained before get no higher rate or threshold by itself (model_cards/RESEARCH.md, entry 33)."""
+"""Epochs from which on a model that was trained before gets no higher rate or threshold by itself (model_cards/RESEARCH.md, entry 33)."""
 _BY_HEART = (
-    " The threshold stays below `max_grad_norm`, and the pace is off unless it is set, because weights that were trained before are to "
-    f"see their data {SEVERAL} times or more (`max_threshold` and `max_pace` say otherwise)."
+    " The threshold stays below `max_grad_norm`, and the pace is off unless it is set, because a model that was trained before is to "
+    f"see its data {SEVERAL} times or more (`max_threshold` and `max_pace` say otherwise)."
 )
 
 
@@ -201,7 +201,7 @@ class AdaptiveClipMixin(_Base):
         if self.clipper is not None:
             self.clipper.close(clean=clean, counted_steps=self._watch.counted_steps)
 
-    def _config_of_run(self, *, trained: bool) -> AdaptiveClipConfig:
+    def _config_of_run(self, *, fine_tuned: bool) -> AdaptiveClipConfig:
         hook = "on_pre_optimizer_step"
         lookers = [
             c
@@ -218,7 +218,7 @@ class AdaptiveClipMixin(_Base):
         if start is not None:
             config = config.with_pace_start(start)
         # Nor is its pace to be another one than that of its checkpoint.
-        self._by_heart = trained and before.max_pace is None and self._sees_data_often()
+        self._by_heart = fine_tuned and before.max_pace is None and self._sees_data_often()
         if (self._by_heart or before.max_pace == 1) and getattr(config.settings, "max_pace", 0) is None:
             config = config.replace(max_pace=1.0)
         ceiling = config.static_threshold if self._by_heart else before.max_threshold
@@ -227,7 +227,7 @@ class AdaptiveClipMixin(_Base):
         return config.replace(fold="never") if lookers else config
 
     def _sees_data_often(self) -> bool:
-        """Whether the run is planned to see its data several times: trained weights only overfit sooner there at a higher rate."""
+        """Whether the run is planned to see its data several times: what was trained before only overfits sooner there at a higher rate."""
         loader: Any = self.callback_handler.train_dataloader
         try:
             batches = len(loader)
@@ -245,7 +245,7 @@ class AdaptiveClipMixin(_Base):
         if self.clipper is None:
             trained = trained_before([self.model])
             self.clipper = AdaptiveClipper(
-                self._config_of_run(trained=trained),
+                self._config_of_run(fine_tuned=trained or frozen_beside([self.model])),
                 accelerator=self.accelerator,
                 optimizer=self.optimizer,
                 model=self.model,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_adaclip.gradients.matrices import hidden_matrices
-from hf_adaclip.gradients.provenance import BEYOND, loaded_matrices, look_trained
+from hf_adaclip.gradients.provenance import BEYOND, frozen_beside, loaded_matrices, look_trained
 
 DRAWN = {
     "normal": lambda w: nn.init.normal_(w, std=0.02),
@@ -84,3 +84,15 @@ def test_what_cannot_tell_says_nothing():
     assert not look_trained([torch.zeros(32, 32)])
     assert look_trained([torch.zeros(32, 32), kernel])
     assert not look_trained([torch.full((32, 32), float("nan"))])
+
+
+def test_frozen_matrices_and_packed_ones_stand_beside_what_is_trained():
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8), nn.Linear(8, 2))
+    assert not frozen_beside([model])
+    model[0].requires_grad_(False)  # positions that are computed are no sign of an earlier training
+    model[1].bias.requires_grad_(False)
+    assert not frozen_beside([model])
+    model[1].requires_grad_(False)
+    assert frozen_beside([model])
+    model[1].weight = nn.Parameter(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
+    assert frozen_beside([model])

@@ -1,4 +1,4 @@
-"""Several epochs over little data, from weights that were trained before: there the pace is off by itself."""
+"""Several epochs over little data, of a model that was trained before: there the pace is off by itself."""
 
 import pytest
 import torch
@@ -10,8 +10,19 @@ from tests.integrations.trainers import arguments, dataset, model, run
 PER_EPOCH = 4
 
 
-def trainer_of(folder, steps, *, clip="adaptive", loaded=True, **changes):
-    made = model()
+def adapted(made):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(made, config)
+
+
+def head_alone(made):
+    made.model.requires_grad_(False)
+    return made
+
+
+def trainer_of(folder, steps, *, clip="adaptive", loaded=True, tuned=lambda made: made, **changes):
+    made = tuned(model())
     for parameter in made.parameters():
         if loaded:
             setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - as `from_pretrained` leaves it
@@ -25,21 +36,27 @@ def trainer_of(folder, steps, *, clip="adaptive", loaded=True, **changes):
         (3 * PER_EPOCH, {}, 1.0),
         (3 * PER_EPOCH - 1, {}, 64.0),
         (3 * PER_EPOCH, {"loaded": False}, 64.0),
+        (3 * PER_EPOCH, {"loaded": False, "tuned": adapted}, 1.0),
+        (3 * PER_EPOCH - 1, {"loaded": False, "tuned": adapted}, 64.0),
+        (3 * PER_EPOCH, {"loaded": False, "tuned": head_alone}, 1.0),
         (3 * PER_EPOCH, {"clip": "adaptive:max_pace=8"}, 8.0),
         (3 * PER_EPOCH, {"clip": "guard"}, 1.0),
         (3 * PER_EPOCH // 2, {"gradient_accumulation_steps": 2}, 1.0),
     ],
-    ids=str,
+    ids=lambda value: str(
+        {k: getattr(v, "__name__", v) for k, v in value.items()} if isinstance(value, dict) else value
+    ),
 )
-def test_the_pace_is_off_where_loaded_weights_see_their_data_several_times(tmp_path, monkeypatch, steps, given, pace):
+def test_the_pace_is_off_where_a_trained_model_sees_its_data_several_times(tmp_path, monkeypatch, steps, given, pace):
     said: list[str] = []
     monkeypatch.setattr(trainer_module._shown, "warning", said.append)
     trainer = trainer_of(tmp_path, steps, **given)
     run(trainer)
-    several = steps >= 3 * PER_EPOCH / given.get("gradient_accumulation_steps", 1) and given.get("loaded", True)
+    enough = steps >= 3 * PER_EPOCH / given.get("gradient_accumulation_steps", 1)
+    several = enough and (given.get("loaded", True) or "tuned" in given)
     assert trainer.clipper.config.max_pace == pace
     assert trainer.clipper.config.max_threshold == (1.0 if several else None)
-    assert ("see their data 3 times or more" in said[0]) is several
+    assert ("see its data 3 times or more" in said[0]) is several
 
 
 def test_where_the_static_threshold_cuts_it_is_the_run_of_the_stock_trainer_bit_for_bit(tmp_path):
