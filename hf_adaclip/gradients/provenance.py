@@ -42,17 +42,22 @@ def trained_before(models: Sequence[Any]) -> bool:
 
 
 def frozen_beside(models: Sequence[Any]) -> bool:
-    """Whether a hidden matrix is not trained, as beside adapters or a head alone: what is frozen was trained before.
+    """Whether matrices that were trained before are kept as they are, as beside adapters or a head alone.
 
-    Packed weights, which are no floating-point tensors, count too.
+    Packed weights, which are no floating-point tensors, count as trained. A frozen copy of fresh weights, which follows them, does not.
     """
-    packed = [p for model in models for p in model.parameters() if not p.is_floating_point() and p.numel() > 1]
-    return not all(p.requires_grad for p in [*hidden_matrices(models), *packed])
+    parameters = [p for model in models for p in model.parameters() if not p.requires_grad]
+    if any(not p.is_floating_point() and p.numel() > 1 for p in parameters):
+        return True
+    return bool(_loaded(models, [p for p in hidden_matrices(models) if not p.requires_grad]))
 
 
 def loaded_matrices(models: Sequence[Any]) -> list[Tensor]:
     """The hidden matrices that are trained and were before, each once; all that are trained, where the marks are missing."""
-    matrices = [p for p in hidden_matrices(models) if p.requires_grad]
+    return _loaded(models, [p for p in hidden_matrices(models) if p.requires_grad])
+
+
+def _loaded(models: Sequence[Any], matrices: list[Tensor]) -> list[Tensor]:
     of_transformers = any(is_of("transformers", module) for model in models for module in model.modules())
     if of_transformers and not _loaded_is_marked():
         found = matrices if any(getattr(m, "name_or_path", "") for model in models for m in model.modules()) else []

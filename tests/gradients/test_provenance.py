@@ -86,13 +86,17 @@ def test_what_cannot_tell_says_nothing():
     assert not look_trained([torch.full((32, 32), float("nan"))])
 
 
-def test_frozen_matrices_and_packed_ones_stand_beside_what_is_trained():
+def test_frozen_matrices_that_were_trained_and_packed_ones_stand_beside():
     model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8), nn.Linear(8, 2))
+    for parameter in model.parameters():
+        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - as `from_pretrained` leaves it
     assert not frozen_beside([model])
     model[0].requires_grad_(False)  # positions that are computed are no sign of an earlier training
     model[1].bias.requires_grad_(False)
     assert not frozen_beside([model])
     model[1].requires_grad_(False)
     assert frozen_beside([model])
+    model[1].weight = nn.Parameter(torch.zeros(8, 4), requires_grad=False)
+    assert not frozen_beside([model])
     model[1].weight = nn.Parameter(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
     assert frozen_beside([model])

@@ -1,5 +1,7 @@
 """Several epochs over little data, of a model that was trained before: there the pace is off by itself."""
 
+import copy
+
 import pytest
 import torch
 
@@ -10,22 +12,30 @@ from tests.integrations.trainers import arguments, dataset, model, run
 PER_EPOCH = 4
 
 
+def as_loaded(made):
+    for parameter in made.parameters():
+        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - as `from_pretrained` leaves it
+    return made
+
+
 def adapted(made):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    return peft.get_peft_model(made, config)
+    return peft.get_peft_model(as_loaded(made), config)
 
 
 def head_alone(made):
-    made.model.requires_grad_(False)
+    as_loaded(made.model).requires_grad_(False)
+    return made
+
+
+def beside_a_target(made):
+    made.target = copy.deepcopy(made.model).requires_grad_(False)  # which would follow `made.model`
     return made
 
 
 def trainer_of(folder, steps, *, clip="adaptive", loaded=True, tuned=lambda made: made, **changes):
-    made = tuned(model())
-    for parameter in made.parameters():
-        if loaded:
-            setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - as `from_pretrained` leaves it
+    made = tuned(as_loaded(model()) if loaded else model())
     args = arguments(folder, max_steps=steps, **changes)
     return AdaptiveClipTrainer(model=made, args=args, train_dataset=dataset().select(range(16 * PER_EPOCH)), clip=clip)
 
@@ -39,6 +49,7 @@ def trainer_of(folder, steps, *, clip="adaptive", loaded=True, tuned=lambda made
         (3 * PER_EPOCH, {"loaded": False, "tuned": adapted}, 1.0),
         (3 * PER_EPOCH - 1, {"loaded": False, "tuned": adapted}, 64.0),
         (3 * PER_EPOCH, {"loaded": False, "tuned": head_alone}, 1.0),
+        (3 * PER_EPOCH, {"loaded": False, "tuned": beside_a_target}, 64.0),
         (3 * PER_EPOCH, {"clip": "adaptive:max_pace=8"}, 8.0),
         (3 * PER_EPOCH, {"clip": "guard"}, 1.0),
         (3 * PER_EPOCH // 2, {"gradient_accumulation_steps": 2}, 1.0),
@@ -53,7 +64,7 @@ def test_the_pace_is_off_where_a_trained_model_sees_its_data_several_times(tmp_p
     trainer = trainer_of(tmp_path, steps, **given)
     run(trainer)
     enough = steps >= 3 * PER_EPOCH / given.get("gradient_accumulation_steps", 1)
-    several = enough and (given.get("loaded", True) or "tuned" in given)
+    several = enough and (given.get("loaded", True) or given.get("tuned") in (adapted, head_alone))
     assert trainer.clipper.config.max_pace == pace
     assert trainer.clipper.config.max_threshold == (1.0 if several else None)
     assert ("see its data 3 times or more" in said[0]) is several
