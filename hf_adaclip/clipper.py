@@ -377,6 +377,10 @@ class AdaptiveClipper(GoingBack):
             {**self._off, **driver.off},
         )
 
+    def off_because(self, **why: str) -> None:
+        """Why parts of the default are off, for [`explain`], where who made the config knows it (`pace="..."`)."""
+        self._off = {**self._off, **why}
+
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -3,7 +3,8 @@
 A matrix is a 2-D weight, the head and LoRA factors among them, or a convolution kernel as a matrix of outputs by everything else. Left
 alone are
 
-- embeddings: by the class of their module, by `get_input_embeddings`, or by "embed" in their name (patches, positions);
+- embeddings: by the class of their module, by `get_input_embeddings`, or by "embed" in their name or the nearest three of their path
+  (patches, positions; but not a whole model that somebody calls `embedder`);
 - tensors that are one of these somewhere and a matrix elsewhere (a head that is tied to the embedding);
 - depthwise kernels, whose rows meet different inputs, and what has one row, one column, or nothing.
 
@@ -22,6 +23,9 @@ _CONVOLUTIONS: Final = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
+
+_NEAREST: Final = 3
+"""Of a module's path, which count: `patch_embeddings.0.proj` has its sign that far away."""
 
 
 class HiddenMatrices:
@@ -67,7 +71,8 @@ def hidden_matrices(models: Iterable[Any]) -> list[Tensor]:
         for module in model.modules():
             left |= _embeddings_of(module)
         for path, module in model.named_modules(remove_duplicate=False):
-            embeds = isinstance(module, nn.Embedding | nn.EmbeddingBag) or "embed" in path.lower()
+            near = path.lower().split(".")[-_NEAREST:]
+            embeds = isinstance(module, nn.Embedding | nn.EmbeddingBag) or any("embed" in part for part in near)
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if embeds or "embed" in name.lower():
                     left.add(id(parameter))

@@ -26,6 +26,7 @@ from hf_adaclip.reliance import is_of
 
 BEYOND: Final = 1.3
 """Median of the largest singular values over their edge, above which matrices look trained."""
+_PACKED: Final = (torch.uint8, torch.int8, torch.int32)
 _ITERATIONS: Final = 8
 _SMALLEST: Final = 16
 """Rows and columns that a matrix needs: in smaller ones chance has too much room."""
@@ -42,14 +43,27 @@ def trained_before(models: Sequence[Any]) -> bool:
 
 
 def frozen_beside(models: Sequence[Any]) -> bool:
-    """Whether matrices that were trained before are kept as they are, as beside adapters or a head alone.
+    """Whether hidden matrices that were trained before are kept, as beside adapters or a head alone.
 
-    Packed weights, which are no floating-point tensors, count as trained. A frozen copy of fresh weights, which follows them, does not.
+    Packed weights count as trained. Frozen copies of fresh weights, which follow them, do not, nor do a few that were computed: it takes
+    most of the entries, or one matrix beside two that are trained, as with the factors of LoRA.
     """
-    parameters = [p for model in models for p in model.parameters() if not p.requires_grad]
-    if any(not p.is_floating_point() and p.numel() > 1 for p in parameters):
-        return True
-    return bool(_loaded(models, [p for p in hidden_matrices(models) if not p.requires_grad]))
+    hidden = hidden_matrices(models)
+    trained = [p for p in hidden if p.requires_grad]
+    kept = _packed(models) + _loaded(models, [p for p in hidden if not p.requires_grad])
+    most = sum(p.numel() for p in kept) > sum(p.numel() for p in trained)
+    return bool(kept) and (most or 2 * len(kept) >= len(trained))
+
+
+def _packed(models: Sequence[Any]) -> list[Tensor]:
+    """Weights that are stored as integers: parameters (bitsandbytes) or buffers (GPTQ)."""
+    found: dict[int, Tensor] = {}
+    for model in models:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            packed = tensor.dtype in _PACKED and tensor.dim() == 2 and "weight" in name.rpartition(".")[2]
+            if packed or getattr(tensor, "quant_state", None) is not None:
+                found[id(tensor)] = tensor
+    return list(found.values())
 
 
 def loaded_matrices(models: Sequence[Any]) -> list[Tensor]:

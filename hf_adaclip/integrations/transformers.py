@@ -32,6 +32,7 @@ from hf_adaclip.integrations.seam import (
     misnamed_clip,
     warn_of_own_clipping,
 )
+from hf_adaclip.integrations.several_passes import SEVERAL, held_back, in_a_sentence, length_of, planned_passes
 from hf_adaclip.integrations.step_losses import StepLosses
 from hf_adaclip.integrations.telling import Telling
 from hf_adaclip.integrations.watch import SeamWatch
@@ -58,12 +59,6 @@ logger = logging.getLogger(__name__)
 _shown = transformers_logging.get_logger("transformers.hf_adaclip")
 
 PACE_START_SHARE = 0.1
-SEVERAL = 3
-"""Epochs from which on a model that was trained before gets no higher rate or threshold by itself (model_cards/RESEARCH.md, entry 33)."""
-_BY_HEART = (
-    " The threshold stays below `max_grad_norm`, and the pace is off unless it is set, because a model that was trained before is to "
-    f"see its data {SEVERAL} times or more (`max_threshold` and `max_pace` say otherwise)."
-)
 
 
 class AdaptiveClipMixin(_Base):
@@ -130,7 +125,8 @@ class AdaptiveClipMixin(_Base):
         self._losses = StepLosses()
         self._samples = SampleIndices()
         self._planned_steps = 0
-        self._by_heart = False
+        self._batches: int | None = None
+        self._held_back: list[str | None] = [None, None]
         self._max_grad_norm = self.args.max_grad_norm
         self._max_grad_norm_was_set = False
         self._logs_own_line = False
@@ -167,7 +163,7 @@ class AdaptiveClipMixin(_Base):
                 "clipped adaptively."
             )
         # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
-        self.clipper, self._losses, self._resumed = None, StepLosses(), None
+        self.clipper, self._losses, self._resumed, self._batches = None, StepLosses(), None, None
         trial = inspect.signature(super()._inner_training_loop).bind(*args, **kwargs).arguments.get("trial")
         self._trial = trial
         self.clip_config = self._complete_config(trial)
@@ -218,23 +214,10 @@ class AdaptiveClipMixin(_Base):
         if start is not None:
             config = config.with_pace_start(start)
         # Nor is its pace to be another one than that of its checkpoint.
-        self._by_heart = fine_tuned and before.max_pace is None and self._sees_data_often()
-        if (self._by_heart or before.max_pace == 1) and getattr(config.settings, "max_pace", 0) is None:
-            config = config.replace(max_pace=1.0)
-        ceiling = config.static_threshold if self._by_heart else before.max_threshold
-        if config.controller == "adaptive" and config.max_threshold is None and ceiling is not None:
-            config = config.replace(max_threshold=max(ceiling, config.min_threshold or 0.0))
+        batches = length_of(self.callback_handler.train_dataloader) if self._batches is None else self._batches
+        passes = planned_passes(self.state.max_steps, batches, self.args.gradient_accumulation_steps)
+        config, *self._held_back = held_back(config, before, several=fine_tuned and passes >= SEVERAL)
         return config.replace(fold="never") if lookers else config
-
-    def _sees_data_often(self) -> bool:
-        """Whether the run is planned to see its data several times: what was trained before only overfits sooner there at a higher rate."""
-        loader: Any = self.callback_handler.train_dataloader
-        try:
-            batches = len(loader)
-        except TypeError:  # a stream
-            return False
-        epochs = self.state.max_steps / max(1, batches // self.args.gradient_accumulation_steps)
-        return epochs >= SEVERAL
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self._planned_steps = num_training_steps
@@ -253,11 +236,11 @@ class AdaptiveClipMixin(_Base):
             )
             self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
+            if self._held_back[0] is not None:
+                self.clipper.off_because(pace=self._held_back[0])
             if self.is_world_process_zero():
                 line = _in_one_line(self.clipper.config, self.clip_config, trained)
-                _shown.warning(
-                    line + (_BY_HEART if self._by_heart and self.clipper.config.controller == "adaptive" else "")
-                )
+                _shown.warning(line + in_a_sentence(self.clipper.config, *self._held_back))
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())
         return self.clipper
 
@@ -304,6 +287,7 @@ class AdaptiveClipMixin(_Base):
             if left_out:
                 leave_out_samples(dataloader, left_out)
             self._samples.follow(dataloader)
+            self._batches = length_of(dataloader)
         return dataloader
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
@@ -325,6 +309,9 @@ class AdaptiveClipMixin(_Base):
         if self._given_config.static_threshold is None:
             clipper.set_static_threshold(float(self._max_grad_norm))
             said = "it is the static threshold from here on, and the ledger holds it beside each step"
+            limit = clipper.config.max_threshold
+            if limit is not None and limit < float(self._max_grad_norm):
+                said += f"; no threshold is above `max_threshold`, {limit:g}"
         else:
             said = "it has no effect, because `static_threshold` is set"
         if not self._max_grad_norm_was_set:

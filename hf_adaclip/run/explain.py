@@ -57,7 +57,7 @@ def describe(
         f"            {kind.idea} ({kind.source})",
     ]
     if isinstance(kind, AdaptiveController):
-        lines.append(f"ceiling     {_ceiling(kind, static_threshold, held)}")
+        lines.append(f"ceiling     {_ceiling(kind, static_threshold, held, config.max_threshold)}")
     limits = [f"{name}={getattr(config, name):g}" for name in _LIMITS if getattr(config, name) is not None]
     if limits:
         lines.append(f"limits      {', '.join(limits)}")
@@ -83,7 +83,7 @@ def describe(
     return "\n".join(lines)
 
 
-def _ceiling(rule: AdaptiveController, static_threshold: float, held: bool | None) -> str:
+def _ceiling(rule: AdaptiveController, static_threshold: float, held: bool | None, limit: float | None) -> str:
     """What the static threshold still does after the warm-up."""
     far = (2 + INNER_EDGE) / (2 - INNER_EDGE)
     beyond = f"; an edge beyond {far:.3g} x the level is never above it either" if rule.max_edge > INNER_EDGE else ""
@@ -91,6 +91,8 @@ def _ceiling(rule: AdaptiveController, static_threshold: float, held: bool | Non
     if share >= 1:
         return f"none for the range as a whole (`ceiling_share` is 1), static threshold {static}{beyond}"
     grows = f"; beyond {static} the range follows norms only while the loss makes progress"
+    if limit is not None and limit <= static_threshold:
+        grows = ""
     release = f"until it cuts less than {share * RELEASE:.0%} of recent steps" if share else "for good"
     if held is None:
         return (

@@ -100,3 +100,42 @@ def test_frozen_matrices_that_were_trained_and_packed_ones_stand_beside():
     assert not frozen_beside([model])
     model[1].weight = nn.Parameter(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
     assert frozen_beside([model])
+
+
+def beside(*modules):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 8), *modules)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.int32], ids=str)
+def test_a_table_of_numbers_is_no_packed_weight(dtype):
+    model = beside()
+    model.relative_position_index = nn.Parameter(torch.ones(16, 16, dtype=dtype), requires_grad=False)
+    assert not frozen_beside([model])
+
+
+def test_a_matrix_that_was_computed_is_no_earlier_training():
+    fixed = nn.Linear(64, 64)
+    fixed.weight = nn.Parameter(torch.ones(64, 64).tril(), requires_grad=False)
+    assert look_trained([fixed.weight])
+    assert not frozen_beside([beside(fixed)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32], ids=str)
+def test_packed_weights_in_buffers_stand_beside(dtype):
+    model = beside()
+    for layer in [m for m in model if isinstance(m, nn.Linear)]:
+        layer.register_buffer("qweight", torch.ones(8, 64, dtype=dtype))
+    assert frozen_beside([model])
+
+
+def test_a_whole_model_that_is_called_embedder_has_hidden_matrices():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64), 1)
+    model = nn.Module()
+    model.embedder = encoder
+    patches = nn.Conv2d(3, 32, 4)
+    model.patch_embeddings = nn.ModuleList([nn.Sequential(patches)])
+    found = {id(p) for p in hidden_matrices([model])}
+    layer = encoder.layers[0]
+    assert {id(layer.linear1.weight), id(layer.self_attn.in_proj_weight)} <= found
+    assert id(patches.weight) not in found

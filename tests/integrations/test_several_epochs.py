@@ -1,9 +1,11 @@
 """Several epochs over little data, of a model that was trained before: there the pace is off by itself."""
 
 import copy
+import math
 
 import pytest
 import torch
+from transformers import Trainer
 
 import hf_adaclip.integrations.transformers as trainer_module
 from hf_adaclip import AdaptiveClipTrainer
@@ -53,6 +55,8 @@ def trainer_of(folder, steps, *, clip="adaptive", loaded=True, tuned=lambda made
         (3 * PER_EPOCH, {"clip": "adaptive:max_pace=8"}, 8.0),
         (3 * PER_EPOCH, {"clip": "guard"}, 1.0),
         (3 * PER_EPOCH // 2, {"gradient_accumulation_steps": 2}, 1.0),
+        (3 * PER_EPOCH // 2, {"gradient_accumulation_steps": 3}, 1.0),  # two steps a pass, the second of one batch
+        (5, {"gradient_accumulation_steps": 3}, 64.0),
     ],
     ids=lambda value: str(
         {k: getattr(v, "__name__", v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -63,11 +67,14 @@ def test_the_pace_is_off_where_a_trained_model_sees_its_data_several_times(tmp_p
     monkeypatch.setattr(trainer_module._shown, "warning", said.append)
     trainer = trainer_of(tmp_path, steps, **given)
     run(trainer)
-    enough = steps >= 3 * PER_EPOCH / given.get("gradient_accumulation_steps", 1)
+    enough = steps >= 3 * math.ceil(PER_EPOCH / given.get("gradient_accumulation_steps", 1))
     several = enough and (given.get("loaded", True) or given.get("tuned") in (adapted, head_alone))
     assert trainer.clipper.config.max_pace == pace
     assert trainer.clipper.config.max_threshold == (1.0 if several else None)
-    assert ("see its data 3 times or more" in said[0]) is several
+    explained = trainer.clipper.explain()
+    assert ("pace        off: this run plans 3 or more passes" in explained) is (several and "clip" not in given)
+    assert ("beyond 1 the range" in explained) is not several
+    assert ("this run plans 3 or more passes" in said[0]) is several
 
 
 def test_where_the_static_threshold_cuts_it_is_the_run_of_the_stock_trainer_bit_for_bit(tmp_path):
@@ -99,3 +106,47 @@ def test_a_run_that_is_gone_on_with_keeps_its_pace(tmp_path, first, then, pace):
     run(again, resume_from_checkpoint=str(tmp_path / f"checkpoint-{PER_EPOCH}"))
     assert again.clipper.config.max_pace == pace
     assert again.clipper.config.max_threshold == (1.0 if pace == 1.0 else None)
+
+
+def test_without_a_static_threshold_there_is_no_limit(tmp_path):
+    trainer = trainer_of(tmp_path, 3 * PER_EPOCH, max_grad_norm=math.inf)
+    run(trainer)
+    assert trainer.clipper.config.max_threshold is None
+    assert trainer.clipper.config.max_pace == 1
+
+
+@pytest.mark.parametrize("tuned", [lambda made: made, adapted])
+def test_a_checkpoint_of_the_stock_trainer_is_gone_on_with_by_the_same_plan(tmp_path, tuned):
+    plan = {"max_steps": 3 * PER_EPOCH, "save_strategy": "steps", "save_steps": PER_EPOCH}
+    data = dataset().select(range(16 * PER_EPOCH))
+    run(Trainer(model=tuned(as_loaded(model())), args=arguments(tmp_path, **plan), train_dataset=data))
+    trainer = trainer_of(tmp_path, 3 * PER_EPOCH, tuned=tuned)
+    run(trainer, resume_from_checkpoint=str(tmp_path / f"checkpoint-{PER_EPOCH}"))
+    assert trainer.clipper.config.max_pace == 1.0
+
+
+def test_the_first_line_names_what_is_held_back_and_no_more(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(trainer_module._shown, "warning", said.append)
+    run(trainer_of(tmp_path, 3 * PER_EPOCH))
+    plan = "this run plans 3 or more passes over its data with a model that was trained before"
+    assert (
+        f"There is no pace and no threshold above 1: {plan} (set `max_pace` and `max_threshold` to override)."
+        in said[-1]
+    )
+    run(trainer_of(tmp_path, 3 * PER_EPOCH, clip="adaptive:max_pace=8,min_threshold=2"))
+    assert f"There is no threshold above 2: {plan} (set `max_threshold` to override)." in said[-1]
+    run(trainer_of(tmp_path, 3 * PER_EPOCH, clip="adaptive:max_threshold=5"))
+    assert f"There is no pace: {plan} (set `max_pace` to override)." in said[-1]
+    run(trainer_of(tmp_path, 3 * PER_EPOCH, clip="zscore"))
+    assert "There is" not in said[-1]
+
+
+def test_a_run_that_is_gone_on_with_says_that_it_has_no_pace(tmp_path, monkeypatch):
+    run(trainer_of(tmp_path, 4 * PER_EPOCH, save_strategy="steps", save_steps=PER_EPOCH))
+    said: list[str] = []
+    monkeypatch.setattr(trainer_module._shown, "warning", said.append)
+    trainer = trainer_of(tmp_path, 4 * PER_EPOCH)
+    run(trainer, resume_from_checkpoint=str(tmp_path / f"checkpoint-{PER_EPOCH}"))
+    assert "There is no pace and no threshold above 1: it is as in the checkpoint" in said[0]
+    assert "pace        off: it is as in the checkpoint" in trainer.clipper.explain()
