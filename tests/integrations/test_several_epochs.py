@@ -1,11 +1,12 @@
 """Several epochs over little data, of a model that was trained before: there the pace is off by itself."""
 
 import copy
+import logging
 import math
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import hf_adaclip.integrations.transformers as trainer_module
 from hf_adaclip import AdaptiveClipTrainer
@@ -150,3 +151,17 @@ def test_a_run_that_is_gone_on_with_says_that_it_has_no_pace(tmp_path, monkeypat
     run(trainer, resume_from_checkpoint=str(tmp_path / f"checkpoint-{PER_EPOCH}"))
     assert "There is no pace and no threshold above 1: it is as in the checkpoint" in said[0]
     assert "pace        off: it is as in the checkpoint" in trainer.clipper.explain()
+
+
+class Raises(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            args.max_grad_norm = 10.0
+
+
+def test_a_callback_that_raises_the_static_threshold_hears_of_the_limit(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, 3 * PER_EPOCH)
+    trainer.add_callback(Raises())
+    with caplog.at_level(logging.WARNING):
+        run(trainer)
+    assert "no threshold is above `max_threshold`, 1" in caplog.text
