@@ -6,7 +6,7 @@ limit of the range.
 """
 
 import math
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.run.checkpoint import SavedPlan
@@ -17,23 +17,43 @@ _WHY: Final = f"this run plans {SEVERAL} or more passes over its data with a mod
 _AS_BEFORE: Final = "it is as in the checkpoint that this run goes on from"
 
 
-def length_of(dataloader: Any) -> int | None:
-    """Its batches; None for a stream, and where there is none."""
+_HELD: Final = {"max_pace": "no pace", "max_threshold": "no threshold above {:g}"}
+
+
+def steps_per_pass(dataloader: Any, accumulation: int) -> int | None:
+    """Steps in which the data is seen once, as the Trainer counts: the last one may have fewer batches. None where no length is known."""
     try:
-        return len(dataloader)
-    except TypeError:
+        batches = len(dataloader)
+    except (TypeError, AttributeError):
         return None
+    return max(1, math.ceil(batches / accumulation))
 
 
-def planned_passes(steps: int, batches: int | None, accumulation: int) -> float:
-    """How often the data is seen, as the Trainer counts: the last step of a pass may have fewer batches. 0 for a stream."""
-    return steps / max(1, math.ceil(batches / accumulation)) if batches else 0.0
+class HeldBack(NamedTuple):
+    """What the plan of a run holds back.
+
+    Attributes:
+        config: The config of the run.
+        fields: Which of its fields the plan has set.
+        why: In words; empty where it has set none.
+    """
+
+    config: AdaptiveClipConfig
+    fields: tuple[str, ...] = ()
+    why: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """For the first line of a run; empty where nothing is held back."""
+        if not self.fields:
+            return ""
+        what = " and ".join(_HELD[name].format(getattr(self.config, name)) for name in self.fields)
+        names = " and ".join(f"`{name}`" for name in self.fields)
+        return f" There is {what}: {self.why} (set {names} to override)."
 
 
-def held_back(
-    config: AdaptiveClipConfig, before: SavedPlan, *, several: bool
-) -> tuple[AdaptiveClipConfig, str | None, str | None]:
-    """The config of the run, and why its pace and its threshold are held back; None where they are not, or were set.
+def held_back(config: AdaptiveClipConfig, before: SavedPlan, *, several: bool) -> HeldBack:
+    """Holds back what the user has not set.
 
     Args:
         config: With what the Trainer knows.
@@ -41,25 +61,12 @@ def held_back(
         several: Whether the run plans several passes with a model that was trained before.
     """
     several = several and before.max_pace is None  # a run is gone on with as it was begun
-    no_pace = no_range = None
+    changes = {}
     if (several or before.max_pace == 1) and getattr(config.settings, "max_pace", 0) is None:
-        config, no_pace = config.replace(max_pace=1.0), _WHY if several else _AS_BEFORE
+        changes["max_pace"] = 1.0
     limit = config.static_threshold if several else before.max_threshold
     if config.controller == "adaptive" and config.max_threshold is None and limit is not None and math.isfinite(limit):
-        config = config.replace(max_threshold=max(limit, config.min_threshold or 0.0))
-        no_range = _WHY if several else _AS_BEFORE
-    return config, no_pace, no_range
-
-
-def in_a_sentence(config: AdaptiveClipConfig, no_pace: str | None, no_range: str | None) -> str:
-    """For the first line of a run; empty where nothing is held back."""
-    why = no_pace or no_range
-    if why is None:
-        return ""
-    held = {
-        "max_pace": ("no pace", no_pace),
-        "max_threshold": (f"no threshold above {config.max_threshold:g}" if config.max_threshold else "", no_range),
-    }
-    what = " and ".join(said for said, reason in held.values() if reason)
-    names = " and ".join(f"`{name}`" for name, (_, reason) in held.items() if reason)
-    return f" There is {what}: {why} (set {names} to override)."
+        changes["max_threshold"] = max(limit, config.min_threshold or 0.0)
+    if not changes:
+        return HeldBack(config)
+    return HeldBack(config.replace(**changes), tuple(changes), _WHY if several else _AS_BEFORE)

@@ -32,7 +32,7 @@ from hf_adaclip.integrations.seam import (
     misnamed_clip,
     warn_of_own_clipping,
 )
-from hf_adaclip.integrations.several_passes import SEVERAL, held_back, in_a_sentence, length_of, planned_passes
+from hf_adaclip.integrations.several_passes import SEVERAL, HeldBack, held_back, steps_per_pass
 from hf_adaclip.integrations.step_losses import StepLosses
 from hf_adaclip.integrations.telling import Telling
 from hf_adaclip.integrations.watch import SeamWatch
@@ -125,8 +125,7 @@ class AdaptiveClipMixin(_Base):
         self._losses = StepLosses()
         self._samples = SampleIndices()
         self._planned_steps = 0
-        self._batches: int | None = None
-        self._held_back: list[str | None] = [None, None]
+        self._steps_per_pass: int | None = None
         self._max_grad_norm = self.args.max_grad_norm
         self._max_grad_norm_was_set = False
         self._logs_own_line = False
@@ -163,7 +162,7 @@ class AdaptiveClipMixin(_Base):
                 "clipped adaptively."
             )
         # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
-        self.clipper, self._losses, self._resumed, self._batches = None, StepLosses(), None, None
+        self.clipper, self._losses, self._resumed, self._steps_per_pass = None, StepLosses(), None, None
         trial = inspect.signature(super()._inner_training_loop).bind(*args, **kwargs).arguments.get("trial")
         self._trial = trial
         self.clip_config = self._complete_config(trial)
@@ -197,7 +196,7 @@ class AdaptiveClipMixin(_Base):
         if self.clipper is not None:
             self.clipper.close(clean=clean, counted_steps=self._watch.counted_steps)
 
-    def _config_of_run(self, *, fine_tuned: bool) -> AdaptiveClipConfig:
+    def _config_of_run(self, *, trained: bool) -> HeldBack:
         hook = "on_pre_optimizer_step"
         lookers = [
             c
@@ -214,10 +213,13 @@ class AdaptiveClipMixin(_Base):
         if start is not None:
             config = config.with_pace_start(start)
         # Nor is its pace to be another one than that of its checkpoint.
-        batches = length_of(self.callback_handler.train_dataloader) if self._batches is None else self._batches
-        passes = planned_passes(self.state.max_steps, batches, self.args.gradient_accumulation_steps)
-        config, *self._held_back = held_back(config, before, several=fine_tuned and passes >= SEVERAL)
-        return config.replace(fold="never") if lookers else config
+        steps = self._steps_per_pass
+        if steps is None:
+            steps = steps_per_pass(self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps)
+        # The weights are looked at only where the plan asks for it.
+        several = steps is not None and self.state.max_steps >= SEVERAL * steps
+        several = several and (trained or frozen_beside([self.model]))
+        return held_back(config.replace(fold="never") if lookers else config, before, several=several)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self._planned_steps = num_training_steps
@@ -227,8 +229,9 @@ class AdaptiveClipMixin(_Base):
         # The optimizer exists, and is prepared by Accelerate, only once training has begun.
         if self.clipper is None:
             trained = trained_before([self.model])
+            held = self._config_of_run(trained=trained)
             self.clipper = AdaptiveClipper(
-                self._config_of_run(fine_tuned=trained or frozen_beside([self.model])),
+                held.config,
                 accelerator=self.accelerator,
                 optimizer=self.optimizer,
                 model=self.model,
@@ -236,11 +239,11 @@ class AdaptiveClipMixin(_Base):
             )
             self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
-            if self._held_back[0] is not None:
-                self.clipper.off_because(pace=self._held_back[0])
+            if "max_pace" in held.fields:
+                self.clipper.off_because(pace=held.why)
             if self.is_world_process_zero():
                 line = _in_one_line(self.clipper.config, self.clip_config, trained)
-                _shown.warning(line + in_a_sentence(self.clipper.config, *self._held_back))
+                _shown.warning(line + held.sentence)
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())
         return self.clipper
 
@@ -287,7 +290,7 @@ class AdaptiveClipMixin(_Base):
             if left_out:
                 leave_out_samples(dataloader, left_out)
             self._samples.follow(dataloader)
-            self._batches = length_of(dataloader)
+            self._steps_per_pass = steps_per_pass(dataloader, self.args.gradient_accumulation_steps)
         return dataloader
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:

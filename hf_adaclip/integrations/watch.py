@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.integrations.seam import check_max_grad_norm
+from hf_adaclip.integrations.several_passes import steps_per_pass
 
 if TYPE_CHECKING:
     from hf_adaclip.integrations.transformers import AdaptiveClipMixin
@@ -128,13 +129,9 @@ class SeamWatch(TrainerCallback):
 
 def _skipped(args: Any, state: Any, dataloader: Any) -> int | None:
     """Micro-batches of the present epoch that a resumed Trainer passes over; None where an epoch has no known length."""
-    try:
-        batches = len(dataloader)
-    except (TypeError, AttributeError):
-        return None
     accumulated = int(args.gradient_accumulation_steps)
-    within = int(state.global_step) % max(-(-batches // accumulated), 1)
-    return within * accumulated
+    steps = steps_per_pass(dataloader, accumulated)
+    return None if steps is None else int(state.global_step) % steps * accumulated
 
 
 def _hooks_of_a_step(kind: type) -> int:
