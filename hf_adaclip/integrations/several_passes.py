@@ -15,8 +15,6 @@ SEVERAL: Final = 3
 """Passes over the data from which on it holds."""
 _WHY: Final = f"this run plans {SEVERAL} or more passes over its data with a model that was trained before"
 _AS_BEFORE: Final = "it is as in the checkpoint that this run goes on from"
-
-
 _HELD: Final = {"max_pace": "no pace", "max_threshold": "no threshold above {:g}"}
 
 
