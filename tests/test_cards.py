@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+import sys
 
 import pytest
 from huggingface_hub import ModelCard
@@ -92,3 +94,18 @@ def test_no_ledger_no_section(tmp_path):
 
     assert not (tmp_path / "clip_ledger.jsonl").exists()
     assert "Gradient clipping" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["pace/several_epochs_lora.py", "pace/probe/probe.py", "spectral/default_probe.py", "spectral/probe.py"],
+)
+def test_a_probe_of_the_log_still_starts(path, monkeypatch, capsys):
+    # What was measured with it is recorded: it must not rot beside its results.
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    monkeypatch.setattr(sys, "path", [str((CARDS / path).parent), *sys.path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(CARDS / path), run_name="__main__")
+
+    assert ended.value.code == 0
+    assert "usage: " in capsys.readouterr().out
