@@ -18,6 +18,7 @@ from hf_adaclip.errors import (
     UnsupportedSetupError,
 )
 from hf_adaclip.run.events import ClipEvent
+from hf_adaclip.run.run_plan import RunPlan
 
 if TYPE_CHECKING:
     from hf_adaclip.integrations.attaching import attach
@@ -56,6 +57,7 @@ __all__ = [
     "NonFiniteGradientError",
     "RankDisagreementError",
     "Reason",
+    "RunPlan",
     "StateError",
     "TrainingTroubleError",
     "UnsupportedSetupError",

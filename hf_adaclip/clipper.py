@@ -36,6 +36,7 @@ from hf_adaclip.run.explain import describe
 from hf_adaclip.run.losses import LossObserver
 from hf_adaclip.run.recorder import is_rank_zero
 from hf_adaclip.run.run import Run
+from hf_adaclip.run.run_plan import RunPlan
 from hf_adaclip.run.selftest import check_on_a_copy
 from hf_adaclip.run.shape_gate import ShapeGate
 from hf_adaclip.support import check_optimizer_given
@@ -64,6 +65,7 @@ class AdaptiveClipper(GoingBack):
         static_threshold: Overrides `config.static_threshold`; unset in both, 1.0, as in the Trainer.
         is_main_process: Whether this process writes the ledger; by default rank 0.
         output_dir: Folder of the run, where `incidents/` goes; by default the ledger's, else the working folder.
+        plan: What the loop knows of its run: steps, warm-up and epochs ([`RunPlan`]).
         _lane: For tests, in which the CPU plays an accelerator: chooses the kind of numbers by device and shape.
 
     Raises:
@@ -107,6 +109,7 @@ class AdaptiveClipper(GoingBack):
         static_threshold: float | None = None,
         is_main_process: bool | None = None,
         output_dir: str | Path | None = None,
+        plan: RunPlan | None = None,
         _lane: Lane = ops_for,
     ) -> None:
         config = AdaptiveClipConfig.resolve(clip).resolved()
@@ -120,7 +123,8 @@ class AdaptiveClipper(GoingBack):
         models = [] if model is None else [model]
         port: Port = PlainLoop(models) if accelerator is None else AcceleratorPort(accelerator)
         engine = port if isinstance(port, AcceleratorPort) and port.steps_in_engine else None
-        config, self._off, by_itself = settle(config, optimizers, models or port.models, in_engine=engine is not None)
+        settled = settle(config, optimizers, models or port.models, plan or RunPlan(), in_engine=engine is not None)
+        config, self._off, by_itself, self._held_back = settled
         check_optimizer_given(config, optimizers, accelerator)
         if config.max_pace > 1:
             check_rates(optimizers)
@@ -172,6 +176,11 @@ class AdaptiveClipper(GoingBack):
     def static_threshold(self) -> float:
         """The static threshold of the next step."""
         return self._run.static_threshold
+
+    @property
+    def held_back(self) -> str:
+        """What the plan of the run holds back of the default, and how to override it, in a sentence; empty where nothing."""
+        return self._held_back
 
     @property
     def alerts(self) -> Alerts:
@@ -377,10 +386,6 @@ class AdaptiveClipper(GoingBack):
             {**self._off, **driver.off},
         )
 
-    def off_because(self, **why: str) -> None:
-        """Why parts of the default are off, for [`explain`], where who made the config knows it (`pace="..."`)."""
-        self._off = {**self._off, **why}
-
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -389,10 +394,18 @@ class AdaptiveClipper(GoingBack):
 
         The script's `max_norm` becomes the static threshold, unless the config sets one. Raises ConfigError without an accelerator.
         """
-        answering = self._port.replace_clipping(self.clip_, self._driver.take_script_threshold, self.alerts.warn_once)
+        answering = self._port.replace_clipping(self.clip_, self._take_script_threshold, self.alerts.warn_once)
         self._losses.expected = False
         with self, answering:
             yield self
+
+    def _take_script_threshold(self, max_norm: float) -> None:
+        self._driver.take_script_threshold(max_norm)
+        limit = self.config.max_threshold
+        if self._held_back and limit is not None and limit < self.static_threshold:
+            self.alerts.warn_once(
+                f"the script's `max_norm` is {max_norm:g}, but no threshold is above `max_threshold`, {limit:g}. {self._held_back}"
+            )
 
     # -- state ---------------------------------------------------------------------------------------------------
 

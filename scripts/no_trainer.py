@@ -42,10 +42,10 @@ from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.incidents.replay import replay_if_asked
 from hf_adaclip.integrations.rewinding import set_aside
 from hf_adaclip.integrations.script_args import ClipArguments, Ingredients, parse_arguments, run_script
-from hf_adaclip.integrations.transformers import pace_start
 from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.ledger.tail import find_tail
 from hf_adaclip.report.run_report import clipping_section, load_run
+from hf_adaclip.run.run_plan import RunPlan
 from hf_adaclip.telemetry.energy import open_meter
 from hf_adaclip.telemetry.point import CONVERGENCE_FILE, Point, Stopwatch, append_point, read_points, write_points
 from hf_adaclip.telemetry.progress import Progress
@@ -158,11 +158,21 @@ class Loop:
             config = config.replace(ledger=str(self._output / LEDGER_FILE))
         if config.static_threshold is None:
             config = config.replace(static_threshold=self._arguments.max_grad_norm)
-        warmup = self._arguments.get_warmup_steps(self._steps)
-        config = config.with_pace_start(pace_start(self._steps, warmup))
-        return AdaptiveClipper(
-            config, accelerator=self._accelerator, optimizer=self._optimizer, model=self.model, ledger=config.ledger
+        clipper = AdaptiveClipper(
+            config,
+            accelerator=self._accelerator,
+            optimizer=self._optimizer,
+            model=self.model,
+            ledger=config.ledger,
+            plan=RunPlan(
+                steps=self._steps,
+                warmup_steps=self._arguments.get_warmup_steps(self._steps),
+                epochs=self._steps / self._per_epoch,
+            ),
         )
+        if clipper.held_back and self._accelerator.is_main_process:
+            logger.warning(clipper.held_back)
+        return clipper
 
     def train(self) -> dict[str, float]:
         # Does nothing but for `hf-adaclip incident OUTPUT_DIR STEP --replay scripts/no_trainer.py FLAGS`.

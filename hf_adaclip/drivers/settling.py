@@ -14,6 +14,7 @@ from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.gradients.sharding import is_sharded
 from hf_adaclip.reliance import is_of
+from hf_adaclip.run.run_plan import RunPlan, follow_plan
 
 MAX_PACE: Final = 64.0
 _ADAM: Final = (torch.optim.Adam, torch.optim.AdamW)
@@ -26,15 +27,22 @@ class Settled(NamedTuple):
         config: The settings of the run.
         off: Why a part of the default is off, by part.
         by_itself: Parts that shape the step and are on without having been set; the first step says whether they act.
+        held_back: What the plan of the run holds back, in a sentence; empty where nothing.
     """
 
     config: AdaptiveClipConfig
     off: dict[str, str]
     by_itself: frozenset[str]
+    held_back: str = ""
 
 
 def settle(
-    config: AdaptiveClipConfig, optimizers: Sequence[Any], models: Sequence[Any], *, in_engine: bool
+    config: AdaptiveClipConfig,
+    optimizers: Sequence[Any],
+    models: Sequence[Any],
+    plan: RunPlan,
+    *,
+    in_engine: bool,
 ) -> Settled:
     """Decide on what was left open.
 
@@ -42,10 +50,13 @@ def settle(
         config: As it was given.
         optimizers: Those that are known to step on the gradients.
         models: Those that are known.
+        plan: What is known of the run.
         in_engine: Whether an engine steps by itself (DeepSpeed).
     """
+    held = follow_plan(config, plan, models)
+    config = held.config
     changes: dict[str, Any] = {}
-    off: dict[str, str] = {}
+    off: dict[str, str] = {"pace": held.why} if "max_pace" in held.fields else {}
     whole = _against_all(config, in_engine=in_engine)
     inner = [unwrap_optimizer(o) for o in optimizers] if not in_engine else []
     rule = config.settings
@@ -64,7 +75,7 @@ def settle(
     made = config.replace(**changes) if changes else config
     on = {"spectral": changes.get("spectral_width") is not None, "agreement": changes.get("agreement") is True}
     by_itself = frozenset(part for part, is_on in on.items() if is_on)
-    return Settled(made, off if config.controller == "adaptive" else {}, by_itself)
+    return Settled(made, off if config.controller == "adaptive" else {}, by_itself, held.sentence)
 
 
 def _against_all(config: AdaptiveClipConfig, *, in_engine: bool) -> str | None:

@@ -7,6 +7,7 @@ the closure of `optimizer.step`, in 16-mixed before it; both ways are known to t
 import importlib
 import importlib.util
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from hf_adaclip.gradients.optimizers import unscales_by_itself
 from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.reliance import is_of, require
-from hf_adaclip.run.checkpoint import STATE_FILE
+from hf_adaclip.run.checkpoint import STATE_FILE, SavedPlan, plan_of
+from hf_adaclip.run.run_plan import RunPlan
 
 logger = logging.getLogger(__name__)
 
@@ -119,17 +121,23 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
         if config.ledger == "auto":
             folder = Path(trainer.log_dir or trainer.default_root_dir)
             config = config.replace(ledger=str(folder / _numbered(LEDGER_FILE, number)))
-        clipper = AdaptiveClipper(
-            config,
-            accelerator=_stand_in(trainer, scaler),
-            optimizer=optimizer,
-            model=pl_module,
-            is_main_process=trainer.is_global_zero,
-        )
-        if str(number) in self._loaded:
-            with tempfile.TemporaryDirectory() as temporary:
-                (Path(temporary) / STATE_FILE).write_bytes(self._loaded.pop(str(number)).numpy().tobytes())
+        with tempfile.TemporaryDirectory() as temporary:
+            before, loaded = SavedPlan(), self._loaded.pop(str(number), None)
+            if loaded is not None:
+                (Path(temporary) / STATE_FILE).write_bytes(loaded.numpy().tobytes())
+                before = plan_of(Path(temporary) / STATE_FILE)
+            clipper = AdaptiveClipper(
+                config,
+                accelerator=_stand_in(trainer, scaler),
+                optimizer=optimizer,
+                model=pl_module,
+                is_main_process=trainer.is_global_zero,
+                plan=RunPlan(epochs=_epochs(trainer), before=before),
+            )
+            if loaded is not None:
                 clipper.load_state(temporary)
+        if clipper.held_back and trainer.is_global_zero and not number:
+            logger.warning(clipper.held_back)
         self._optimizers.append(optimizer)
         self.clippers.append(clipper)
         return clipper
@@ -245,6 +253,16 @@ def _stand_in(trainer: Any, scaler: Any, unscale: Callable[[Any], None] | None =
         register_save_state_pre_hook=lambda hook: SimpleNamespace(remove=lambda: None),
         register_load_state_pre_hook=lambda hook: SimpleNamespace(remove=lambda: None),
     )
+
+
+def _epochs(trainer: Any) -> float | None:
+    """How often the data is gone through; None where nothing says so. `max_steps` counts in steps of the optimizers."""
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    planned = math.inf if epochs is None or epochs < 0 else float(epochs)
+    batches = trainer.num_training_batches / (trainer.accumulate_grad_batches or 1)
+    if steps >= 0 and 0 < batches < math.inf:
+        planned = min(planned, steps / math.ceil(batches))
+    return planned or None
 
 
 def _scaler(trainer: Any) -> Any:

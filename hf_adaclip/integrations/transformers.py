@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
-from hf_adaclip.gradients.provenance import frozen_beside, trained_before
+from hf_adaclip.gradients.provenance import trained_before
 from hf_adaclip.incidents.skip_list import read_skip_list
 from hf_adaclip.integrations.left_out_samples import leave_out_samples, too_late
 from hf_adaclip.integrations.model_card import add_section
@@ -32,7 +32,6 @@ from hf_adaclip.integrations.seam import (
     misnamed_clip,
     warn_of_own_clipping,
 )
-from hf_adaclip.integrations.several_passes import SEVERAL, HeldBack, held_back, steps_per_pass
 from hf_adaclip.integrations.step_losses import StepLosses
 from hf_adaclip.integrations.telling import Telling
 from hf_adaclip.integrations.watch import SeamWatch
@@ -40,6 +39,7 @@ from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.run.checkpoint import STATE_FILE, SavedPlan, plan_of
 from hf_adaclip.run.counts import for_reporters
 from hf_adaclip.run.ranks import of_first_rank
+from hf_adaclip.run.run_plan import RunPlan, steps_per_epoch
 from hf_adaclip.support import (
     check_accelerator,
     check_device,
@@ -57,8 +57,6 @@ else:
 logger = logging.getLogger(__name__)
 # A default Trainer shows what is logged under `transformers`, warnings and above; of other packages it shows no more than that either.
 _shown = transformers_logging.get_logger("transformers.hf_adaclip")
-
-PACE_START_SHARE = 0.1
 
 
 class AdaptiveClipMixin(_Base):
@@ -125,7 +123,7 @@ class AdaptiveClipMixin(_Base):
         self._losses = StepLosses()
         self._samples = SampleIndices()
         self._planned_steps = 0
-        self._steps_per_pass: int | None = None
+        self._steps_per_epoch: int | None = None
         self._max_grad_norm = self.args.max_grad_norm
         self._max_grad_norm_was_set = False
         self._logs_own_line = False
@@ -162,7 +160,7 @@ class AdaptiveClipMixin(_Base):
                 "clipped adaptively."
             )
         # Every call is a run of its own: a second `train()`, another trial, or a retry with a smaller batch starts afresh.
-        self.clipper, self._losses, self._resumed, self._steps_per_pass = None, StepLosses(), None, None
+        self.clipper, self._losses, self._resumed, self._steps_per_epoch = None, StepLosses(), None, None
         trial = inspect.signature(super()._inner_training_loop).bind(*args, **kwargs).arguments.get("trial")
         self._trial = trial
         self.clip_config = self._complete_config(trial)
@@ -196,7 +194,7 @@ class AdaptiveClipMixin(_Base):
         if self.clipper is not None:
             self.clipper.close(clean=clean, counted_steps=self._watch.counted_steps)
 
-    def _config_of_run(self, *, trained: bool) -> HeldBack:
+    def _config_of_run(self) -> AdaptiveClipConfig:
         hook = "on_pre_optimizer_step"
         lookers = [
             c
@@ -204,22 +202,19 @@ class AdaptiveClipMixin(_Base):
             if getattr(type(c), hook, None) is not getattr(TrainerCallback, hook) and c is not self._watch
         ]
         # Such a callback may look at the gradients, and is to see them clipped.
-        config, planned = self.clip_config, self._planned_steps or self.state.max_steps
-        # One that is gone on with for longer is not to start again.
-        before = SavedPlan() if self._resumed is None else plan_of(Path(self._resumed) / STATE_FILE)
-        start = before.start
-        if start is None and planned:
-            start = pace_start(planned, self.args.get_warmup_steps(planned))
-        if start is not None:
-            config = config.with_pace_start(start)
-        # Nor is its pace to be another one than that of its checkpoint.
-        steps = self._steps_per_pass
-        if steps is None:
-            steps = steps_per_pass(self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps)
-        # The weights are looked at only where the plan asks for it.
-        several = steps is not None and self.state.max_steps >= SEVERAL * steps
-        several = several and (trained or frozen_beside([self.model]))
-        return held_back(config.replace(fold="never") if lookers else config, before, several=several)
+        return self.clip_config.replace(fold="never") if lookers else self.clip_config
+
+    def _plan_of_run(self) -> RunPlan:
+        planned = self._planned_steps or self.state.max_steps
+        per_epoch = self._steps_per_epoch
+        if per_epoch is None:
+            per_epoch = steps_per_epoch(self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps)
+        return RunPlan(
+            steps=planned or None,
+            warmup_steps=self.args.get_warmup_steps(planned),
+            epochs=self.state.max_steps / per_epoch if per_epoch and self.state.max_steps else None,
+            before=SavedPlan() if self._resumed is None else plan_of(Path(self._resumed) / STATE_FILE),
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self._planned_steps = num_training_steps
@@ -228,22 +223,19 @@ class AdaptiveClipMixin(_Base):
     def _ready_clipper(self) -> AdaptiveClipper:
         # The optimizer exists, and is prepared by Accelerate, only once training has begun.
         if self.clipper is None:
-            trained = trained_before([self.model])
-            held = self._config_of_run(trained=trained)
             self.clipper = AdaptiveClipper(
-                held.config,
+                self._config_of_run(),
                 accelerator=self.accelerator,
                 optimizer=self.optimizer,
                 model=self.model,
                 output_dir=self._run_folder(),
+                plan=self._plan_of_run(),
             )
             self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
-            if "max_pace" in held.fields:
-                self.clipper.off_because(pace=held.why)
             if self.is_world_process_zero():
-                line = _in_one_line(self.clipper.config, self.clip_config, trained)
-                _shown.warning(line + held.sentence)
+                line = _in_one_line(self.clipper.config, self.clip_config, trained_before([self.model]))
+                _shown.warning(f"{line} {self.clipper.held_back}".rstrip())
             logger.info("Adaptive clipping:\n%s", self.clipper.explain())
         return self.clipper
 
@@ -290,7 +282,7 @@ class AdaptiveClipMixin(_Base):
             if left_out:
                 leave_out_samples(dataloader, left_out)
             self._samples.follow(dataloader)
-            self._steps_per_pass = steps_per_pass(dataloader, self.args.gradient_accumulation_steps)
+            self._steps_per_epoch = steps_per_epoch(dataloader, self.args.gradient_accumulation_steps)
         return dataloader
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
@@ -425,11 +417,6 @@ class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
     `clip/coefficient`, `clip/fraction`, `clip/norm_max`, `clip/spikes`, `clip/skipped`, `clip/pace`, `clip/phase` and more beside
     `grad_norm` (see `RunStatistics.metrics`); with `max_pace` above 1 also `clip/learning_rate`, the rate of the last step with its pace.
     """
-
-
-def pace_start(steps: int, warmup_steps: float) -> int:
-    """Steps of the pace's start in a run of so many: a schedule that warms up has a start of its own, and two of them are too slow."""
-    return max(1, round(PACE_START_SHARE * steps - warmup_steps))
 
 
 def _in_one_line(config: AdaptiveClipConfig, given: AdaptiveClipConfig, trained: bool) -> str:

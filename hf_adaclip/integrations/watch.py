@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from hf_adaclip.errors import ClippingDefeatedError, ConfigError
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.integrations.seam import check_max_grad_norm
-from hf_adaclip.integrations.several_passes import steps_per_pass
+from hf_adaclip.run.run_plan import steps_per_epoch
 
 if TYPE_CHECKING:
     from hf_adaclip.integrations.transformers import AdaptiveClipMixin
@@ -130,7 +130,7 @@ class SeamWatch(TrainerCallback):
 def _skipped(args: Any, state: Any, dataloader: Any) -> int | None:
     """Micro-batches of the present epoch that a resumed Trainer passes over; None where an epoch has no known length."""
     accumulated = int(args.gradient_accumulation_steps)
-    steps = steps_per_pass(dataloader, accumulated)
+    steps = steps_per_epoch(dataloader, accumulated)
     return None if steps is None else int(state.global_step) % steps * accumulated
 
 

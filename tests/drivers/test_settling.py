@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper
+from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, RunPlan
 from hf_adaclip.drivers.settling import settle
 from hf_adaclip.gradients.matrices import hidden_matrices
 
@@ -16,11 +16,13 @@ def llama(**more):
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, use_cache=False, **sizes, **more))
 
 
-def settled(clip="adaptive", model=None, kind=torch.optim.AdamW, *, known=True, in_engine=False, **settings):
+def settled(
+    clip="adaptive", model=None, kind=torch.optim.AdamW, *, plan=None, known=True, in_engine=False, **settings
+):
     model = model or llama()
     optimizers = [] if kind is None else [kind(model.parameters(), **settings)]
     config = AdaptiveClipConfig.resolve(clip)
-    return settle(config, optimizers, [model] if known else [], in_engine=in_engine)
+    return settle(config, optimizers, [model] if known else [], plan or RunPlan(), in_engine=in_engine)
 
 
 def parts(found):

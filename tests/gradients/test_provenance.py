@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_adaclip.gradients.matrices import hidden_matrices
 from hf_adaclip.gradients.provenance import BEYOND, frozen_beside, loaded_matrices, look_trained
+from tests.integrations.trainers import as_loaded
 
 DRAWN = {
     "normal": lambda w: nn.init.normal_(w, std=0.02),
@@ -87,9 +88,7 @@ def test_what_cannot_tell_says_nothing():
 
 
 def test_frozen_matrices_that_were_trained_and_packed_ones_stand_beside():
-    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8), nn.Linear(8, 2))
-    for parameter in model.parameters():
-        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - as `from_pretrained` leaves it
+    model = as_loaded(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8), nn.Linear(8, 2)))
     assert not frozen_beside([model])
     model[0].requires_grad_(False)  # positions that are computed are no sign of an earlier training
     model[1].bias.requires_grad_(False)

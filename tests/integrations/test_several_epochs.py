@@ -10,15 +10,9 @@ from transformers import Trainer, TrainerCallback
 
 import hf_adaclip.integrations.transformers as trainer_module
 from hf_adaclip import AdaptiveClipTrainer
-from tests.integrations.trainers import arguments, dataset, model, run
+from tests.integrations.trainers import arguments, as_loaded, dataset, model, run
 
 PER_EPOCH = 4
-
-
-def as_loaded(made):
-    for parameter in made.parameters():
-        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - as `from_pretrained` leaves it
-    return made
 
 
 def adapted(made):
@@ -73,9 +67,9 @@ def test_the_pace_is_off_where_a_trained_model_sees_its_data_several_times(tmp_p
     assert trainer.clipper.config.max_pace == pace
     assert trainer.clipper.config.max_threshold == (1.0 if several else None)
     explained = trainer.clipper.explain()
-    assert ("pace        off: this run plans 3 or more passes" in explained) is (several and "clip" not in given)
+    assert ("pace        off: this run plans 3 or more epochs" in explained) is (several and "clip" not in given)
     assert ("beyond 1 the range" in explained) is not several
-    assert ("this run plans 3 or more passes" in said[0]) is several
+    assert ("this run plans 3 or more epochs" in said[0]) is several
 
 
 def test_where_the_static_threshold_cuts_it_is_the_run_of_the_stock_trainer_bit_for_bit(tmp_path):
@@ -130,7 +124,7 @@ def test_the_first_line_names_what_is_held_back_and_no_more(tmp_path, monkeypatc
     said: list[str] = []
     monkeypatch.setattr(trainer_module._shown, "warning", said.append)
     run(trainer_of(tmp_path, 3 * PER_EPOCH))
-    plan = "this run plans 3 or more passes over its data with a model that was trained before"
+    plan = "this run plans 3 or more epochs with a model that was trained before"
     assert (
         f"There is no pace and no threshold above 1: {plan} (set `max_pace` and `max_threshold` to override)."
         in said[-1]

@@ -38,6 +38,13 @@ def model(seed=0):
     return LlamaForCausalLM(config)
 
 
+def as_loaded(made):
+    """Mark its parameters as `from_pretrained` does."""
+    for parameter in made.parameters():
+        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - no field of torch
+    return made
+
+
 def arguments(folder, **changes):
     settings = {
         "output_dir": str(folder),

@@ -16,6 +16,7 @@ from hf_adaclip import AdaptiveClipConfig, ClippingDefeatedError, ConfigError, S
 from hf_adaclip.incidents.contents import load_batch
 from hf_adaclip.integrations import lightning as integration
 from hf_adaclip.integrations.lightning import AdaptiveClip, clipper_for_fabric
+from tests.integrations.trainers import as_loaded
 from tests.plugins.launched import PYTHON, execute, verified
 from tests.plugins.lightning_module import Regression, TwoOptimizers, flat
 
@@ -127,6 +128,40 @@ def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
     verified(tmp_path / "first/clip_ledger.jsonl", steps=30)
     with pytest.raises(StateError, match="`warmup_observations` was 5"):
         fit(tmp_path / "other", AdaptiveClip(), max_epochs=3, ckpt_path=path, **epochs)
+
+
+@pytest.mark.parametrize(
+    ("options", "pace"),
+    [
+        ({"max_steps": -1, "max_epochs": 3}, 1.0),
+        ({"max_steps": -1, "max_epochs": 2}, 64.0),
+        ({"max_steps": 14, "max_epochs": 5}, 64.0),
+        ({"max_steps": 15}, 1.0),
+        ({"max_steps": 9, "accumulate_grad_batches": 2}, 1.0),
+        ({"max_steps": 8, "accumulate_grad_batches": 2}, 64.0),
+    ],
+    ids=str,
+)
+def test_the_pace_is_off_where_a_trained_model_sees_its_data_several_times(tmp_path, options, pace):
+    callback = AdaptiveClip()
+    fit(tmp_path, callback, module=as_loaded(Regression()), limit_train_batches=5, **options)
+    assert callback.clippers[0].config.max_pace == pace
+
+
+def test_a_run_that_goes_on_for_longer_keeps_its_pace(tmp_path):
+    two = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 5}
+    first = trainer(tmp_path, AdaptiveClip(), **two)
+    first.fit(as_loaded(Regression()))
+    first.save_checkpoint(tmp_path / "at10.ckpt")
+    callback = AdaptiveClip()
+    fit(
+        tmp_path,
+        callback,
+        module=as_loaded(Regression()),
+        ckpt_path=tmp_path / "at10.ckpt",
+        **{**two, "max_epochs": 4},
+    )
+    assert callback.clippers[0].config.max_pace == 64.0
 
 
 def test_a_checkpoint_from_before_the_callback_starts_the_controller_afresh(tmp_path):

@@ -14,6 +14,7 @@ from hf_adaclip.audit import verify_ledger
 from hf_adaclip.gradients.movement import Movement
 from hf_adaclip.report.run_report import load_run, summary, write_html, write_markdown
 from hf_adaclip.run.shape_gate import FAST, MOST, ShapeGate, how_fast, rows_of, share
+from tests.integrations.trainers import as_loaded
 from tests.lanes import on_lane
 
 
@@ -198,10 +199,7 @@ def test_what_was_decided_holds_after_a_resumption(before, after, tmp_path):
 def model_of_before(size=16):
     torch.manual_seed(0)
     sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, use_cache=False, initializer_range=0.2, **sizes))
-    for parameter in model.parameters():
-        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - as `from_pretrained` leaves it
-    return model
+    return as_loaded(LlamaForCausalLM(LlamaConfig(vocab_size=32, use_cache=False, initializer_range=0.2, **sizes)))
 
 
 def one_step(model, optimizer, clipper, step):
