@@ -22,6 +22,7 @@ from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients import check_loss
 from hf_adaclip.gradients.distance import check_rates
 from hf_adaclip.gradients.norms import Parameters, as_tensors
+from hf_adaclip.gradients.optimizers import distinct
 from hf_adaclip.hints import shown, unknown_arguments
 from hf_adaclip.incidents.capture import IncidentCapture
 from hf_adaclip.incidents.folder import Incident
@@ -39,7 +40,7 @@ from hf_adaclip.run.run import Run
 from hf_adaclip.run.run_plan import RunPlan
 from hf_adaclip.run.selftest import check_on_a_copy
 from hf_adaclip.run.shape_gate import ShapeGate
-from hf_adaclip.support import check_optimizer_given
+from hf_adaclip.support import check_model, check_optimizer_given
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ class AdaptiveClipper(GoingBack):
         optimizer: The optimizer (or several) that steps on these gradients. Known, a fused Adam(W) on an accelerator leaves a
             non-finite step out without a host read, and the applied norm is measured at the last moment. Needed when
             `max_pace` > 1; otherwise the only optimizer that an accelerator has prepared is taken.
-        model: The model, where the names of parameters matter: for `granularity="module"`, for `parameter_rules`, and to read them in
-            a per-tensor ledger. By default what the accelerator has prepared.
+        model: The model (or several): it tells matrices from embeddings, and names parameters for `granularity="module"`, for
+            `parameter_rules` and in a per-tensor ledger. By default what the accelerator has prepared.
         ledger: Overrides `config.ledger`; `"auto"` means no ledger here.
         static_threshold: Overrides `config.static_threshold`; unset in both, 1.0, as in the Trainer.
         is_main_process: Whether this process writes the ledger; by default rank 0.
@@ -117,10 +118,10 @@ class AdaptiveClipper(GoingBack):
             config = config.replace(static_threshold=as_number(static_threshold))
         if ledger != "auto":
             config = config.replace(ledger=str(ledger) if isinstance(ledger, Path) else ledger)
-        optimizers = (
-            () if optimizer is None else tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
-        )
-        models = [] if model is None else [model]
+        optimizers = distinct(_each(optimizer))
+        models = _each(model)
+        for each in models:
+            check_model(each)
         port: Port = PlainLoop(models) if accelerator is None else AcceleratorPort(accelerator)
         engine = port if isinstance(port, AcceleratorPort) and port.steps_in_engine else None
         settled = settle(config, optimizers, models or port.models, plan or RunPlan(), in_engine=engine is not None)
@@ -437,7 +438,13 @@ class AdaptiveClipper(GoingBack):
 
     def _load_or_start_afresh(self, folder: str | Path) -> None:
         if not self.load_state(folder):
-            logger.info("%s has no %s: the controller starts afresh.", folder, self._state_file)
+            what = "goes on as it is" if self._run.begun else "starts afresh"
+            logger.warning("%s has no %s: the controller %s.", folder, self._state_file, what)
+
+
+def _each(given: Any) -> list[Any]:
+    """One, several or none, as a list."""
+    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _check_listener(listener: Any, of: str, method: str) -> None:

@@ -78,7 +78,11 @@ _OPERATIONS: Final = "Without it steps are made operation by operation, and a li
 _UNFUSED: Final = "Make the optimizer with `fused=False`"
 RELIANCES: Final[tuple[Reliance, ...]] = (
     _torch("Optimizer", "_optimizer_step_pre_hooks", "our hook is kept the last one before a step"),
-    _torch("Optimizer", "_optimizer_step_post_hooks", "the hook of the agreement is kept the first one after a step"),
+    _torch(
+        "Optimizer",
+        "_optimizer_step_post_hooks",
+        "the hooks of the agreement and of the rate are kept the first ones after a step",
+    ),
     _torch("optimizer", "_global_optimizer_pre_hooks", "it is noticed that others hook into steps"),
     _torch("Optimizer", "profile_hook_step", "calls of `step` that are going on are counted"),
     _torch("Adam", "found_inf", "1.0 makes a fused step leave everything as it is", _UNFUSED),

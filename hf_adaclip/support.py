@@ -171,3 +171,13 @@ def check_optimizer_given(config: Any, optimizers: Sequence[Any], accelerator: A
             f"`optimizer` must be given with controller '{config.controller}', but is None instead: its bound follows from the "
             "optimizer's state."
         )
+
+
+def check_model(model: Any) -> None:
+    """Whether it is one.
+
+    Raises:
+        ConfigError: It is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"`model` must be a torch.nn.Module, or a list of them, but is {shown(model)} instead.")

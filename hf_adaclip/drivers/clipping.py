@@ -90,7 +90,8 @@ class ClippingDriver:
         self._config, self._run, self._port, self._losses = config, run, port, losses
         self._optimizers = optimizers
         check_torch()
-        self.guards = Guards(optimizers, scaler=port.has_scaler)
+        shapes = not config.shadow and (config.max_pace > 1 or config.agreement is True)
+        self.guards = Guards(optimizers, scaler=port.has_scaler, shapes=shapes)
         self._probe()
         self._check = FirstStepCheck(enabled=config.self_test)
         self._absence = AbsenceCheck(run.alerts.warn_once)

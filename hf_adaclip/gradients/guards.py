@@ -13,7 +13,7 @@ from hf_adaclip.controllers.numerics.ops import Ops, Value
 from hf_adaclip.gradients.agreement import Agreement
 from hf_adaclip.gradients.callers import steps_running
 from hf_adaclip.gradients.norms import Gradients
-from hf_adaclip.gradients.optimizers import SkipPath
+from hf_adaclip.gradients.optimizers import SkipPath, distinct
 from hf_adaclip.gradients.probe import probe
 from hf_adaclip.gradients.step_guard import StepGuard
 
@@ -29,19 +29,24 @@ class Guards:
     Args:
         optimizers: Optimizers, wrapped by Accelerate or not.
         scaler: Whether a `GradScaler` drives them.
+        shapes: Whether steps are paced, or in part taken back.
     """
 
-    def __init__(self, optimizers: Sequence[Any], *, scaler: bool) -> None:
-        self._scaler = scaler
-        self._guards = [StepGuard(o, scaler=scaler) for o in optimizers]
+    def __init__(self, optimizers: Sequence[Any], *, scaler: bool, shapes: bool = True) -> None:
+        self._scaler, self._shapes = scaler, shapes
+        self._guards = self._guard(optimizers)
         self._adopted = False
         self._probed: weakref.WeakSet[StepGuard] = weakref.WeakSet()
         self._seen: tuple[int, ...] | None = None
+        self._known: set[int] | None = None
         self._skip: Value | None = None
         self._known_skip: bool | None = None
         self._idle = 0
         self._told = False
         self._strangers = _Strangers(self)
+
+    def _guard(self, optimizers: Sequence[Any]) -> list[StepGuard]:
+        return [StepGuard(o, scaler=self._scaler, shapes=self._shapes) for o in distinct(optimizers)]
 
     def __bool__(self) -> bool:
         return bool(self._guards)
@@ -91,7 +96,7 @@ class Guards:
         """Guard these, if none is guarded yet; should others take their place later, guard those. Returns whether it was so."""
         if self._guards or not optimizers:
             return False
-        self._guards, self._adopted = [StepGuard(o, scaler=self._scaler) for o in optimizers], True
+        self._guards, self._adopted = self._guard(optimizers), True
         return True
 
     def probe(self, *, paced: bool) -> None:
@@ -124,13 +129,24 @@ class Guards:
         for guard in self._guards:
             guard.agreement = None
 
+    def joined(self) -> list[Tensor]:
+        """Parameters that the optimizers have got since the last call (`add_param_group`); none at the first."""
+        count = sum(len(group["params"]) for guard in self._guards for group in guard.optimizer.param_groups)
+        if self._known is not None and count == len(self._known):
+            return []
+        before, parameters = self._known, self.parameters
+        self._known = {id(p) for p in parameters}
+        return [] if before is None else [p for p in parameters if id(p) not in before]
+
     def changed(self) -> bool:
-        """Whether the optimizers are others than at the last call, or the number of hooks that run before their steps is."""
+        """Whether the optimizers are others than at the last call, leave steps out in another way, or have other hooks before a step."""
         before = self._seen
+        others = {guard for guard in self._guards if guard.choose_again()}
+        self._probed -= others
         hooks = sum(hook is not _before_any_step for hook in torch_optimizer._global_optimizer_pre_hooks.values())
         now = tuple(n for g in self._guards for n in (id(g), hooks + len(g.optimizer._optimizer_step_pre_hooks)))
         self._seen = now
-        return before is not None and before != now
+        return bool(others) or (before is not None and before != now)
 
     def arm(
         self,
@@ -161,7 +177,11 @@ class Guards:
         known: bool | None = None
         if ops.on_host:
             known = bool(skip)
-        elif idle or not self._guards or any(guard.path != "device" for guard in self._guards):
+        elif (
+            idle
+            or not self._guards
+            or any(g.path != "device" or (pace is not None and g.reads_pace) for g in self._guards)
+        ):
             # The one host read of this path, for both numbers.
             if isinstance(skip, Tensor) and isinstance(pace, Tensor):
                 if not isinstance(told, Tensor):
@@ -240,7 +260,7 @@ class Guards:
             )
             for guard in self._guards:
                 guard.detach()
-            self._guards = [StepGuard(optimizer, scaler=self._scaler)]
+            self._guards = self._guard([optimizer])
         else:
             self._tell(f"another one, {name}, has made a step on them")
 

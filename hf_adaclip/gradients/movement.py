@@ -6,6 +6,7 @@ over all given matrices together, on a sample of their coordinates (see `hf_adac
 """
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -28,14 +29,18 @@ class Movement:
     Args:
         weights: By name, at least one, each once. They may lie on several devices.
         delayed: Whether nobody is to wait for a measurement: it is read when the next window ends.
+
+    Attributes:
+        gone: Whether one of them is no longer there, as of the last look: others have taken their place.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], *, delayed: bool) -> None:
-        self._weights = dict(weights)
-        self._sizes = [w.numel() for w in self._weights.values()]
+        self._weights = {name: weakref.ref(w) for name, w in weights.items()}
+        self.gone = False
+        self._sizes = [w.numel() for w in weights.values()]
         every = spacing(sum(self._sizes))
         self._grids = [grid_of(size, every) for size in self._sizes]
-        self._device, self._delayed = next(iter(self._weights.values())).device, delayed
+        self._device, self._delayed = next(iter(weights.values())).device, delayed
         self._steps = 0
         self._from: list[Tensor] | None = None
         self._share: Tensor | None = None  # of the last window, where nobody has read it yet
@@ -123,8 +128,9 @@ class Movement:
         return [part.view(shape) for part, (shape, _) in zip(torch.split(room, sizes), self._grids, strict=True)]
 
     def _look(self) -> list[Tensor] | None:
-        """The sample; None where somebody has given a weight another size."""
-        weights = list(self._weights.values())
+        """The sample; None where a weight is gone, or somebody has given it another size."""
+        weights = [w for ref in self._weights.values() if (w := ref()) is not None]
+        self.gone = len(weights) < len(self._sizes)
         if [w.numel() for w in weights] != self._sizes:
             return None
         parts = self._room()

@@ -22,15 +22,15 @@ Parameters = Iterable[Tensor] | Tensor
 _BUFFER = 1 << 18  # numbers; 1 MB
 _LARGE = 1 << 16
 sorted_alike: Final = require(require(torch.utils, "_foreach_utils"), "_group_tensors_by_device_and_dtype")
-_HALF: Final = (torch.bfloat16, torch.float16)
-_DTYPES: Final = (*_HALF, torch.float32, torch.float64, torch.complex64, torch.complex128)
+HALF: Final = (torch.bfloat16, torch.float16)
+_DTYPES: Final = (*HALF, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class Gradients(NamedTuple):
     """The gradients of one step.
 
     Attributes:
-        parameters: Trainable parameters, each once (tied parameters are one tensor), in the order given.
+        parameters: Trainable parameters and others with a gradient, each once (tied parameters are one tensor), in the order given.
         present: Positions in `parameters` of those that have a gradient.
         tensors: Their gradients, same order.
     """
@@ -60,7 +60,8 @@ class Gradients(NamedTuple):
 def collect(parameters: Parameters) -> Gradients:
     """Look up the gradients of any iterable of parameters: a list, a generator, one tensor.
 
-    Frozen parameters are left out; so are parameters without a gradient, which keep their place for per-tensor state.
+    Frozen parameters are left out, unless they have a gradient from before: an optimizer steps on it. Trainable ones without a gradient
+    keep their place for per-tensor state.
 
     Raises:
         ConfigError: These are no tensors; or there is none at all, most often a generator that was used up before.
@@ -73,7 +74,7 @@ def collect(parameters: Parameters) -> Gradients:
             "`model.parameters()` can be used only once: call it anew in every step."
         )
     # In plain passes, and each tensor once by identity: with thousands of tensors a call in Python for each is felt.
-    unique = [p for p in {id(p): p for p in given}.values() if p.requires_grad]
+    unique = [p for p in {id(p): p for p in given}.values() if p.requires_grad or p.grad is not None]
     if not unique and not any(isinstance(p, torch.nn.Parameter) for p in given):
         raise ConfigError(
             f"`parameters` must be trainable, but none of the {len(given)} tensors has `requires_grad` instead. Pass "
@@ -179,7 +180,7 @@ def _check_kind(device: torch.device, dtype: torch.dtype | None) -> None:
 def _norms_alike(gradients: list[Tensor]) -> list[Tensor]:
     if gradients[0].is_complex():
         gradients = [real_view(g) for g in gradients]
-    if gradients[0].dtype in _HALF and gradients[0].device.type == "cpu":
+    if gradients[0].dtype in HALF and gradients[0].device.type == "cpu":
         large = [i for i, g in enumerate(gradients) if g.numel() >= _LARGE and g.is_contiguous()]
         if large:
             chosen = set(large)

@@ -1,7 +1,7 @@
 """What has to be known of one optimizer, whoever wrote it, before its steps can be guarded."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,18 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def distinct(optimizers: Iterable[Any]) -> list[Any]:
+    """Each optimizer once, however often it is named and whatever is wrapped around it. An engine's own counts as itself."""
+    found: dict[int, Any] = {}
+    for optimizer in optimizers:
+        try:
+            key = id(unwrap_optimizer(optimizer))
+        except ConfigError:
+            key = id(optimizer)
+        found.setdefault(key, optimizer)
+    return list(found.values())
+
+
 def copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
@@ -59,13 +71,18 @@ def unscales_by_itself(optimizer: Any) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def takes_flag(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it leaves a step out on the device, where `found_inf` says so."""
+    return type(optimizer) in _DEVICE_SKIP and all(group.get("fused") for group in optimizer.param_groups)
+
+
 def choose_path(optimizer: torch.optim.Optimizer, scaler: bool) -> tuple[SkipPath, str]:
     name = type(optimizer).__name__
     if scaler:
         return "scaler", "a GradScaler is active and skips overflowing steps by itself"
     if type(optimizer) not in _DEVICE_SKIP:
         return "host", f"{name} cannot skip a step on the device; one flag is read by the host per step"
-    if not all(group.get("fused") for group in optimizer.param_groups):
+    if not takes_flag(optimizer):
         return "host", f"{name} is not fused; one flag is read by the host per step (`fused=True` avoids it)"
     return "device", f"fused {name} skips a step on the device; the host reads nothing"
 

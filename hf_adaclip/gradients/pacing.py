@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.controllers.numerics.ops import Value
+from hf_adaclip.gradients.norms import HALF
 from hf_adaclip.gradients.scale import scale_
 
 logger = logging.getLogger(__name__)
@@ -93,13 +94,25 @@ class Pacing:
         self._changes: list[_Change] = []
         self._told = False
 
+    @property
+    def needs_number(self) -> bool:
+        """Whether a pace on the device would lose the decay: of weights in half precision, of which one that small rounds to nothing.
+
+        In the optimizer's own step decay and update are one rounding.
+        """
+        return any(
+            decouples(self._optimizer, group) and any(p.dtype in HALF for p in group["params"])
+            for group in self._optimizer.param_groups
+            if any(group.get(key) for key in _DECAYS)
+        )
+
     @torch.no_grad()
     def apply(self, pace: Value | float, left_out: Tensor | None = None) -> None:
         """From here until `restore`.
 
         Args:
             pace: Multiplier on the learning rate, shape `[]`. A tensor stays on its device: only a fused Adam(W) takes the rate so. It
-                takes its decay as a number, so the decay is then made here, in a pass over the weights of its own.
+                takes its decay as a number, so the decay is then made here, in a pass over the weights of its own (see `needs_number`).
             left_out: With a tensor: above 0 where the optimizer is going to leave the step out, float32, shape `[]`.
         """
         self.restore()

@@ -33,13 +33,13 @@ _SMALLEST: Final = 16
 
 
 def trained_before(models: Sequence[Any]) -> bool:
-    """Whether a hidden matrix that is trained was trained before.
+    """Whether a hidden matrix that is trained was trained before; or what is trained in its place, where none is.
 
     A fresh head on a trained body does not change that. Fresh matrices beside frozen ones do: the factors of LoRA, a head alone.
 
     Where a version of transformers does not mark what it loads, a model that has a `name_or_path` counts as trained.
     """
-    return bool(loaded_matrices(models))
+    return bool(loaded_weights(models))
 
 
 def frozen_beside(models: Sequence[Any]) -> bool:
@@ -66,9 +66,18 @@ def _packed(models: Sequence[Any]) -> list[Tensor]:
     return list(found.values())
 
 
-def loaded_matrices(models: Sequence[Any]) -> list[Tensor]:
-    """The hidden matrices that are trained and were before, each once; all that are trained, where the marks are missing."""
-    return _loaded(models, [p for p in hidden_matrices(models) if p.requires_grad])
+def loaded_weights(models: Sequence[Any]) -> list[Tensor]:
+    """The hidden matrices that are trained and were before, each once; all that are trained, where the marks are missing.
+
+    Where none is trained, but vectors, embeddings or stacks of experts: these, if they were before or stand beside matrices that were.
+    """
+    hidden = hidden_matrices(models)
+    trained = [p for p in hidden if p.requires_grad]
+    if trained:
+        return _loaded(models, trained)
+    others = list({id(p): p for model in models for p in model.parameters() if p.requires_grad}.values())
+    marked = any(getattr(p, "_is_hf_initialized", False) for p in others)
+    return others if marked or _loaded(models, hidden) else []
 
 
 def _loaded(models: Sequence[Any], matrices: list[Tensor]) -> list[Tensor]:

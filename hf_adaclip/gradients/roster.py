@@ -196,6 +196,6 @@ class Roster:
         if before and self._calls - before <= _AT_ONCE:
             raise UnsupportedSetupError(
                 "`clip_` must be called once per optimizer step with all its parameters, but two sets of parameters take turns here: "
-                "their norms would be mixed into one range. Make one AdaptiveClipper for each of them; under `install`, which cannot "
-                "tell them apart, keep the stock clipping."
+                'their norms would be mixed into one range. Make one AdaptiveClipper for each of them, with `clip="guard"` where they '
+                "share an optimizer; under `install`, which cannot tell them apart, keep the stock clipping."
             )

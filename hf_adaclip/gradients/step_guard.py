@@ -14,23 +14,33 @@ called within `step`, by its closure: then the optimizer is at work already.
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from hf_adaclip.controllers.numerics.ops import Value
-from hf_adaclip.errors import ClippingDefeatedError, ConfigError
+from hf_adaclip.errors import ClippingDefeatedError, ConfigError, UnsupportedSetupError
 from hf_adaclip.gradients.agreement import Agreement
 from hf_adaclip.gradients.callers import stepping_scaler, steps_running
-from hf_adaclip.gradients.optimizers import choose_path, copied, moves, unwrap_optimizer, watched, without_parameters
+from hf_adaclip.gradients.optimizers import (
+    choose_path,
+    copied,
+    moves,
+    takes_flag,
+    unwrap_optimizer,
+    watched,
+    without_parameters,
+)
 from hf_adaclip.gradients.pacing import Pacing
 
 logger = logging.getLogger(__name__)
 
+_COUNT: Final = itertools.count()
 NOT_UNSCALED = (
     "`scaler.unscale_(optimizer)` must be called before `clip_`, but the gradients were still multiplied by the loss scale when their norm "
     "was taken. Call it between `backward` and `clip_`, as for `torch.nn.utils.clip_grad_norm_`."
@@ -43,16 +53,20 @@ class StepGuard:
     Args:
         optimizer: The optimizer, wrapped by Accelerate or not.
         scaler: Whether a `GradScaler` drives the optimizer.
+        shapes: Whether it sets the pace of steps, or takes a part of them back. Of several that do, the newest does.
 
     Attributes:
+        shapes: The same; False once it is detached.
+        age: Which of all guards it is, counted from the first.
         agreement: Takes back a part of each step that was prepared; None where that is off.
         armed: Whether a step that was prepared has not been made yet.
         consumed: Prepared steps that were made or left out.
         unarmed: Steps that moved weights and were not prepared, since the first that was.
     """
 
-    def __init__(self, optimizer: Any, *, scaler: bool = False) -> None:
+    def __init__(self, optimizer: Any, *, scaler: bool = False, shapes: bool = True) -> None:
         self.optimizer = unwrap_optimizer(optimizer)
+        self._scaler, self.shapes, self.age = scaler, shapes, next(_COUNT)
         self.path, self.why = choose_path(self.optimizer, scaler)
         self.armed = False
         self.consumed = self.unarmed = 0
@@ -76,6 +90,25 @@ class StepGuard:
         """Whether `step` is going on: clipping is called by its closure."""
         return self._depth > 0 and steps_running(self.optimizer) > 0
 
+    @property
+    def displaced(self) -> bool:
+        """Whether a newer one shapes the steps of this optimizer: twice the pace is its square, and nobody would put the rate back."""
+        return self.shapes and any(other.shapes and other.age > self.age for other in _guards_on(self.optimizer))
+
+    @property
+    def reads_pace(self) -> bool:
+        """Whether the host has to know the pace, though the step takes the rate as a tensor (see `Pacing.needs_number`)."""
+        return self.path == "device" and self._pacing.needs_number
+
+    def choose_again(self) -> bool:
+        """The way a step is left out, after groups were added or a state was loaded, which may change `fused`; whether it is another."""
+        before = self.path
+        if before == "scaler" or (before == "device") == takes_flag(self.optimizer):
+            return False
+        self._clear()
+        self.path, self.why = choose_path(self.optimizer, self._scaler)
+        return self.path != before
+
     def arm(
         self,
         *,
@@ -92,8 +125,12 @@ class StepGuard:
             measure: Called just before the optimizer reads the gradients; after it has, when it scales them.
             fold: What the step divides the gradients by, float32, shape `[]`; only on the `device` path.
         """
-        if self.agreement is not None:
-            self._agree_first()
+        if self.displaced:
+            raise UnsupportedSetupError(
+                f"`optimizer` must be paced by one clipper, but another one was made for this {type(self.optimizer).__name__} since. Close "
+                'that one; or make both with `clip="guard"`, which only clips.'
+            )
+        self._come_first()
         self._within = self.running
         if self._within:
             if pace is not None and isinstance(self.optimizer, torch.optim.LBFGS):
@@ -126,13 +163,15 @@ class StepGuard:
         if self._leaves_out or pace is not None:
             self._wrap_step()
 
-    def _agree_first(self) -> None:
-        """What is taken back of a step is so before a hook of somebody else's, which may limit weights, looks at them."""
-        if self._agreeing is None:
+    def _come_first(self) -> None:
+        """After a step, before anybody else's hook: one that limits weights, or steps a schedule, is to see what the step really was."""
+        if self.agreement is not None and self._agreeing is None:
             self._agreeing = self.optimizer.register_step_post_hook(self._agree)
         hooks: Any = self.optimizer._optimizer_step_post_hooks
-        if next(iter(hooks), None) != self._agreeing.id and self._agreeing.id in hooks:
-            hooks.move_to_end(self._agreeing.id, last=False)
+        ours = [hook.id for hook in (self._agreeing, self._after) if hook is not None and hook.id in hooks]
+        if list(itertools.islice(hooks, len(ours))) != ours:
+            for key in reversed(ours):
+                hooks.move_to_end(key, last=False)
 
     def _agree(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         outermost = optimizer is self.optimizer and self._depth <= 1
@@ -142,7 +181,7 @@ class StepGuard:
     def detach(self) -> None:
         """Remove the hooks; the optimizer is as if this object had never been."""
         self._clear()
-        self.agreement = None
+        self.agreement, self.shapes = None, False
         self.consumed = 0
         if not steps_running(self.optimizer):  # as the garbage collector finds it, while torch goes through the hooks
             for hook in (self._before, self._after, self._agreeing):
@@ -190,10 +229,7 @@ class StepGuard:
             self._pacing.restore()
             self._depth = 1
         if not self.armed:
-            self._others_armed = any(
-                isinstance(guard := getattr(hook, "__self__", None), StepGuard) and guard.armed
-                for hook in optimizer._optimizer_step_pre_hooks.values()
-            )
+            self._others_armed = any(guard.armed for guard in _guards_on(optimizer))
             return None
         self._assert_attributes()
         if self._depth > 1:  # `step` has called `super().step()`
@@ -235,6 +271,8 @@ class StepGuard:
     def _begin(self) -> None:
         if self._measure is not None and self._fold is None and not self._within:
             self._measure()
+        if self.displaced:  # what an earlier run has prepared and never made
+            return
         if self._pace is not None:
             # Fused Adam(W) takes the rate as a tensor; other optimizers compute with it on the host.
             on_device = self.path == "device" and isinstance(self._pace, Tensor)
@@ -272,3 +310,8 @@ class StepGuard:
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self._kept, self._leaves_out, self.armed = [], False, False
         self._pace = self._measure = self._skip = self._fold = self._wrapped = self._own_step = None
+
+
+def _guards_on(optimizer: torch.optim.Optimizer) -> list[StepGuard]:
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    return [owner for owner in owners if isinstance(owner, StepGuard)]

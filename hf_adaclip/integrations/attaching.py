@@ -50,6 +50,8 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
         )
     config = AdaptiveClipConfig.resolve(clip)
     kind, before = type(trainer), dict(trainer.__dict__)
+    callbacks, filters = trainer.callback_handler.callbacks, trainer.args.logging_nan_inf_filter
+    heard = list(callbacks)
     # A subclass made on the spot, so that `super()` finds the methods of whatever Trainer this is.
     base = take_replaced(trainer, AdaptiveClipMixin)
     trainer.__class__ = type(
@@ -63,6 +65,8 @@ def attach(trainer: AnyTrainer, clip: ClipArgument = "adaptive") -> AnyTrainer:
         trainer.__class__ = kind
         trainer.__dict__.clear()
         trainer.__dict__.update(before)
+        callbacks[:] = heard
+        trainer.args.logging_nan_inf_filter = filters
         raise
     return trainer
 

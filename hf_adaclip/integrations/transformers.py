@@ -20,6 +20,7 @@ from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
 from hf_adaclip.gradients.provenance import trained_before
 from hf_adaclip.incidents.skip_list import read_skip_list
+from hf_adaclip.integrations.early_state import EarlyState
 from hf_adaclip.integrations.left_out_samples import leave_out_samples, too_late
 from hf_adaclip.integrations.model_card import add_section
 from hf_adaclip.integrations.rewinding import Rewinding
@@ -129,6 +130,7 @@ class AdaptiveClipMixin(_Base):
         self._logs_own_line = False
         self._joined = False
         self._watch, self._rewinding = SeamWatch(self), Rewinding(self)
+        self._early = EarlyState(self, self._watch)
         self.add_callback(self._watch)
         self.add_callback(self._rewinding)
         warn_of_own_clipping(type(self), AdaptiveClipMixin)
@@ -246,15 +248,13 @@ class AdaptiveClipMixin(_Base):
         if self._rewinding.leaves_out():
             self._samples.next()
             return torch.zeros((), dtype=torch.float32, device=self.args.device)
-        self._awaits_inputs, self._shown_inputs = self.clip_config.incidents, False
+        self._awaits_inputs, self._shown_inputs = True, False
         given = kwargs.get("inputs", args[1] if len(args) > 1 else None)
         given = dict(given) if isinstance(given, dict) else given  # of which a loss may take entries out
         loss = super().training_step(*args, **kwargs)
         self._losses.add(loss)
         self._awaits_inputs = False
-        if (
-            self.clip_config.incidents and not self._shown_inputs
-        ):  # a `training_step` that prepares its inputs by itself
+        if not self._shown_inputs:  # a `training_step` that prepares its inputs by itself
             self._show_batch(given)
         if not self.clip_config.nan_filter_on_device:
             return loss
@@ -296,6 +296,8 @@ class AdaptiveClipMixin(_Base):
             )
         if self.args.max_grad_norm != self._max_grad_norm:
             self._follow_max_grad_norm(clipper)
+        if self.args.should_save:
+            self._early.look(clipper)
         return clipper.clip_(model.parameters(), loss=loss, measure=self._logs_after_this_step() or None)
 
     def _follow_max_grad_norm(self, clipper: AdaptiveClipper) -> None:
@@ -360,7 +362,7 @@ class AdaptiveClipMixin(_Base):
         if self.clipper is not None:
             self.clipper.flush()  # on every rank: if it has to stop the run, all of them stop
             if self.args.should_save:
-                self.clipper.save_state(output_dir)
+                self._early.save(self.clipper, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

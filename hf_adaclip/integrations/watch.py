@@ -41,6 +41,7 @@ class SeamWatch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         clipper = self._trainer._ready_clipper()
+        self._evaluated = None  # another run may have other sets
         self.offset = state.global_step - clipper.step  # above 0 when the stock Trainer made the checkpoint
         self._decided, self._looked, self._stepped, self._midway = clipper.step, False, 0, False
         if state.global_step and not args.ignore_data_skip:

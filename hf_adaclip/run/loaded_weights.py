@@ -10,7 +10,7 @@ from hf_adaclip.gradients import Guards
 from hf_adaclip.gradients.groups import named_parameters
 from hf_adaclip.gradients.matrices import hidden_matrices
 from hf_adaclip.gradients.movement import Movement
-from hf_adaclip.gradients.provenance import loaded_matrices
+from hf_adaclip.gradients.provenance import loaded_weights
 from hf_adaclip.run.ranks import world_size
 from hf_adaclip.run.run import Run
 
@@ -56,7 +56,10 @@ class LoadedWeights:
                 return None
         if self._movement is None:
             return None
-        return self._movement.step(self._agree if world_size() > 1 else None)
+        share = self._movement.step(self._agree if world_size() > 1 else None)
+        if self._movement.gone:
+            self.forget()
+        return share
 
     def tensors(self) -> Mapping[str, Tensor]:
         """What a checkpoint keeps."""
@@ -83,7 +86,7 @@ class LoadedWeights:
 
     def _of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         there = {id(p) for p in parameters}
-        return [p for p in loaded_matrices(self._models()) if id(p) in there]
+        return [p for p in loaded_weights(self._models()) if id(p) in there]
 
     def _agree(self, number: Tensor) -> None:
         """The largest of all ranks; 0 where the ranks are not known."""

@@ -378,25 +378,30 @@ class Run(Moments):
 
     def save(self, path: Path, beside: dict[str, Tensor] | None = None) -> None:
         """Write the state file (nothing before the first step); `beside` is what the controller does not know."""
-        if self._state is None or self.recorder is None:
+        if self._state is not None and self.recorder is not None:
+            self.flush()
+            ledger = self.recorder.ledger
+            if ledger is not None:
+                ledger.sync()
+            tensors, keeping, parameters = state_to_tensors(self._state), self._keeping, self._parameters
+            head = None if ledger is None else ledger.head
+        elif self._loaded is not None and self._loaded_keeping is not None:  # no step since
+            tensors, keeping, parameters = self._loaded, self._loaded_keeping, self.loaded_parameters
+            head = None if self._parent is None else self._parent["sha256"]
+        else:
             return
-        self.flush()
-        ledger = self.recorder.ledger
-        if ledger is not None:
-            ledger.sync()
         self._checkpoint = str(path.parent)
         write_state(
             path,
-            state_to_tensors(self._state)
-            | {f"{BESIDE}{name}": value for name, value in {**self.beside, **(beside or {})}.items()},
+            tensors | {f"{BESIDE}{name}": value for name, value in {**self.beside, **(beside or {})}.items()},
             self.config,
-            step=self.step,
+            step=self.step - self._pending,
             static_threshold=self.static_threshold,
             statistics=self.statistics.to_dict(),
-            ledger=None if ledger is None else ledger.head,
-            groups=self._keeping.groups,
-            parts=self._keeping.parts,
-            parameters=self._parameters,
+            ledger=head,
+            groups=keeping.groups,
+            parts=keeping.parts,
+            parameters=parameters,
         )
 
     def load(self, path: Path) -> bool:

@@ -21,7 +21,9 @@ PACE_START_SHARE: Final = 0.1
 STATIC_THRESHOLD: Final = 1.0
 """That of a loop which sets none, as in the Trainer."""
 _WHY: Final = f"this run plans {SEVERAL} or more epochs with a model that was trained before"
-_UNKNOWN: Final = f"this run plans {SEVERAL} or more epochs, and no model tells whether it was trained before (pass `model=`)"
+_UNKNOWN: Final = (
+    f"this run plans {SEVERAL} or more epochs, and no model tells whether it was trained before (pass `model=`)"
+)
 _AS_BEFORE: Final = "it is as in the checkpoint that this run goes on from"
 _HELD: Final = {"max_pace": "no pace", "max_threshold": "no threshold above {:g}"}
 

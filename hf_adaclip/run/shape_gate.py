@@ -15,7 +15,7 @@ are in bfloat16. By data sheets they take twice as long where torch may use TF32
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -25,12 +25,14 @@ from hf_adaclip.gradients.movement import WINDOW
 from hf_adaclip.gradients.newton_schulz import in_tf32
 from hf_adaclip.gradients.transfer import HOST
 from hf_adaclip.run.ranks import world_size
+from hf_adaclip.run.rows import ForwardRows, rows_of
 
 FAST: Final = {"spectral": 0.04, "agreement": 0.07}
 """Share of their size that loaded weights move in a window, above which that part acts on them."""
 _ALONE: Final = (
     "the model was trained before, and there it does harm without the spectral range (set it to have it all the same)"
 )
+_NONE: Final = "no hidden matrix is trained"
 _BEFORE: Final = "so it was decided in the run that this one goes on with"
 _TRAINED: Final = {
     part: f"the model was trained before, and there it may do harm until weights move by {share:.0%} in {WINDOW} steps (set it to have "
@@ -65,25 +67,6 @@ def slower(device: torch.device) -> float:
     return 2.0 if in_tf32(device) else 15.0
 
 
-def rows_of(batch: Any, models: Sequence[Any]) -> int | None:
-    """How many rows a micro-batch gives to the hidden matrices; None where that cannot be told.
-
-    Token ids of shape `[batch, length]` are a row each, images `[batch, channels, height, width]` one per patch where the model has a
-    `patch_size`, features `[batch, length, size]` one per position.
-    """
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    patch = next(
-        (p for m in models if isinstance(p := getattr(getattr(m, "config", None), "patch_size", None), int)), 0
-    )
-    # Labels are such tensors too, and no more than what they are for.
-    counts = [v.numel() for v in tensors if v.dim() == 2 and not v.is_floating_point()]
-    features = [v for v in tensors if v.is_floating_point()]
-    counts += [v.shape[0] * (v.shape[2] // patch) * (v.shape[3] // patch) for v in features if v.dim() == 4 and patch]
-    counts += [v.shape[:-1].numel() for v in features if v.dim() in (2, 3)]
-    return max(counts, default=None)
-
-
 class ShapeGate:
     """Decides whether spectral range and agreement act where they are on by themselves.
 
@@ -112,7 +95,8 @@ class ShapeGate:
         self.agreement: bool | None = None
         self.waiting: frozenset[str] = frozenset()
         self.why: dict[str, str] = {}
-        self._rows: int | None = 0
+        self._shown: int | None = 0
+        self._passed = 0
 
     @property
     def decided(self) -> bool:
@@ -121,9 +105,19 @@ class ShapeGate:
 
     def sees(self, batch: Any, models: Sequence[Any]) -> None:
         """A micro-batch of the first step, as long as nothing is decided."""
-        if self._rows is not None:
+        if self._shown is not None:
             rows = rows_of(batch, models)
-            self._rows = None if rows is None else self._rows + rows
+            self._shown = None if rows is None else self._shown + rows
+
+    def listen(self, models: Sequence[Any]) -> None:
+        """Hear of what models are called with, for loops that show no batch."""
+        if "spectral" in self._parts:
+            for model in models:
+                ForwardRows(self, model)
+
+    def passes(self, given: list[Any], models: Sequence[Any]) -> None:
+        """A model is called with this, as long as nothing is decided."""
+        self._passed += rows_of(given, models) or 0
 
     def decide(
         self,
@@ -148,13 +142,13 @@ class ShapeGate:
         if "spectral" in self._parts:
             self._weigh(shapes, device, group, ranks_known=ranks_known)
         if trained:
-            self.wait()
+            self.wait(matrices=bool(shapes))
 
     def _weigh(
         self, shapes: Sequence[tuple[int, int]], device: torch.device, group: Any, *, ranks_known: bool
     ) -> None:
         """Whether the range is worth its work."""
-        rows = self._rows or 0
+        rows = self._shown or self._passed
         if world_size() > 1 and ranks_known:
             most = torch.tensor([float(rows)], dtype=torch.float64, device=device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
@@ -175,8 +169,16 @@ class ShapeGate:
                 "(`spectral_width=0` has it all the same)"
             )
 
-    def wait(self) -> None:
-        """Weights that were trained before have joined those that are trained."""
+    def wait(self, *, matrices: bool = True) -> None:
+        """Weights that were trained before have joined those that are trained.
+
+        Args:
+            matrices: Whether the range has any to act on.
+        """
+        if self._ranged and not matrices:
+            self.why |= {part: _NONE if part == "spectral" else _ALONE for part in self._parts}
+            self.agreement = self.agreement and "agreement" not in self._parts
+            return
         self.waiting |= {part for part in self._parts if getattr(self, part)}
         self.why |= {part: _TRAINED[part] for part in self.waiting}
         ranged = self._ranged and (self.spectral or "spectral" in self.waiting)

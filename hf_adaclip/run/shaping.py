@@ -54,6 +54,8 @@ class Shaping:
     ) -> None:
         self._config, self._run, self._guards, self._models = config, run, guards, models
         self.gate = gate
+        if gate is not None:
+            gate.listen(models())
         self._matrices = HiddenMatrices(models)
         width = config.spectral
         self._range = None if width is None else SpectralRange(width, self._matrices, config.spectral_memory)
@@ -120,7 +122,10 @@ class Shaping:
             joined: Parameters that were not among those of any step before.
         """
         gate = self.gate
-        if gate is None or not gate.decided:
+        if gate is None:
+            return
+        joined = [*joined, *self._guards.joined()]
+        if not gate.decided:
             return
         if joined and self._loaded.among(joined):
             gate.wait()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_adaclip.gradients.matrices import hidden_matrices
-from hf_adaclip.gradients.provenance import BEYOND, frozen_beside, loaded_matrices, look_trained
+from hf_adaclip.gradients.provenance import BEYOND, frozen_beside, loaded_weights, look_trained
 from tests.integrations.trainers import as_loaded
 
 DRAWN = {
@@ -72,9 +72,9 @@ def test_a_training_that_learns_leaves_its_trace():
         loss.backward()
         optimizer.step()
     assert look_trained(hidden_matrices([model]))
-    assert len(loaded_matrices([model])) == 2
+    assert len(loaded_weights([model])) == 2
     model.requires_grad_(False)
-    assert loaded_matrices([model]) == []
+    assert loaded_weights([model]) == []
 
 
 def test_what_cannot_tell_says_nothing():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ClippingDefeatedError, ConfigError
 from hf_adaclip.audit import verify_ledger
@@ -173,6 +174,12 @@ def test_state_goes_with_save_state_and_load_state(tmp_path):
     clipper = AdaptiveClipper(CONFIG, accelerator=accelerator, optimizer=optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.load_state(str(tmp_path / "checkpoint"))
+    # Saved again before any step, as a loop does that is preempted at once: nothing may be lost.
+    accelerator.save_state(str(tmp_path / "again"))
+    kept = [load_file(tmp_path / name / "clip_state.safetensors") for name in ("checkpoint", "again")]
+    assert kept[0].keys() == kept[1].keys()
+    assert all(torch.equal(kept[0][k], kept[1][k]) or kept[0][k].isnan().all() for k in kept[0])
+    accelerator.load_state(str(tmp_path / "again"))
     for i, (x, y) in enumerate(data()):
         if i >= 20:
             loss = torch.nn.functional.mse_loss(model(x), y) * factors.get(i, 1.0)
@@ -187,7 +194,7 @@ def test_state_goes_with_save_state_and_load_state(tmp_path):
     )
 
 
-def test_a_checkpoint_from_before_the_clipper_can_still_be_loaded(tmp_path):
+def test_a_checkpoint_from_before_the_clipper_can_still_be_loaded(tmp_path, caplog):
     accelerator = Accelerator(cpu=True)
     script(accelerator, steps=5)
     accelerator.save_state(str(tmp_path / "old"))
@@ -198,6 +205,7 @@ def test_a_checkpoint_from_before_the_clipper_can_still_be_loaded(tmp_path):
     accelerator.load_state(str(tmp_path / "old"))
 
     assert clipper.step == 0
+    assert "the controller starts afresh" in caplog.text
 
 
 def test_closing_lets_go_of_the_accelerator():

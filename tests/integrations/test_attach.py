@@ -142,6 +142,32 @@ def test_a_refusal_leaves_the_object_as_it_was(tmp_path):
     assert trainer.__dict__["training_step"] is replaced
 
 
+class AttachesAndGoesOn(TrainerCallback):
+    """Goes on with the stock Trainer where that fails."""
+
+    trainer: Any = None
+    said = ""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        try:
+            attach(self.trainer)
+        except ValueError as error:
+            self.said = str(error)
+
+
+def test_a_refusal_within_a_run_leaves_the_stock_trainer(tmp_path):
+    (tmp_path / "skip_batches.json").write_text('{"samples": [5]}')
+    callback = AttachesAndGoesOn()
+    trainer = stock(tmp_path, args=arguments(tmp_path, max_steps=4), callbacks=[callback])
+    callback.trainer, kinds = trainer, [type(c) for c in trainer.callback_handler.callbacks]
+    run(trainer)
+    assert callback.said
+    assert trainer.state.global_step == 4
+    assert type(trainer) is Trainer
+    assert [type(c) for c in trainer.callback_handler.callbacks] == kinds
+    assert trainer.args.logging_nan_inf_filter
+
+
 def test_a_mixin_without_a_trainer_is_refused():
     class Alone(AdaptiveClipMixin):
         pass

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import hf_adaclip.integrations.transformers as trainer_module
 from hf_adaclip import (
     AdaptiveClipConfig,
     AdaptiveClipMixin,
+    AdaptiveClipper,
     AdaptiveClipTrainer,
     ClippingDefeatedError,
     ConfigError,
@@ -20,7 +22,7 @@ from hf_adaclip import (
     attach,
 )
 from hf_adaclip.audit import verify_ledger
-from tests.integrations.trainers import arguments, build, run, stock, weights
+from tests.integrations.trainers import arguments, build, dataset, run, stock, weights
 
 pytestmark = pytest.mark.slow
 
@@ -567,3 +569,73 @@ def test_a_model_card_that_cannot_get_its_section_is_a_warning(tmp_path, caplog)
     trainer.create_model_card()
     assert (tmp_path / "README.md").is_file()
     assert len([r for r in caplog.records if "got no section on clipping" in r.getMessage()]) == 1
+
+
+def test_a_second_run_hears_of_its_own_evaluations(tmp_path):
+    heard: list[float] = []
+    args = arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
+    small = dataset().select(range(16))
+    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, eval_dataset={"first": small})
+    with mock.patch.object(AdaptiveClipper, "evaluated", lambda self, loss: heard.append(loss)):
+        run(trainer)
+        trainer.eval_dataset = small
+        run(trainer)
+    assert len(heard) == 4
+
+
+def test_the_work_of_the_range_is_weighed_without_incidents_too(tmp_path):
+    args = arguments(tmp_path, max_steps=2, per_device_train_batch_size=1)
+    trainer = build(AdaptiveClipTrainer, tmp_path, args=args, clip={"incidents": False})
+    trainer.train_dataset = dataset().map(lambda row: {k: v[:2] for k, v in row.items()})
+    run(trainer)
+    assert "with 2 tokens in a step it would take" in trainer.clipper.explain()
+    assert not (tmp_path / "incidents").exists()
+
+
+class Terminated(AdaptiveClipTrainer):
+    """Asks for a checkpoint in a step, as the handler of SIGTERM does once its grace is over: in the backward pass, or after clipping."""
+
+    at, late = -1, False
+
+    def ask(self, *, late):
+        if late is self.late and self.state.global_step == self.at:
+            [manager] = filter(None, (getattr(c, "jit_manager", None) for c in self.callback_handler.callbacks))
+            manager.is_checkpoint_requested = True
+
+    def compute_loss(self, *args, **kwargs):
+        self.ask(late=False)
+        return super().compute_loss(*args, **kwargs)
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        self.ask(late=True)
+        return norm
+
+
+def terminated(folder, at=-1, late=False):
+    args = arguments(folder, max_steps=30, enable_jit_checkpoint=True, learning_rate=1e-4)
+    trainer = build(Terminated, folder, args=args, clip=CONFIG.replace(max_pace=8.0, spectral_width=0.0))
+    for layer in trainer.model.model.layers:
+        layer.self_attn.attention_dropout = (
+            0.0  # the generator's state is saved after the forward pass, in the stock Trainer too
+        )
+    trainer.at, trainer.late = at, late
+    return trainer
+
+
+def test_a_checkpoint_within_a_step_is_gone_on_from_bit_for_bit(tmp_path):
+    whole = terminated(tmp_path / "whole")
+    run(whole)
+    run(terminated(tmp_path / "cut", at=17))
+    assert (tmp_path / "cut/checkpoint-17/clip_state.safetensors").is_file()
+    resumed = terminated(tmp_path / "cut")
+    run(resumed, resume_from_checkpoint=str(tmp_path / "cut/checkpoint-17"))
+    assert resumed.clipper.step == 30
+    assert torch.equal(weights(resumed), weights(whole))
+    assert verify_ledger(tmp_path / "cut/clip_ledger.jsonl").ok
+
+
+def test_a_checkpoint_that_is_asked_for_since_the_decision_has_no_state_of_another_step(tmp_path, caplog):
+    run(terminated(tmp_path, at=17, late=True))
+    assert "which has decided on a step that is not in its weights" in caplog.text
+    assert not (tmp_path / "checkpoint-17/clip_state.safetensors").exists()

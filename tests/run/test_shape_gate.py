@@ -1,7 +1,10 @@
 """The spectral range has to be worth its work where it is on by itself."""
 
+import gc
 import json
+import pickle
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,9 +16,11 @@ from hf_adaclip import AdaptiveClipper
 from hf_adaclip.audit import verify_ledger
 from hf_adaclip.gradients.movement import Movement
 from hf_adaclip.report.run_report import load_run, summary, write_html, write_markdown
-from hf_adaclip.run.shape_gate import FAST, MOST, ShapeGate, how_fast, rows_of, share
+from hf_adaclip.run.rows import rows_of
+from hf_adaclip.run.shape_gate import FAST, MOST, ShapeGate, how_fast, share
 from tests.integrations.trainers import as_loaded
 from tests.lanes import on_lane
+from tests.loops import make
 
 
 def test_the_share_is_that_of_the_operations():
@@ -102,8 +107,12 @@ def test_the_agreement_does_not_act_alone_in_what_was_trained_before():
     switched_off.decide([], torch.device("cpu"), None, trained=True, ranks_known=True)
     assert not switched_off.waiting
     set_by_hand = ShapeGate(["agreement"], memory=True)
-    set_by_hand.decide([], torch.device("cpu"), None, trained=True, ranks_known=True)
+    set_by_hand.decide([(64, 64)], torch.device("cpu"), None, trained=True, ranks_known=True)
     assert set_by_hand.waiting == {"agreement"}
+    on_nothing = ShapeGate(["agreement"], memory=True)
+    on_nothing.decide([], torch.device("cpu"), None, trained=True, ranks_known=True)
+    assert not on_nothing.waiting
+    assert on_nothing.agreement is False
 
 
 def test_weights_that_were_trained_before_may_join_later():
@@ -414,3 +423,123 @@ def test_a_report_says_when_and_why_the_parts_were_let_in(tmp_path):
     next(line for line in lines if line.get("step") == 16)["moved"] = 0.01
     ledger.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
     assert any("had moved by 0.01" in f.message and f.step == 16 for f in verify_ledger(ledger).findings)
+
+
+# -- what is trained in place of matrices, and what joins ----------------------------------------------------------
+
+
+def biases(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.bias = torch.nn.Parameter(torch.zeros(module.out_features))
+    as_loaded(model)
+    return [p.requires_grad_(name.endswith("bias")) for name, p in model.named_parameters()]
+
+
+def scales(model):
+    return [p.requires_grad_("norm" in name) for name, p in model.named_parameters()]
+
+
+def experts(model):
+    model.model.layers[0].experts = torch.nn.Parameter(torch.randn(4, 16, 16))
+    as_loaded(model)
+
+    def with_them(model, given, out):
+        out.loss = out.loss + model.model.layers[0].experts.square().mean()
+        return out
+
+    model.register_forward_hook(with_them)
+    return [p.requires_grad_("experts" in name) for name, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize("trained", [biases, scales, experts])
+def test_vectors_and_experts_that_were_trained_before_keep_their_step(trained, tmp_path):
+    model = model_of_before()
+    trained(model)
+    _, _, clipper, acted = loaded(1e-2, "host", tmp_path, steps=20, model=model)
+    assert acted == [set()] * 20
+    said = clipper.explain()
+    assert "spectral    off: no hidden matrix is trained" in said
+    assert "agreement   off: the model was trained before" in said
+
+
+def test_a_loaded_body_that_joins_the_optimizer_later_waits(tmp_path):
+    model = model_of_before()
+    body = list(model.model.layers.parameters())
+    for part in (model.model.norm, model.lm_head):
+        del part.weight._is_hf_initialized
+    optimizer = torch.optim.AdamW([*model.model.norm.parameters(), *model.lm_head.parameters()], lr=1e-4)
+    clipper = AdaptiveClipper({"max_pace": 1.0}, optimizer=optimizer, model=model, output_dir=tmp_path)
+    acted = [one_step(model, optimizer, clipper, step) for step in range(3)]
+    optimizer.add_param_group({"params": body})
+    acted += [one_step(model, optimizer, clipper, step) for step in range(3, 6)]
+    assert [bool(found) for found in acted] == [True] * 3 + [False] * 3
+
+
+def test_a_weight_that_another_has_replaced_is_no_longer_watched(tmp_path):
+    def replace(model):
+        projection = model.lm_head
+        projection.weight = torch.nn.Parameter(projection.weight.detach().clone())
+        as_loaded(projection)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+
+    model = model_of_before()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    clipper = AdaptiveClipper({"max_pace": 1.0}, optimizer=optimizer, model=model, output_dir=tmp_path)
+    driver: Any = clipper._driver
+    loaded_weights = driver._shaping._loaded
+    for step in range(50):
+        if step == 5:
+            replace(model)
+            optimizer.state.clear()
+        found = one_step(model, optimizer, clipper, step)
+        if step == 20:
+            movement = loaded_weights._movement
+            watched = set() if movement is None else {id(ref()) for ref in movement._weights.values()}
+            assert id(model.lm_head.weight) in watched
+    assert found == BOTH
+
+
+# -- how many rows there are ---------------------------------------------------------------------------------------
+
+
+def not_shown(size, tokens, *, steps=1, micro_batches=1, **more):
+    """A loop that shows no batch; the clipper after its steps."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, use_cache=False, **sizes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    clipper = AdaptiveClipper({"max_pace": 1.0, **more}, optimizer=optimizer, model=model)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    with torch.no_grad():
+        model(input_ids=ids.repeat(64, 1))  # an evaluation before the first step counts nothing
+    for _ in range(steps):
+        for _ in range(micro_batches):
+            model(input_ids=ids, labels=ids).loss.backward()
+        clipper.clip_(model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, clipper
+
+
+def test_a_loop_that_shows_no_batch_is_weighed_by_what_its_model_is_called_with():
+    _, few = not_shown(64, 8)
+    assert "with 8 tokens in a step it would take" in few.explain()
+    model, many = not_shown(64, 128, micro_batches=8, steps=2)
+    assert "clip/spectral_width" in many.metrics()
+    assert not model._forward_pre_hooks
+    _, by_hand = not_shown(64, 8, spectral_width=0.0)
+    assert "clip/spectral_width" in by_hand.metrics()
+
+
+def test_what_listens_goes_with_its_clipper_and_not_into_copies():
+    model, optimizer = make()
+    clipper = AdaptiveClipper(optimizer=optimizer, model=model)
+    copied = pickle.loads(pickle.dumps(model))
+    copied(torch.zeros(2, 8))
+    assert len(model._forward_pre_hooks) == 1
+    assert not copied._forward_pre_hooks or all(h._handle is None for h in copied._forward_pre_hooks.values())
+    del clipper
+    gc.collect()
+    model(torch.zeros(2, 8))
+    assert not model._forward_pre_hooks
