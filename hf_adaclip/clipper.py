@@ -179,6 +179,11 @@ class AdaptiveClipper(GoingBack):
         return self._run.static_threshold
 
     @property
+    def off(self) -> dict[str, str]:
+        """Parts of the default that do not act, and why, as far as that is decided: the first step has a say in it."""
+        return {**self._off, **self._driver.off}
+
+    @property
     def held_back(self) -> str:
         """What the plan of the run holds back of the default, and how to override it, in a sentence; empty where nothing."""
         return self._held_back
@@ -245,6 +250,10 @@ class AdaptiveClipper(GoingBack):
             ConfigError: It is not above 0, or the step is an engine's (DeepSpeed), which has its own threshold.
         """
         self._driver.set_static_threshold(value)
+
+    def begins_after(self, steps: int) -> None:
+        """So many steps of the training were made before the first that is counted here: the ledger tells, so that `verify` knows."""
+        self._run.steps_before = max(steps, 0)
 
     def begin_epoch(self) -> None:
         """The data is about to be gone through again, or for the first time. In a Trainer that happens by itself.
@@ -384,7 +393,7 @@ class AdaptiveClipper(GoingBack):
         driver, threshold = self._driver, self._run.static_threshold
         return describe(
             *(self.config, threshold, driver.why_skipping, self._port.how, driver.why_scaling, self._run.ceiling_held),
-            {**self._off, **driver.off},
+            self.off,
         )
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
@@ -395,6 +404,8 @@ class AdaptiveClipper(GoingBack):
 
         The script's `max_norm` becomes the static threshold, unless the config sets one. Raises ConfigError without an accelerator.
         """
+        if "pace" in self.off:
+            self.alerts.say(f"it only clips: {self.off['pace']}.")
         answering = self._port.replace_clipping(self.clip_, self._take_script_threshold, self.alerts.warn_once)
         self._losses.expected = False
         with self, answering:

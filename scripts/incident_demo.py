@@ -236,9 +236,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print(f"Loss on held-out text: {losses['clean']} clean, {losses['stock']} stock, {losses['ours']} ours.")
     for document in result["named"]:
         print(f"Garbled document {document['document']}: steps {document['steps']}, {document['text'][:40]!r}...")
-    print(
-        f"Went back {len(result['rewinds'])} time(s); steps {result['left_out'][0]}-{result['left_out'][-1]} left out."
-    )
+    left_out = result["left_out"]
+    what = f"steps {left_out[0]}-{left_out[-1]} left out" if left_out else "nothing left out"
+    print(f"Went back {len(result['rewinds'])} time(s); {what}.")
     return result
 
 

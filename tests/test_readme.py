@@ -104,6 +104,16 @@ def test_the_first_60_seconds_print_what_they_say(tmp_path):
     counts = eval(out.strip().splitlines()[-1])
 
     assert counts["WARMUP"] == 50
+    said = re.search(r"The log warns: norm (\S+), cut to (\S+)\.\n", README)
+    assert said is not None
+    lines = [json.loads(line) for line in (tmp_path / "first-run/clip_ledger.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    spike = steps[100]
+    assert spike["norm"] == pytest.approx(float(said[1]), rel=0.2)
+    assert spike["norm"] * spike["coefficient"] == pytest.approx(float(said[2]), rel=0.2)
+    size = re.search(r"SHA-256 chain, (\d+) bytes each", README)
+    assert size is not None
+    assert float(size[1]) == pytest.approx(sum(len(json.dumps(s)) for s in steps) / len(steps), rel=0.2)
     assert counts["SPIKE"] >= 1
     assert counts.get("WITHIN", 0) + counts.get("WIDENED", 0) > 40
     [command] = [shlex.split(c)[1:] for c in block_with("bash", "hf-adaclip verify").splitlines() if c]
@@ -171,7 +181,7 @@ def test_config(tmp_path):
         block_with("python", "clip.json"),
         tmp_path,
         "assert AdaptiveClipConfig.resolve('clip.json') == config",
-        "assert config.for_pattern('*.bias') is None",
+        "assert config.max_skipped == 20",
         "assert config.on_trouble == 'rewind'",
     )
 
@@ -201,7 +211,9 @@ def test_what_is_logged_is_said():
     from hf_adaclip.run.counts import RunStatistics
 
     statistics = RunStatistics()
-    statistics.add({"norm": 1.0, "coefficient": 1.0, "threshold": 1.0, "pace": 1.0}, Reason.WITHIN)
+    row = {"norm": 1.0, "coefficient": 1.0, "threshold": 1.0, "pace": 1.0}
+    shaped = dict.fromkeys(("spectral_width", "altered_energy", "matrix_norm", "agreeing_share"), 0.5)
+    statistics.add({**row, **shaped}, Reason.WITHIN)
     for name in (*statistics.metrics(), "clip/learning_rate"):
         assert f"`{name}`" in README or f"`{name.removeprefix('clip/')}`" in README, name
 

@@ -14,6 +14,9 @@ ALWAYS_ON = 0.5
 """A threshold that alters more than this share of steps does not guard against spikes, it sets the size of every step; `ceiling_share` of
 the controller `adaptive` is the same share, of its warm-up."""
 
+FEWEST = 20
+"""Calm norms below which no other threshold is recommended: of fewer the largest is all that is known."""
+
 
 def advise(series: Series, *, max_grad_norm: float | None = None) -> dict[str, Any]:
     """Look at a run's norms and say what was there and what each controller would have done with it.
@@ -40,7 +43,8 @@ def advise(series: Series, *, max_grad_norm: float | None = None) -> dict[str, A
     calm = np.delete(series.norms, spikes)
     calm = calm[np.isfinite(calm)]
     always_on = static_share > ALWAYS_ON
-    threshold = _round_up(float(np.quantile(calm, 0.99))) if len(calm) and not always_on else max_grad_norm
+    told = len(calm) >= FEWEST and not always_on
+    threshold = _round_up(float(np.quantile(calm, 0.99))) if told else max_grad_norm
     largest = sorted(spikes.tolist(), key=lambda i: -float(series.norms[i]))[:10]
     median = float(np.median(calm)) if len(calm) else math.nan
     return {
@@ -128,6 +132,8 @@ def _known(series: Series, spikes: int) -> str:
     first, last = int(series.steps[0]), int(series.steps[-1])
     if len(series) == 1:
         return f"Only one norm is known, that of step {first}: it says nothing of the others."
+    if len(series) < FEWEST:
+        return f"Only {len(series)} norms are known, too few to recommend another threshold."
     gaps = series.gaps
     missing = sum((after - before) // series.every - 1 for before, after in gaps)
     where = ", ".join(f"{before} to {after}" for before, after in gaps[:3]) + (", ..." if len(gaps) > 3 else "")

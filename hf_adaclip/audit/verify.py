@@ -53,6 +53,7 @@ class VerifyReport:
         lost: Steps that could not be written, as the run says itself.
         last_step: Steps of the run that the file knows of: the largest step and 1.
         counted: Steps that the Trainer counts, by `trainer_state.json` beside the file; None without one.
+        before: Steps of the Trainer that were made before the first of the file, as its newest header says.
         seal: Hash of the last seal.
         anchors: What names a seal of this ledger outside of it, and the step that it reaches to.
         contradicted: What names a seal that is not in it.
@@ -70,6 +71,7 @@ class VerifyReport:
     lost: int = 0
     last_step: int = 0
     counted: int | None = None
+    before: int = 0
     seal: str = GENESIS
     anchors: list[tuple[str, int]] = field(default_factory=list)
     contradicted: list[str] = field(default_factory=list)
@@ -98,8 +100,11 @@ class VerifyReport:
             reasons.append(f"{self.unsealed} line(s) after the last seal are under none")
         if self.recomputed < self.steps:
             reasons.append(f"{self.steps - self.recomputed} decision(s) could not be recomputed")
-        if self.counted is not None and self.counted > self.last_step:
-            reasons.append(f"trainer_state.json counts {self.counted} steps, the ledger ends at {self.last_step}")
+        if self.counted is not None and self.counted > self.before + self.last_step:
+            where = (
+                f"{self.last_step}" if not self.before else f"{self.last_step}, {self.before} more were made before it"
+            )
+            reasons.append(f"trainer_state.json counts {self.counted} steps, the ledger ends at {where}")
         return reasons
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,7 +121,8 @@ class VerifyReport:
         }[self.status]
         steps = f"{self.steps} steps"
         if self.counted is not None:
-            steps = f"{self.steps} steps (trainer_state.json counts {self.counted})"
+            since = f", {self.before} of them before this ledger" if self.before else ""
+            steps = f"{self.steps} steps (trainer_state.json counts {self.counted}{since})"
         ending = "no footer" if not self.closed else "with a footer" if self.lost or not self.ok else "ended cleanly"
         return (
             f"{self.path}: {verdict}. {steps} in {self.segments} segment(s), {self.recomputed} decisions recomputed "
@@ -306,6 +312,7 @@ class _Verifier:
             self._found(line.number, f"the header cannot be understood: {error}")
             self._segment = None
             return
+        self._report.before = content.get("steps_before", 0)
         rewound = self._segment.rewound
         if before is not None and not before.closed and self._segment.restarted is None and rewound is None:
             self._note(line.number, "the run before this header did not end cleanly.")

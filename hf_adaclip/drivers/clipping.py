@@ -114,8 +114,9 @@ class ClippingDriver:
 
     @property
     def off(self) -> Mapping[str, str]:
-        gate = self._shaping.gate
-        return {} if gate is None else gate.why
+        gate, watch = self._shaping.gate, self._overfit
+        by_heart = {"pace": watch.found} if watch is not None and watch.found is not None else {}
+        return by_heart if gate is None else {**gate.why, **by_heart}
 
     @property
     def why_scaling(self) -> str | None:
@@ -174,7 +175,7 @@ class ClippingDriver:
         if self._back is None:
             self._back = self._run.ops(-math.inf)
             self._run.alerts.warn_once(
-                f"{watch.found} The data counts as learned by heart, and the pace is 1 from here on."
+                f"The data counts as learned by heart, and the pace is 1 from here on. {watch.found}"
             )
         return self._back
 

@@ -120,7 +120,11 @@ def _against_shape(optimizers: Sequence[Any]) -> str | None:
         return "no optimizer is known (pass `optimizer=`)"
     other = next((o for o in optimizers if type(o) not in _ADAM), None)
     if other is not None:
-        return f"the optimizer is {type(other).__name__}, and only Adam and AdamW of torch were measured with it"
+        root = type(other).__module__.partition(".")[0]
+        whose = "" if root == "torch" else f" of {root}"
+        return (
+            f"the optimizer is {type(other).__name__}{whose}, and only Adam and AdamW of torch were measured with it"
+        )
     if _sharded(optimizers):
         return "the weights are spread over ranks, and would have to be gathered in every step"
     return None

@@ -259,8 +259,8 @@ class Rewinder:
             self._trouble = None
             self._end(
                 f"{trouble.reason} It was found at step {trouble.step} and began about step {max(onset, 0)}, and `on_trouble` is "
-                f"'rewind', but there is no snapshot or checkpoint from before: {self._tried()} Go on from an older checkpoint, with a "
-                "lower learning rate or without the bad batch.",
+                f"'rewind', but there is no snapshot or checkpoint from before: {self._tried(self.history)} Go on from an older "
+                "checkpoint, with a lower learning rate or without the bad batch.",
                 trouble.step,
             )
             return
@@ -277,16 +277,16 @@ class Rewinder:
         if len(self.history) > self._config.max_rewinds:
             self._end(
                 f"{trouble.reason} It was found at step {trouble.step}, and `max_rewinds` ({self._config.max_rewinds}) is spent: "
-                f"{self._tried()} The weights are those before step {snapshot.point.step}. Lower the learning rate, or look at the data "
-                "in `incidents/`.",
+                f"{self._tried(self.history[:-1])} The weights are those before step {snapshot.point.step}. Lower the learning rate, or "
+                "look at the data in `incidents/`.",
                 trouble.step,
             )
 
-    def _tried(self) -> str:
-        if not self.history:
+    def _tried(self, history: Sequence[Rewound]) -> str:
+        if not history:
             return "training has not gone back before."
-        spans = ", ".join(f"{r.first}-{r.last}" for r in self.history)
-        return f"training went back {len(self.history)} time(s), and left out steps {spans}."
+        spans = ", ".join(f"{r.first}-{r.last}" for r in history)
+        return f"training went back {len(history)} time(s) before, and left out steps {spans}."
 
     def _end(self, message: str, step: int) -> None:
         error = TrainingTroubleError(message, step=step)

@@ -18,9 +18,9 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled
 from hf_adaclip.clipper import AdaptiveClipper
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
 from hf_adaclip.errors import ConfigError, StateError, TrainingTroubleError
-from hf_adaclip.gradients.provenance import trained_before
 from hf_adaclip.incidents.skip_list import read_skip_list
 from hf_adaclip.integrations.early_state import EarlyState
+from hf_adaclip.integrations.first_line import in_one_line
 from hf_adaclip.integrations.left_out_samples import leave_out_samples, too_late
 from hf_adaclip.integrations.model_card import add_section
 from hf_adaclip.integrations.rewinding import Rewinding
@@ -79,7 +79,7 @@ class AdaptiveClipMixin(_Base):
 
     clip_config: AdaptiveClipConfig
     clipper: AdaptiveClipper | None
-    _awaits_inputs = _shown_inputs = False
+    _awaits_inputs = _shown_inputs = _introduced = False
     _resumed: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -223,6 +223,15 @@ class AdaptiveClipMixin(_Base):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _ready_clipper(self) -> AdaptiveClipper:
+        clipper = self._made_clipper()
+        if not self._introduced:  # with what a checkpoint says, where one was loaded
+            self._introduced = True
+            if self.is_world_process_zero():
+                _shown.warning(in_one_line(clipper, self.clip_config, self.model))
+            logger.info("Adaptive clipping:\n%s", clipper.explain())
+        return clipper
+
+    def _made_clipper(self) -> AdaptiveClipper:
         # The optimizer exists, and is prepared by Accelerate, only once training has begun.
         if self.clipper is None:
             self.clipper = AdaptiveClipper(
@@ -235,10 +244,7 @@ class AdaptiveClipMixin(_Base):
             )
             self._telling = Telling(self, self.clipper)
             self.clipper.alerts.stop = self._end_on_trouble
-            if self.is_world_process_zero():
-                line = _in_one_line(self.clipper.config, self.clip_config, trained_before([self.model]))
-                _shown.warning(f"{line} {self.clipper.held_back}".rstrip())
-            logger.info("Adaptive clipping:\n%s", self.clipper.explain())
+            self._introduced = False
         return self.clipper
 
     # -- the step ------------------------------------------------------------------------------------------------
@@ -373,7 +379,7 @@ class AdaptiveClipMixin(_Base):
             return
         self._resumed = checkpoint
         try:
-            loaded = self._ready_clipper().load_state(checkpoint)
+            loaded = self._made_clipper().load_state(checkpoint)
         except StateError as error:
             if self._given_config.static_threshold is None and "`static_threshold`" in str(error):
                 raise StateError(
@@ -419,19 +425,3 @@ class AdaptiveClipTrainer(AdaptiveClipMixin, Trainer):
     `clip/coefficient`, `clip/fraction`, `clip/norm_max`, `clip/spikes`, `clip/skipped`, `clip/pace`, `clip/phase` and more beside
     `grad_norm` (see `RunStatistics.metrics`); with `max_pace` above 1 also `clip/learning_rate`, the rate of the last step with its pace.
     """
-
-
-def _in_one_line(config: AdaptiveClipConfig, given: AdaptiveClipConfig, trained: bool) -> str:
-    threshold = f"static threshold {config.static_threshold:g}"
-    ledger = config.ledger_path or "none"
-    parts = [f"pace up to x{config.max_pace:g}"] if config.max_pace > 1 else []
-    # Where they are on by themselves they do not act in a model that was trained before, unless its weights move fast.
-    ranged = config.spectral is not None and not (trained and given.spectral_width == "auto")
-    agreed = config.agreement is True and not (trained and given.agreement == "auto")
-    parts += [*(["spectral range"] if ranged else []), *(["agreement"] if agreed else [])]
-    beside = f" with {', '.join(parts)}" if parts else ""
-    less = ' `clip="guard"` only clips.' if parts and config.controller == "adaptive" else ""
-    return (
-        f"Adaptive clipping by `{config.controller}`{beside}{' in shadow' if config.shadow else ''}, {threshold}; ledger {ledger}.{less} "
-        "`trainer.clipper.explain()` says more."
-    )

@@ -43,6 +43,7 @@ class SeamWatch(TrainerCallback):
         clipper = self._trainer._ready_clipper()
         self._evaluated = None  # another run may have other sets
         self.offset = state.global_step - clipper.step  # above 0 when the stock Trainer made the checkpoint
+        clipper.begins_after(self.offset)
         self._decided, self._looked, self._stepped, self._midway = clipper.step, False, 0, False
         if state.global_step and not args.ignore_data_skip:
             skipped = _skipped(args, state, kwargs.get("train_dataloader"))

@@ -27,7 +27,7 @@ def check_header(header: dict[str, Any]) -> None:
         )
     _whole(header, "num_tensors", 0, MAX_TENSORS)
     _whole(header, "first_step", 0, 2**53)
-    for key, lowest in (("world_size", 1), ("seed", -(2**64)), ("revision", 1)):
+    for key, lowest in (("world_size", 1), ("seed", -(2**64)), ("revision", 1), ("steps_before", 1)):
         if key in header:
             _whole(header, key, lowest, 2**64)
     static = header.get("static_threshold")

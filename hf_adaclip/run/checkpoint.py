@@ -60,6 +60,7 @@ def write_state(path: Path, tensors: dict[str, Tensor], config: AdaptiveClipConf
         "config": json.dumps(config.to_dict()),
         "metadata": json.dumps(plain(metadata)),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: moved(v.detach(), HOST).contiguous().clone() for k, v in tensors.items()}, str(path), metadata=text)
 
 

@@ -325,7 +325,8 @@ class EventTracker:
         before, self._pace = self._pace, pace
         if pace > 1 and not (self._departed or self._shadow):
             self._departed = True
-            yield ClipEvent(step, step, "departed", 1.0, pace, _DEPARTED, "pace")
+            if before is not None:  # a run that is gone on with has departed before
+                yield ClipEvent(step, step, "departed", 1.0, pace, _DEPARTED, "pace")
         if reach == -math.inf and not self._by_heart:
             self._by_heart = True
             yield from self._end("_pace_run")

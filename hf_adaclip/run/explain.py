@@ -61,6 +61,9 @@ def describe(
     limits = [f"{name}={getattr(config, name):g}" for name in _LIMITS if getattr(config, name) is not None]
     if limits:
         lines.append(f"limits      {', '.join(limits)}")
+    if config.divergence_spreads or config.on_trouble != "continue":
+        after = f", `divergence_spreads={config.divergence_spreads:g}`" if config.divergence_spreads else ""
+        lines.append(f"trouble     `on_trouble={config.on_trouble}`{after}")
     if leaves_out(config):
         done = "would be left out as a whole (shadow: it is not)" if config.shadow else "is left out as a whole"
         lines.append(
@@ -76,7 +79,7 @@ def describe(
     lines.append(
         "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
     )
-    lines.append(f"pace        {_pace(config)}{_why('pace', off)}")
+    lines.append(f"pace        {_pace(config, off.get('pace'))}")
     lines += [line for line in _shaping(config, off) if line.split()[0] not in off]
     lines += [f"{part:<11} off{_why(part, off)}" for part in ("spectral", "agreement") if part in off]
     lines.append(f"ledger      {config.ledger_path or 'none'}")
@@ -126,9 +129,11 @@ def _why(part: str, off: Mapping[str, str]) -> str:
     return f": {off[part]}" if part in off else ""
 
 
-def _pace(config: AdaptiveClipConfig) -> str:
+def _pace(config: AdaptiveClipConfig, why: str | None) -> str:
     if not isinstance(config.settings, AdaptiveController) or config.max_pace == 1:
-        return "off"
+        return "off" if why is None else f"off: {why}"
+    if why is not None:
+        return f"1 from here on, the data counts as learned by heart: {why}"
     start = config.settings.pace_start or PACE_START
     applied = ", recorded only: shadow" if config.shadow else ""
     return f"a start of {start} steps, then up to x{config.max_pace:g} where that is useful{applied}"

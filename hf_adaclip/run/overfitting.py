@@ -4,8 +4,9 @@ Two signs, each by the mean training loss of the last steps:
 
     evaluation   its loss is above its best, by a tenth once or by a fiftieth twice in a row, while the training loss is below what it was
                  at that best
-    epoch        the training loss falls by more than a tenth as an epoch begins, beside what it was about to fall anyway: what has been
-                 seen before is known better than what had not. Not where the last evaluation was the best so far
+    epoch        the training loss falls by more than a tenth as an epoch begins, beside what it falls anyway, by the steps before and the
+                 steps after: what has been seen before is known better than what had not. Not where the last evaluation was the best so
+                 far
 
 Where epochs are too short for either to be told by their losses, and no evaluation gets better, it counts as learned from the second on.
 
@@ -32,6 +33,8 @@ _TWICE: Final = 1.02
 _DROP: Final = 0.1
 _OF_BEFORE: Final = 6
 """Numbers in a checkpoint of before losses were kept."""
+_LIKELY: Final = 2.0
+"""Standard errors by which losses have to fall within a window for that to count as their fall."""
 _SURE: Final = 4.0
 """Standard errors by which the fall has to be beyond chance."""
 
@@ -114,8 +117,9 @@ class OverfitWatch:
         if self._improves:  # before the host waits for losses
             return
         old, _, new, error = before
-        now, error_now = _mean_and_error(self._read(self._window))
-        expected = new - max(old - new, 0.0)
+        losses = self._read(self._window)
+        now, error_now = _mean_and_error(losses)
+        expected = new - max(old - new, _fall_of(losses), 0.0)
         drop = expected - now
         if drop > _DROP * abs(new) and drop > _SURE * math.hypot(error, error_now):
             self.found = f"The training loss fell from {new:.4g} to {now:.4g} as an epoch began."
@@ -181,6 +185,13 @@ class OverfitWatch:
 def _known(number: float) -> tuple[float, float]:
     """Whether it is finite, and the number."""
     return (1.0, number) if math.isfinite(number) else (0.0, 0.0)
+
+
+def _fall_of(losses: list[float]) -> float:
+    """By how much they fall over as many steps as they are, where that is more than chance; 0 where not."""
+    half = len(losses) // 2
+    (first, error), (second, error_of_second) = _mean_and_error(losses[:half]), _mean_and_error(losses[half:])
+    return 2 * (first - second) if first - second > _LIKELY * math.hypot(error, error_of_second) else 0.0
 
 
 def _mean_and_error(values: list[float]) -> tuple[float, float]:

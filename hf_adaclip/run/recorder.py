@@ -251,6 +251,7 @@ def ledger_header(
     statistics: RunStatistics,
     parent: dict[str, Any] | None,
     rewound: Rewound | None = None,
+    steps_before: int = 0,
 ) -> dict[str, Any]:
     """All that the decisions of a run follow from, and where it ran: the first line of its segment in the ledger.
 
@@ -268,6 +269,7 @@ def ledger_header(
         statistics: Counts so far, which the footer goes on from.
         parent: For a resumed run, hash and step of the ledger's seal that its checkpoint refers to.
         rewound: Of a run that went back here, to its parent: what was undone.
+        steps_before: Steps of a Trainer that were made before the first of the ledger, as by the stock Trainer.
     """
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -289,4 +291,5 @@ def ledger_header(
         "initial_state": state_to_json(state),
         "parent": parent,
         **({} if rewound is None else {"rewound": rewound._asdict()}),
+        **({"steps_before": steps_before} if steps_before else {}),
     }

@@ -61,6 +61,7 @@ class Run(Moments):
         self.statistics = RunStatistics()
         self.alerts = Alerts(speaks=writes_ledger)
         self.step = 0
+        self.steps_before = 0  # of the Trainer, where a checkpoint without our state was gone on from
         self._keeping = Keeping(build_controller(config), (), ())
         self._parameters: tuple[str, ...] | None = None
         self.loaded_parameters: tuple[str, ...] | None = None  # names of those that a loaded state was kept for
@@ -235,6 +236,7 @@ class Run(Moments):
             statistics=self.statistics,
             parent=self._parent,
             rewound=rewound,
+            steps_before=self.steps_before,
         )
 
     def _keep(self, grouping: Grouping | None) -> Keeping:

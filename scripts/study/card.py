@@ -122,13 +122,13 @@ def section(results: Sequence[TaskResults]) -> str:
     shown = " ".join(cell for row in rows for cell in row)
     legend = [
         text
-        for mark, text in ((" inf ", "inf: never."), (" 0.00 ", "0.00: not by that Trainer."), ("**", "Bold: worse."))
+        for mark, text in ((" inf ", "inf: never."), (" 0.00 ", "0.00: B missed it."), ("**", "Bold: worse."))
         if mark in shown
     ]
     return "\n".join(
         [
-            f"{len(results)} tasks, {count} seeds. Steps to the target of the Trainer after the stroke over its own, medians "
-            f"[95 % intervals]; losses less the tuned one's. {' '.join(legend)}".rstrip(),
+            f"A / B: steps of A until B's target, over those of B; medians of {count} seeds [95 % intervals]. Losses: less the tuned "
+            f"Trainer's. {' '.join(legend)}".rstrip(),
             "",
             rows_of(heads, rows),
             "",

@@ -167,6 +167,19 @@ def test_fewer_steps_than_the_trainer_counts_are_not_verified(tmp_path):
     assert "trainer_state.json counts 70 steps, the ledger ends at 40" in report.summary()
 
 
+def test_steps_from_before_the_ledger_are_told_by_its_header(tmp_path):
+    path = tmp_path / "l.jsonl"
+    model, optimizer = make()
+    clipper = AdaptiveClipper(CONFIG, optimizer=optimizer, ledger=path)
+    clipper.begins_after(30)
+    train(model, optimizer, lambda m, loss: clipper.clip_(m.parameters(), loss=loss), 40)
+    clipper.close()
+    for counted, status in ((70, "verified"), (71, "incomplete")):
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": counted}))
+        assert verify_ledger(path).status == status
+    assert "counts 71 steps, the ledger ends at 40, 30 more were made before it" in verify_ledger(path).summary()
+
+
 def test_no_step_is_not_verified(tmp_path):
     path = tmp_path / "l.jsonl"
     clipper = write_run(path, steps=10, faults={})

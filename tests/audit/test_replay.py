@@ -14,7 +14,7 @@ from hf_adaclip.audit.ingest import load_series
 from hf_adaclip.audit.replay import REPLAYABLE, find_spikes, outcome, replay
 from hf_adaclip.cli import main
 from hf_adaclip.controllers import Reason
-from hf_adaclip.report.tables import keep_extremes
+from hf_adaclip.report.tables import advice_text, keep_extremes
 from tests.audit.test_ledger import CONFIG, write_run
 
 
@@ -254,6 +254,15 @@ def test_few_logged_steps_make_it_uncertain(tmp_path):
     assert "Only one in 10 steps was logged" in text
     assert f"between {low * 1000:.1f} and {high * 1000:.1f} per 1000 steps" in text
     assert (low, high) == pytest.approx((0.0092, 0.1136), abs=2e-3)  # Wilson's interval of 2 in 60
+
+
+def test_of_few_norms_no_threshold_is_recommended(tmp_path):
+    series = load_series(write_state(tmp_path / "trainer_state.json", norms()[:38], every=2))
+    assert len(series) == 19
+    advice = advise(series, max_grad_norm=2.0)
+    assert advice["recommended"] == {"controller": "adaptive", "static_threshold": 2.0}
+    assert advice["uncertainty"].startswith("Only 19 norms are known, too few to recommend another threshold.")
+    assert "static_threshold: as it was" in advice_text(advice)
 
 
 def test_bad_steps_are_mentioned():

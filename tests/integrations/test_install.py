@@ -35,6 +35,7 @@ def test_a_script_that_never_calls_the_accelerators_clipping_is_told_of(way, cap
     }
     with AdaptiveClipper("adaptive", accelerator=accelerator).install() as clipper:
         run(accelerator, model, optimizer, clips[way], steps=10)
+        assert "it only clips: no optimizer is known (pass `optimizer=`)." in caplog.text
         assert "10 optimizer steps in a row were not clipped" in caplog.text
         run(accelerator, model, optimizer, clips[way], steps=20)
     assert clipper.step == 0

@@ -537,6 +537,30 @@ def test_the_effective_learning_rate_is_logged_where_there_is_a_pace(tmp_path):
     ]
 
 
+def test_a_resumed_run_is_introduced_as_what_it_goes_on_with(tmp_path, monkeypatch, caplog):
+    said: list[str] = []
+    monkeypatch.setattr(trainer_module._shown, "warning", said.append)
+    args = arguments(tmp_path, max_steps=30, save_strategy="steps", save_steps=20, learning_rate=1e-5)
+    run(build(AdaptiveClipTrainer, tmp_path, args=args))
+    assert "with pace up to x64, spectral range, agreement, static" in said[0]
+    assert "departed" in caplog.text
+    caplog.clear()
+    run(build(AdaptiveClipTrainer, tmp_path, args=args), resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    assert said[1] == said[0]
+    assert "departed" not in caplog.text
+
+
+def test_a_run_that_only_clips_is_introduced_so(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(trainer_module._shown, "warning", said.append)
+    args = arguments(tmp_path, max_steps=2)
+    for clip in ("adaptive:granularity=tensor", {"parameter_rules": {"*norm*": "exclude"}}):
+        run(build(AdaptiveClipTrainer, tmp_path, args=args, clip=clip))
+        assert " It only clips: parameters are judged apart. " in said[-1]
+    run(build(AdaptiveClipTrainer, tmp_path, args=args, clip="guard"))
+    assert "only clips" not in said[-1]
+
+
 def test_a_default_trainer_shows_one_line_on_what_clips(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(trainer_module._shown, "warning", said.append)

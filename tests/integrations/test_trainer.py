@@ -231,6 +231,9 @@ def test_resuming_a_stock_checkpoint_starts_afresh_with_a_warning(tmp_path, capl
 
     assert trainer.clipper.statistics.steps == 20
     assert any("the controller starts afresh" in r.message for r in caplog.records)
+    report = verify_ledger(tmp_path / "clip_ledger.jsonl")
+    assert report.before > 0
+    assert report.ok, report.summary()
 
 
 def test_resuming_with_another_controller_is_an_error_that_shows_the_difference(tmp_path):

@@ -121,6 +121,22 @@ def test_what_was_about_to_fall_anyway_does_not_count():
     assert two_epochs(falling[:200], falling[200:]).found is None
 
 
+@pytest.mark.parametrize("length", [30, 32, 100, 300])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_a_loss_that_is_falling_steeply_is_not_known_by_heart(length, share):
+    # From scratch, as the pace climbs: most of the fall happens to be in the steps after the boundary.
+    window = min(WINDOW, length // 3)
+    steps = np.arange(-length, length)
+    losses = 3 + 2.5 / (1 + np.exp((steps - window * share) / (window * 0.2))) + noisy(0.0, 2 * length)
+    assert two_epochs(losses[:length], losses[length:]).found is None
+
+
+@pytest.mark.parametrize("slope", [0.0, -0.001])
+def test_a_drop_counts_whatever_little_the_loss_falls_besides(slope):
+    first, second = noisy(1.0, 100, slope), noisy(0.8 + 100 * slope, 100, slope, seed=1)
+    assert two_epochs(first, second).found is not None
+
+
 def test_an_evaluation_that_is_the_best_so_far_says_that_nothing_is_learned_by_heart():
     watch = OverfitWatch()
     watch.begin_epoch()
@@ -266,6 +282,7 @@ def test_a_trainer_that_learns_by_heart_goes_back_to_the_given_rate(eval_strateg
     assert all(told[first:])
     assert set(paces[first:]) == {1.0}
     assert "learned by heart" in caplog.text
+    assert "pace        1 from here on, the data counts as learned by heart: The" in run.clipper.explain()
     assert verify_ledger(tmp_path / "clip_ledger.jsonl").ok
 
 
