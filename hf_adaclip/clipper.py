@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_adaclip.config import AdaptiveClipConfig, ClipArgument, as_number
+from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.controllers.numerics.ops import Lane, Value, ops_for
 from hf_adaclip.drivers.clipping import ClippingDriver
 from hf_adaclip.drivers.driver import Driver
@@ -34,6 +35,7 @@ from hf_adaclip.run.checkpoint import state_file
 from hf_adaclip.run.counts import RunStatistics
 from hf_adaclip.run.events import ClipEvent
 from hf_adaclip.run.explain import describe
+from hf_adaclip.run.fresh_data import FreshData
 from hf_adaclip.run.losses import LossObserver
 from hf_adaclip.run.recorder import is_rank_zero
 from hf_adaclip.run.run import Run
@@ -125,7 +127,7 @@ class AdaptiveClipper(GoingBack):
         port: Port = PlainLoop(models) if accelerator is None else AcceleratorPort(accelerator)
         engine = port if isinstance(port, AcceleratorPort) and port.steps_in_engine else None
         settled = settle(config, optimizers, models or port.models, plan or RunPlan(), in_engine=engine is not None)
-        config, self._off, by_itself, self._held_back = settled
+        config, self._off, by_itself, self._held = settled
         check_optimizer_given(config, optimizers, accelerator)
         if config.max_pace > 1:
             check_rates(optimizers)
@@ -137,11 +139,18 @@ class AdaptiveClipper(GoingBack):
         self._losses = LossObserver(config, self._run, ranks_known=port.ranks_known)
         self._capture = IncidentCapture(config, self._run)
         self._driver: Driver
+        gate: ShapeGate | None = None
         if engine is None:
             memory, ranged = config.spectral_memory > 0, config.spectral is not None
+            if by_itself:
+                gate = ShapeGate(by_itself, memory=memory, ranged=ranged)
+            fresh = None
+            if "fresh" in self._held.fields and isinstance(config.settings, AdaptiveController):
+                fresh = FreshData((plan.first_epoch if plan else None) or 0, config.settings.pace_trust)
             self._driver = ClippingDriver(
                 *(config, self._run, port, optimizers, lambda: models or port.models, self._losses, self._capture),
-                gate=ShapeGate(by_itself, memory=memory, ranged=ranged) if by_itself else None,
+                gate=gate,
+                fresh=fresh,
             )
         else:
             self._driver = FollowingDriver(self._run, engine, self._losses, self._capture)
@@ -155,6 +164,8 @@ class AdaptiveClipper(GoingBack):
             weakly(self.flush), weakly(self.save_state), weakly(self._load_or_start_afresh)
         )
         self._handles.append(self._capture)
+        if gate is not None:
+            self._handles.append(gate)
         # Rows that still wait are written when a clipper is dropped without `close`, or with the interpreter's end.
         self._at_end = weakref.finalize(self, let_go, self._run, self._driver.grip, self._handles)
 
@@ -186,7 +197,13 @@ class AdaptiveClipper(GoingBack):
     @property
     def held_back(self) -> str:
         """What the plan of the run holds back of the default, and how to override it, in a sentence; empty where nothing."""
-        return self._held_back
+        return self._held.sentence
+
+    @property
+    def only_clips(self) -> str | None:
+        """Why none of the parts of the default acts, where there is one reason for all; None else."""
+        reasons = [self.off.get(part) for part in ("pace", "spectral", "agreement")]
+        return reasons[0] if len(set(reasons)) == 1 else None
 
     @property
     def alerts(self) -> Alerts:
@@ -250,6 +267,11 @@ class AdaptiveClipper(GoingBack):
             ConfigError: It is not above 0, or the step is an engine's (DeepSpeed), which has its own threshold.
         """
         self._driver.set_static_threshold(value)
+        limit = self.config.max_threshold
+        if self.held_back and limit is not None and limit < value:
+            self.alerts.warn_once(
+                f"the static threshold is {value:g}, but no threshold is above `max_threshold`, {limit:g}. {self.held_back}"
+            )
 
     def begins_after(self, steps: int) -> None:
         """So many steps of the training were made before the first that is counted here: the ledger tells, so that `verify` knows."""
@@ -394,6 +416,7 @@ class AdaptiveClipper(GoingBack):
         return describe(
             *(self.config, threshold, driver.why_skipping, self._port.how, driver.why_scaling, self._run.ceiling_held),
             self.off,
+            fresh=self._held.why if "fresh" in self._held.fields else None,
         )
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------
@@ -404,8 +427,8 @@ class AdaptiveClipper(GoingBack):
 
         The script's `max_norm` becomes the static threshold, unless the config sets one. Raises ConfigError without an accelerator.
         """
-        if "pace" in self.off:
-            self.alerts.say(f"it only clips: {self.off['pace']}.")
+        if (why := self.only_clips) is not None:
+            self.alerts.say(f"it only clips: {why}.")
         answering = self._port.replace_clipping(self.clip_, self._take_script_threshold, self.alerts.warn_once)
         self._losses.expected = False
         with self, answering:
@@ -414,9 +437,9 @@ class AdaptiveClipper(GoingBack):
     def _take_script_threshold(self, max_norm: float) -> None:
         self._driver.take_script_threshold(max_norm)
         limit = self.config.max_threshold
-        if self._held_back and limit is not None and limit < self.static_threshold:
+        if self.held_back and limit is not None and limit < self.static_threshold:
             self.alerts.warn_once(
-                f"the script's `max_norm` is {max_norm:g}, but no threshold is above `max_threshold`, {limit:g}. {self._held_back}"
+                f"the script's `max_norm` is {max_norm:g}, but no threshold is above `max_threshold`, {limit:g}. {self.held_back}"
             )
 
     # -- state ---------------------------------------------------------------------------------------------------

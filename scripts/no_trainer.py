@@ -168,6 +168,8 @@ class Loop:
                 steps=self._steps,
                 warmup_steps=self._arguments.get_warmup_steps(self._steps),
                 epochs=self._steps / self._per_epoch,
+                epoch_steps=self._per_epoch,
+                checkpoint=self._checkpoint(),
             ),
         )
         if clipper.held_back and self._accelerator.is_main_process:
@@ -369,11 +371,18 @@ class Loop:
             while limit and len(self._saved) > limit:
                 shutil.rmtree(self._saved.pop(0))
 
+    def _checkpoint(self) -> Path | None:
+        """The folder that `--resume_from_checkpoint` names."""
+        named = self._arguments.resume_from_checkpoint
+        if named != LAST:
+            return Path(named) if named else None
+        found = _checkpoints(self._output)
+        return found[-1] if found else None
+
     def _resume(self) -> int:
         """Load the checkpoint that `--resume_from_checkpoint` names; the step that it was written at, 0 without one."""
-        found, named = _checkpoints(self._output), self._arguments.resume_from_checkpoint
+        found, folder = _checkpoints(self._output), self._checkpoint()
         last = found[-1] if found else None
-        folder = last if named == LAST else (Path(named) if named else None)
         points = self._output / CONVERGENCE_FILE
         if folder is None:
             if self._accelerator.is_main_process:

@@ -9,7 +9,7 @@
             = max(aim_t, shrink pace_{t-1})                  while it is above; and after an excursion upward or a skipped step
                                                              max(floor_t, shrink pace_{t-1})
             never below floor_t; pace_0 = 1 / start
-    reach_t = -inf                       the data is learned by heart: best_t = 0, pace_t = floor_t
+    reach_t = -inf                       the data is learned by heart, or its first epoch said nothing: best_t = 0, pace_t = floor_t
 
 d answers "at which rate would this be quick?" from what has been travelled so far, and it is known only to a factor of two or three. So
 it speaks up only where it is more than `trust` times the given rate; below that, the given rate stands, after a start. An estimate that

@@ -18,6 +18,8 @@ from hf_adaclip.gradients.norms import Parameters
 from hf_adaclip.gradients.probe import check_torch
 from hf_adaclip.incidents.capture import IncidentCapture
 from hf_adaclip.ports.plain import Port
+from hf_adaclip.run.checkpoint import FRESH
+from hf_adaclip.run.fresh_data import FreshData
 from hf_adaclip.run.losses import LossObserver
 from hf_adaclip.run.overfitting import OverfitWatch
 from hf_adaclip.run.per_parameter import PerParameter
@@ -70,6 +72,7 @@ class ClippingDriver:
         losses: What makes a training loss of the run's kind.
         incidents: Hears of every step.
         gate: Decides on parts that are on by themselves; None where people have set them.
+        fresh: Holds the pace to what the first epoch says; None where it does not.
 
     Attributes:
         guards: What stands before the optimizers' steps.
@@ -85,6 +88,7 @@ class ClippingDriver:
         losses: LossObserver,
         incidents: IncidentCapture,
         gate: ShapeGate | None = None,
+        fresh: FreshData | None = None,
     ) -> None:
         self._incidents = incidents
         self._config, self._run, self._port, self._losses = config, run, port, losses
@@ -98,6 +102,7 @@ class ClippingDriver:
         self._kept = PerParameter(config, run, self.guards, models, run.alerts)
         self._shaping = Shaping(config, run, self.guards, models, gate)
         self._overfit = OverfitWatch() if config.max_pace > 1 else None
+        self._fresh = fresh
         self._back: Value | None = None  # what the pace is told then
 
     @property
@@ -125,10 +130,11 @@ class ClippingDriver:
     # -- the step ------------------------------------------------------------------------------------------------
 
     def clip_(self, parameters: Parameters, loss: Tensor | float | None, *, measure: bool | None) -> Tensor:
-        gradients = collect(parameters)
+        gradients = collect(parameters, lambda: self.guards.parameters)
         if not self._port.syncs_now:
             return global_norm(norms_of(gradients))
         self._adopt()
+        self.guards.check_owner()
         self._port.unscale(self._optimizers)
         seen = self._observe(gradients, loss)
         planned = self._decide(seen)
@@ -163,6 +169,8 @@ class ClippingDriver:
         left = kept.scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._losses.observe(loss, total.device)
         reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
+        if self._fresh is not None and reach is not None:
+            reach = self._fresh.held(reach, run.step + run.steps_before, ops)
         if self._overfit is not None and reach is not None:
             reach = self._judged_by_heart(self._overfit, seen_loss, reach)
         return Seen(gradients, total, norms, norm, finite, observed, seen_loss, left, reach)
@@ -272,10 +280,14 @@ class ClippingDriver:
         estimate, matrices = self._kept.keep(tensors), self._shaping.keep(tensors)
         watch = self._overfit
         by_heart = None if watch is None or tensors is not None else watch.keep()
+        fresh = self._fresh
+        said = None if fresh is None else fresh.tensor() if tensors is None else tensors.get(FRESH)
 
         def put_back() -> None:
             estimate()
             matrices()
+            if fresh is not None and said is not None:
+                fresh.restore(said)
             if by_heart is not None:
                 by_heart()
             elif watch is not None and tensors is not None and "by_heart" in tensors:
@@ -287,6 +299,8 @@ class ClippingDriver:
         kept = self._shaping.tensors()
         if self._kept.reach is not None and self._overfit is not None:
             kept |= {**self._kept.reach.tensors(), "by_heart": self._overfit.tensor()}
+        if self._fresh is not None:
+            kept[FRESH] = self._fresh.tensor()
         return kept
 
     def loaded(self) -> None:
@@ -294,6 +308,8 @@ class ClippingDriver:
         kept = self._run.beside or {}
         if self._overfit is not None and "by_heart" in kept:
             self._overfit.restore(kept["by_heart"])
+        if self._fresh is not None and FRESH in kept:
+            self._fresh.restore(kept[FRESH])
         self._shaping.restore(kept)
 
     def sees(self, batch: Any) -> None:

@@ -14,7 +14,7 @@ from hf_adaclip.controllers.adaptive import AdaptiveController
 from hf_adaclip.gradients.optimizers import unwrap_optimizer
 from hf_adaclip.gradients.sharding import is_sharded
 from hf_adaclip.reliance import is_of
-from hf_adaclip.run.run_plan import RunPlan, follow_plan
+from hf_adaclip.run.run_plan import HeldBack, RunPlan, follow_plan
 
 MAX_PACE: Final = 64.0
 _ADAM: Final = (torch.optim.Adam, torch.optim.AdamW)
@@ -27,13 +27,13 @@ class Settled(NamedTuple):
         config: The settings of the run.
         off: Why a part of the default is off, by part.
         by_itself: Parts that shape the step and are on without having been set; the first step says whether they act.
-        held_back: What the plan of the run holds back, in a sentence; empty where nothing.
+        held: What the plan of the run holds back.
     """
 
     config: AdaptiveClipConfig
     off: dict[str, str]
     by_itself: frozenset[str]
-    held_back: str = ""
+    held: HeldBack
 
 
 def settle(
@@ -75,7 +75,9 @@ def settle(
     made = config.replace(**changes) if changes else config
     on = {"spectral": changes.get("spectral_width") is not None, "agreement": changes.get("agreement") is True}
     by_itself = frozenset(part for part, is_on in on.items() if is_on)
-    return Settled(made, off if config.controller == "adaptive" else {}, by_itself, held.sentence)
+    if made.max_pace == 1 and "fresh" in held.fields:
+        held = held._replace(fields=tuple(name for name in held.fields if name != "fresh"))
+    return Settled(made, off if config.controller == "adaptive" else {}, by_itself, held)
 
 
 def _against_all(config: AdaptiveClipConfig, *, in_engine: bool) -> str | None:

@@ -39,6 +39,8 @@ class Guards:
         self._probed: weakref.WeakSet[StepGuard] = weakref.WeakSet()
         self._seen: tuple[int, ...] | None = None
         self._known: set[int] | None = None
+        self._count = -1
+        self._paced = False
         self._skip: Value | None = None
         self._known_skip: bool | None = None
         self._idle = 0
@@ -54,7 +56,8 @@ class Guards:
     @property
     def why(self) -> list[str]:
         """Per optimizer, how a step is left out and why so."""
-        return [guard.why for guard in self._guards]
+        read = " (but for the pace: in half precision a small decay needs it as a number)"
+        return [f"{guard.why}{read if self._paced and guard.reads_pace else ''}" for guard in self._guards]
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -129,13 +132,22 @@ class Guards:
         for guard in self._guards:
             guard.agreement = None
 
+    def check_owner(self) -> None:
+        """Before anything of a step is recorded.
+
+        Raises:
+            UnsupportedSetupError: A newer clipper shapes the steps of one of the optimizers.
+        """
+        for guard in self._guards:
+            guard.check_owner()
+
     def joined(self) -> list[Tensor]:
         """Parameters that the optimizers have got since the last call (`add_param_group`); none at the first."""
         count = sum(len(group["params"]) for guard in self._guards for group in guard.optimizer.param_groups)
-        if self._known is not None and count == len(self._known):
+        if count == self._count:
             return []
         before, parameters = self._known, self.parameters
-        self._known = {id(p) for p in parameters}
+        self._known, self._count = {id(p) for p in parameters}, count
         return [] if before is None else [p for p in parameters if id(p) not in before]
 
     def changed(self) -> bool:
@@ -172,6 +184,7 @@ class Guards:
             left_out: The opposite of `finite` as 1 or 0, float32, where that is known already.
             told: That and the pace in one tensor, shape `[2]`, where there is one.
         """
+        self._paced = pace is not None
         idle, within = self._count_idle(), any(guard.running for guard in self._guards)
         skip = self._skip = ~finite if left_out is None else left_out
         known: bool | None = None

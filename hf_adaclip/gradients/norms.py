@@ -6,7 +6,7 @@ of torch bit for bit, because the same two kernels run in the same order.
 """
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -57,11 +57,15 @@ class Gradients(NamedTuple):
         return self
 
 
-def collect(parameters: Parameters) -> Gradients:
+def collect(parameters: Parameters, stepped: Callable[[], Sequence[Tensor]] = lambda: ()) -> Gradients:
     """Look up the gradients of any iterable of parameters: a list, a generator, one tensor.
 
-    Frozen parameters are left out, unless they have a gradient from before: an optimizer steps on it. Trainable ones without a gradient
-    keep their place for per-tensor state.
+    Frozen parameters are left out, unless they have a gradient from before and an optimizer that steps on it. Trainable ones without a
+    gradient keep their place for per-tensor state.
+
+    Args:
+        parameters: The parameters.
+        stepped: Gives what the optimizers have, asked only where a frozen parameter has a gradient.
 
     Raises:
         ConfigError: These are no tensors; or there is none at all, most often a generator that was used up before.
@@ -74,7 +78,11 @@ def collect(parameters: Parameters) -> Gradients:
             "`model.parameters()` can be used only once: call it anew in every step."
         )
     # In plain passes, and each tensor once by identity: with thousands of tensors a call in Python for each is felt.
-    unique = [p for p in {id(p): p for p in given}.values() if p.requires_grad or p.grad is not None]
+    each = {id(p): p for p in given}.values()
+    unique = [p for p in each if p.requires_grad or p.grad is not None]
+    if not all(p.requires_grad for p in unique):
+        known = {id(p) for p in stepped()}
+        unique = [p for p in each if p.requires_grad or (p.grad is not None and id(p) in known)]
     if not unique and not any(isinstance(p, torch.nn.Parameter) for p in given):
         raise ConfigError(
             f"`parameters` must be trainable, but none of the {len(given)} tensors has `requires_grad` instead. Pass "

@@ -92,7 +92,8 @@ class Pacing:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._changes: list[_Change] = []
-        self._told = False
+        self._told = self._halves = False
+        self._groups: tuple[tuple[int, bool], ...] | None = None
 
     @property
     def needs_number(self) -> bool:
@@ -100,11 +101,17 @@ class Pacing:
 
         In the optimizer's own step decay and update are one rounding.
         """
-        return any(
-            decouples(self._optimizer, group) and any(p.dtype in HALF for p in group["params"])
-            for group in self._optimizer.param_groups
-            if any(group.get(key) for key in _DECAYS)
-        )
+        groups = self._optimizer.param_groups
+        # Thousands of weights are not gone through in every step.
+        now = tuple((len(group["params"]), any(group.get(key) for key in _DECAYS)) for group in groups)
+        if now != self._groups:
+            self._groups = now
+            self._halves = any(
+                decouples(self._optimizer, group) and any(p.dtype in HALF for p in group["params"])
+                for group, (_, decays) in zip(groups, now, strict=True)
+                if decays
+            )
+        return self._halves
 
     @torch.no_grad()
     def apply(self, pace: Value | float, left_out: Tensor | None = None) -> None:

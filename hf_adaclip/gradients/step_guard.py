@@ -95,6 +95,18 @@ class StepGuard:
         """Whether a newer one shapes the steps of this optimizer: twice the pace is its square, and nobody would put the rate back."""
         return self.shapes and any(other.shapes and other.age > self.age for other in _guards_on(self.optimizer))
 
+    def check_owner(self) -> None:
+        """Whether it may shape steps.
+
+        Raises:
+            UnsupportedSetupError: A newer one does.
+        """
+        if self.displaced:
+            raise UnsupportedSetupError(
+                f"`optimizer` must be paced by one clipper, but another one was made for this {type(self.optimizer).__name__} since. Close "
+                'that one; or make both with `clip="guard"`, which only clips.'
+            )
+
     @property
     def reads_pace(self) -> bool:
         """Whether the host has to know the pace, though the step takes the rate as a tensor (see `Pacing.needs_number`)."""
@@ -125,11 +137,6 @@ class StepGuard:
             measure: Called just before the optimizer reads the gradients; after it has, when it scales them.
             fold: What the step divides the gradients by, float32, shape `[]`; only on the `device` path.
         """
-        if self.displaced:
-            raise UnsupportedSetupError(
-                f"`optimizer` must be paced by one clipper, but another one was made for this {type(self.optimizer).__name__} since. Close "
-                'that one; or make both with `clip="guard"`, which only clips.'
-            )
         self._come_first()
         self._within = self.running
         if self._within:

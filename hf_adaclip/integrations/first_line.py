@@ -30,8 +30,7 @@ def in_one_line(clipper: AdaptiveClipper, given: AdaptiveClipConfig, model: Any)
     if parts:
         less = ' `clip="guard"` only clips.' if config.controller == "adaptive" else ""
     else:
-        reasons = {why for part, why in off.items() if part in ("pace", "spectral", "agreement")}
-        less = f" It only clips: {reasons.pop()}." if len(reasons) == 1 else ""
+        less = f" It only clips: {clipper.only_clips}." if clipper.only_clips is not None else ""
     line = (
         f"Adaptive clipping by `{config.controller}`{beside}{' in shadow' if config.shadow else ''}, static threshold "
         f"{config.static_threshold:g}; ledger {config.ledger_path or 'none'}.{less} `trainer.clipper.explain()` says more. "

@@ -25,7 +25,7 @@ from hf_adaclip.gradients.optimizers import unscales_by_itself
 from hf_adaclip.gradients.transfer import HOST, moved
 from hf_adaclip.ledger.schema import LEDGER_FILE
 from hf_adaclip.reliance import is_of, require
-from hf_adaclip.run.checkpoint import STATE_FILE, SavedPlan, plan_of
+from hf_adaclip.run.checkpoint import STATE_FILE
 from hf_adaclip.run.run_plan import RunPlan
 
 logger = logging.getLogger(__name__)
@@ -122,17 +122,17 @@ class AdaptiveClip(*_bases()):  # type: ignore[misc]
             folder = Path(trainer.log_dir or trainer.default_root_dir)
             config = config.replace(ledger=str(folder / _numbered(LEDGER_FILE, number)))
         with tempfile.TemporaryDirectory() as temporary:
-            before, loaded = SavedPlan(), self._loaded.pop(str(number), None)
+            loaded = self._loaded.pop(str(number), None)
             if loaded is not None:
                 (Path(temporary) / STATE_FILE).write_bytes(loaded.numpy().tobytes())
-                before = plan_of(Path(temporary) / STATE_FILE)
+            epochs, epoch_steps = _epochs(trainer)
             clipper = AdaptiveClipper(
                 config,
                 accelerator=_stand_in(trainer, scaler),
                 optimizer=optimizer,
                 model=pl_module,
                 is_main_process=trainer.is_global_zero,
-                plan=RunPlan(epochs=_epochs(trainer), before=before),
+                plan=RunPlan(epochs=epochs, epoch_steps=epoch_steps, checkpoint=None if loaded is None else temporary),
             )
             if loaded is not None:
                 clipper.load_state(temporary)
@@ -255,14 +255,17 @@ def _stand_in(trainer: Any, scaler: Any, unscale: Callable[[Any], None] | None =
     )
 
 
-def _epochs(trainer: Any) -> float | None:
-    """How often the data is gone through; None where nothing says so. `max_steps` counts in steps of the optimizers."""
+def _epochs(trainer: Any) -> tuple[float | None, int | None]:
+    """How often the data is gone through, and the steps of an epoch; None where nothing says so."""
+    batches = trainer.num_training_batches / (trainer.accumulate_grad_batches or 1)
+    per_epoch = math.ceil(batches) if 0 < batches < math.inf else None
     epochs, steps = trainer.max_epochs, trainer.max_steps
     planned = math.inf if epochs is None or epochs < 0 else float(epochs)
-    batches = trainer.num_training_batches / (trainer.accumulate_grad_batches or 1)
-    if steps >= 0 and 0 < batches < math.inf:
-        planned = min(planned, steps / math.ceil(batches))
-    return planned or None
+    if steps >= 0 and per_epoch is not None:
+        # By hand, it counts the steps of all optimizers.
+        counted = per_epoch * (1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers))
+        planned = min(planned, steps / counted)
+    return (planned if 0 < planned < math.inf else None), per_epoch
 
 
 def _scaler(trainer: Any) -> Any:

@@ -37,7 +37,6 @@ from hf_adaclip.integrations.step_losses import StepLosses
 from hf_adaclip.integrations.telling import Telling
 from hf_adaclip.integrations.watch import SeamWatch
 from hf_adaclip.ledger.schema import LEDGER_FILE
-from hf_adaclip.run.checkpoint import STATE_FILE, SavedPlan, plan_of
 from hf_adaclip.run.counts import for_reporters
 from hf_adaclip.run.ranks import of_first_rank
 from hf_adaclip.run.run_plan import RunPlan, steps_per_epoch
@@ -215,7 +214,8 @@ class AdaptiveClipMixin(_Base):
             steps=planned or None,
             warmup_steps=self.args.get_warmup_steps(planned),
             epochs=self.state.max_steps / per_epoch if per_epoch and self.state.max_steps else None,
-            before=SavedPlan() if self._resumed is None else plan_of(Path(self._resumed) / STATE_FILE),
+            epoch_steps=per_epoch,
+            checkpoint=self._resumed,
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

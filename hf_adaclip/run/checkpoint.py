@@ -24,6 +24,8 @@ STATE_FILE: Final = "clip_state.safetensors"
 STATE_SCHEMA: Final = 2
 BESIDE: Final = "reach."
 """Prefix of the names of what is not the controller's."""
+FRESH: Final = "fresh"
+"""Name of what tells that the pace goes by the first epoch alone."""
 _MOST_METADATA: Final = 64 * 1024 * 1024  # characters
 CHECKPOINT: Final = re.compile(r"checkpoint-(\d{1,15})")
 """What a Trainer calls the folder of a checkpoint, with the number of its step."""
@@ -173,11 +175,13 @@ class SavedPlan(NamedTuple):
         start: Steps of the pace's start.
         max_pace: Its maximum.
         max_threshold: The upper limit of the threshold; None where there is none, too.
+        fresh: Whether the pace goes by the first epoch alone.
     """
 
     start: int | None = None
     max_pace: float | None = None
     max_threshold: float | None = None
+    fresh: bool = False
 
 
 def plan_of(path: Path) -> SavedPlan:
@@ -187,11 +191,12 @@ def plan_of(path: Path) -> SavedPlan:
     try:
         with safe_open(str(path), framework="pt") as file:
             config = json.loads(file.metadata()["config"])
+            fresh = f"{BESIDE}{FRESH}" in file.keys()  # noqa: SIM118 - it is no mapping
             start, *others = (config.get(name) for name in ("pace_start", "max_pace", "max_threshold"))
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return SavedPlan()
     numbers = [float(x) if isinstance(x, int | float) and not isinstance(x, bool) else None for x in others]
-    return SavedPlan(start if type(start) is int and start > 0 else None, *numbers)
+    return SavedPlan(start if type(start) is int and start > 0 else None, numbers[0], numbers[1], fresh)
 
 
 def _check_step(path: Path, state: SavedState, trainer_step: int) -> None:

@@ -86,8 +86,8 @@ _DEPARTED: Final = (
     "leaves it as it was given."
 )
 _BY_HEART: Final = (
-    "The data is learned by heart: the evaluation loss rose while the training loss fell, or the training loss fell as an epoch began. "
-    "The pace is 1 from here on."
+    "The data is learned by heart (the evaluation loss rose while the training loss fell, or the training loss fell as an epoch began), or "
+    "the first of several epochs had no sign that a higher rate is useful. The pace is 1 from here on."
 )
 _MAX_PACE: Final = "The pace has reached `max_pace` and goes no higher."
 _TIGHTENED: Final = "The threshold is lower after an excursion than it was before it."
@@ -329,6 +329,8 @@ class EventTracker:
                 yield ClipEvent(step, step, "departed", 1.0, pace, _DEPARTED, "pace")
         if reach == -math.inf and not self._by_heart:
             self._by_heart = True
+            if not self._departed and not self._shadow:
+                return  # nothing changes
             yield from self._end("_pace_run")
             done = _SHADOW if self._shadow else ""
             yield ClipEvent(

@@ -35,6 +35,8 @@ def describe(
     unfolded: str | None,
     held: bool | None,
     off: Mapping[str, str],
+    *,
+    fresh: str | None = None,
 ) -> str:
     """A few lines for people.
 
@@ -46,6 +48,7 @@ def describe(
         setup: How the distributed setup is supported; None without an accelerator.
         held: Whether the static threshold is the ceiling; None while that is not known.
         off: Why parts of the default are off.
+        fresh: Why the pace goes by the first epoch alone; None where it does not.
     """
     shadow = f", shadow: the static threshold {static_threshold:g} is what is applied" if config.shadow else ""
     kind = config.settings
@@ -79,7 +82,7 @@ def describe(
     lines.append(
         "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
     )
-    lines.append(f"pace        {_pace(config, off.get('pace'))}")
+    lines.append(f"pace        {_pace(config, off.get('pace'), fresh)}")
     lines += [line for line in _shaping(config, off) if line.split()[0] not in off]
     lines += [f"{part:<11} off{_why(part, off)}" for part in ("spectral", "agreement") if part in off]
     lines.append(f"ledger      {config.ledger_path or 'none'}")
@@ -129,11 +132,12 @@ def _why(part: str, off: Mapping[str, str]) -> str:
     return f": {off[part]}" if part in off else ""
 
 
-def _pace(config: AdaptiveClipConfig, why: str | None) -> str:
+def _pace(config: AdaptiveClipConfig, why: str | None, fresh: str | None) -> str:
     if not isinstance(config.settings, AdaptiveController) or config.max_pace == 1:
         return "off" if why is None else f"off: {why}"
     if why is not None:
         return f"1 from here on, the data counts as learned by heart: {why}"
     start = config.settings.pace_start or PACE_START
     applied = ", recorded only: shadow" if config.shadow else ""
-    return f"a start of {start} steps, then up to x{config.max_pace:g} where that is useful{applied}"
+    alone = f", by the first epoch alone: {fresh}" if fresh is not None else ""
+    return f"a start of {start} steps, then up to x{config.max_pace:g} where that is useful{alone}{applied}"

@@ -27,6 +27,7 @@ class LoadedWeights:
     def __init__(self, run: Run, guards: Guards, models: Callable[[], Sequence[Any]]) -> None:
         self._run, self._guards, self._models = run, guards, models
         self._movement: Movement | None = None
+        self._none = False  # there are no weights to measure, until others join
         self._kept: Mapping[str, Tensor] = {}  # of a state that was loaded, as long as nothing was made of it
 
     def among(self, parameters: Sequence[Tensor]) -> bool:
@@ -45,10 +46,12 @@ class LoadedWeights:
 
     def forget(self) -> None:
         """What they have done so far; they are looked at anew from the next step on, if at all."""
-        self._movement, self._kept = None, {}
+        self._movement, self._kept, self._none = None, {}, False
 
     def step(self) -> float | None:
         """A step has been made: by which share they have moved, where that is known now (see `Movement.step`)."""
+        if self._none:
+            return None
         if self._movement is None:
             going_on = bool(self._kept)
             self._begin()
@@ -67,7 +70,7 @@ class LoadedWeights:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave, once there is a step: then the models are there."""
-        self._movement, self._kept = None, Movement.of_these(tensors)
+        self._movement, self._kept, self._none = None, Movement.of_these(tensors), False
 
     def _begin(self) -> None:
         kept, self._kept = self._kept, {}
@@ -80,6 +83,7 @@ class LoadedWeights:
             # Nothing may tell any more which they are, in a model that was made anew and filled from a checkpoint.
             loaded = loaded or {id(p) for p in parameters if p.requires_grad}
             weights = {name: p for name, p in named.items() if id(p) in loaded}
+        self._none = not weights
         if weights:
             self._movement = Movement(weights, delayed=not self._run.ops.on_host)
             self._movement.restore(kept)

@@ -18,7 +18,7 @@ def rows_of(batch: Any, models: Sequence[Any]) -> int | None:
     `patch_size`, features `[batch, length, size]` one per position.
     """
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
-    tensors = [v for v in values if isinstance(v, Tensor)]
+    tensors = [v for v in values if isinstance(v, Tensor) and not v.is_nested]
     patch = next(
         (p for m in models if isinstance(p := getattr(getattr(m, "config", None), "patch_size", None), int)), 0
     )
@@ -49,7 +49,10 @@ class ForwardRows:
         if gate is None or gate.decided:
             self.remove()
         elif model.training and torch.is_grad_enabled():
-            gate.passes(list(_flat((*args, *kwargs.values()))), [model])
+            try:
+                gate.passes(list(_flat((*args, *kwargs.values()))), [model])
+            except Exception:  # whatever a model is called with, it is called
+                self.remove()
 
     def remove(self) -> None:
         """Listen no longer."""

@@ -1,19 +1,22 @@
 """What is known of a run before its first step, and what follows from it: how the pace starts, and what is held back.
 
-Over several epochs a model that was trained before learns its data by heart at a higher rate, and nothing in the first epoch tells that:
-model_cards/RESEARCH.md, entries 33 and 34. What tells is the plan. Where it has `SEVERAL` epochs or more, the pace is off by itself, and
-the static threshold is the upper limit of the range.
+Over several epochs a model that was trained before learns its data by heart at a higher rate. What it has seen before says nothing of the
+rate that is useful, so where the plan has `SEVERAL` epochs or more the pace goes by the first alone (`hf_adaclip.run.fresh_data`), and the
+static threshold is the upper limit of the range: model_cards/RESEARCH.md, entries 33 to 36.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients.provenance import frozen_beside, trained_before
-from hf_adaclip.run.checkpoint import SavedPlan
+from hf_adaclip.run.checkpoint import STATE_FILE, SavedPlan, plan_of
 
 SEVERAL: Final = 3
 """Epochs from which on it holds."""
@@ -25,10 +28,14 @@ _UNKNOWN: Final = (
     f"this run plans {SEVERAL} or more epochs, and no model tells whether it was trained before (pass `model=`)"
 )
 _AS_BEFORE: Final = "it is as in the checkpoint that this run goes on from"
-_HELD: Final = {"max_pace": "no pace", "max_threshold": "no threshold above {:g}"}
+_HELD: Final = {
+    "max_pace": "there is no pace",
+    "fresh": "the pace goes by the first epoch alone",
+    "max_threshold": "there is no threshold above {:g}",
+}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RunPlan:
     """What a loop knows of its run beforehand; a Trainer says it by itself.
 
@@ -36,10 +43,11 @@ class RunPlan:
         steps: Optimizer steps that are planned. A tenth of them, less the warm-up, is the start of the pace. None: it is 50 steps.
         warmup_steps: Steps in which the schedule of the learning rate rises.
         epochs: How often the data is gone through. None: not known, and taken for once.
-        before: Of the checkpoint that the run goes on from, for integrations that know it this early.
+        epoch_steps: Optimizer steps of an epoch; by default `steps / epochs`.
+        checkpoint: Folder of the checkpoint that the run goes on from: it keeps the plan that it was begun with.
 
     Raises:
-        ConfigError: A number is not above 0; of the warm-up, is below it.
+        ConfigError: A number is not what it can be; the message names it.
 
     Example:
         >>> RunPlan(steps=1200, warmup_steps=60, epochs=3).pace_start
@@ -49,16 +57,25 @@ class RunPlan:
     steps: int | None = None
     warmup_steps: float = 0
     epochs: float | None = None
-    before: SavedPlan = field(default=SavedPlan(), repr=False)
+    epoch_steps: int | None = None
+    checkpoint: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", "1 or more"), ("warmup_steps", "0 or more"), ("epochs", "above 0")):
+        for name in ("steps", "epoch_steps"):
             value = getattr(self, name)
-            if value is None and name != "warmup_steps":
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not (value >= 0 if name == "warmup_steps" else value > 0):
-                raise ConfigError(f"`{name}` of RunPlan must be {least}, but is {value!r} instead.")
+            if value is not None and not (_is_number(value, Integral) and value >= 1):
+                raise ConfigError(
+                    f"`{name}` of RunPlan must be a whole number of 1 or more, but is {value!r} instead."
+                )
+        if not _is_number(self.warmup_steps) or not 0 <= self.warmup_steps < math.inf:
+            raise ConfigError(f"`warmup_steps` of RunPlan must be 0 or more, but is {self.warmup_steps!r} instead.")
+        if self.epochs is not None and not (_is_number(self.epochs) and self.epochs > 0):
+            raise ConfigError(f"`epochs` of RunPlan must be above 0, but is {self.epochs!r} instead.")
+
+    @cached_property
+    def before(self) -> SavedPlan:
+        """The plan that the checkpoint was written with."""
+        return SavedPlan() if self.checkpoint is None else plan_of(Path(self.checkpoint) / STATE_FILE)
 
     @property
     def pace_start(self) -> int | None:
@@ -69,6 +86,19 @@ class RunPlan:
         if self.before.start is not None or self.steps is None:
             return self.before.start
         return max(1, round(PACE_START_SHARE * self.steps - self.warmup_steps))
+
+    @property
+    def first_epoch(self) -> int | None:
+        """Steps of the first epoch, where they are known."""
+        if self.epoch_steps is not None:
+            return self.epoch_steps
+        if self.steps is None or self.epochs is None or math.isinf(self.epochs):
+            return None
+        return max(1, math.floor(self.steps / self.epochs))
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def steps_per_epoch(dataloader: Any, accumulation: int) -> int | None:
@@ -85,22 +115,25 @@ class HeldBack(NamedTuple):
 
     Attributes:
         config: The config of the run.
-        fields: Which of its fields the plan holds back.
-        why: In words; empty where it holds none.
+        fields: What it holds back: fields of the config that it has set, and "fresh", where the pace goes by the first epoch alone.
+        why: In words; empty where it holds nothing.
+        override: Whether it may be overridden.
     """
 
     config: AdaptiveClipConfig
     fields: tuple[str, ...] = ()
     why: str = ""
+    override: bool = True
 
     @property
     def sentence(self) -> str:
         """For the first line of a run; empty where nothing is held back."""
         if not self.fields:
             return ""
-        what = " and ".join(_HELD[name].format(getattr(self.config, name)) for name in self.fields)
-        names = " and ".join(f"`{name}`" for name in self.fields)
-        return f"There is {what}: {self.why} (set {names} to override)."
+        what = " and ".join(_HELD[name].format(getattr(self.config, name, 0)) for name in self.fields)
+        names = " and ".join(f"`{'max_pace' if name == 'fresh' else name}`" for name in self.fields)
+        way_out = f" (set {names} to override)" if self.override else ""
+        return f"{what[0].upper()}{what[1:]}: {self.why}{way_out}."
 
 
 def follow_plan(config: AdaptiveClipConfig, plan: RunPlan, models: Sequence[Any]) -> HeldBack:
@@ -114,20 +147,26 @@ def follow_plan(config: AdaptiveClipConfig, plan: RunPlan, models: Sequence[Any]
     if plan.pace_start is not None:
         config = config.with_pace_start(plan.pace_start)
     before = plan.before
-    several = before.max_pace is None and plan.epochs is not None and plan.epochs >= SEVERAL
-    why = _AS_BEFORE
-    if several:
-        several, why = _several(models)
-    changes = {}
-    if (several or before.max_pace == 1) and getattr(config.settings, "max_pace", 0) is None:
-        changes["max_pace"] = 1.0
+    goes_on = before.max_pace is not None  # as it was begun
+    several, why = goes_on, _AS_BEFORE
+    if not goes_on:
+        several = plan.epochs is not None and plan.epochs >= SEVERAL
+        several, why = _several(models) if several else (False, "")
+    fields, changes = [], {}
+    if getattr(config.settings, "max_pace", 0) is None:
+        if (before.max_pace == 1) if goes_on else (several and plan.first_epoch is None):
+            changes["max_pace"] = 1.0
+        elif before.fresh if goes_on else several:
+            fields.append("fresh")
     static = STATIC_THRESHOLD if config.static_threshold is None else config.static_threshold
-    limit = static if several else before.max_threshold
+    limit = before.max_threshold if goes_on else static if several else None
     if config.controller == "adaptive" and config.max_threshold is None and limit is not None and math.isfinite(limit):
         changes["max_threshold"] = max(limit, config.min_threshold or 0.0)
-    if not changes:
+    if not (changes or fields):
         return HeldBack(config)
-    return HeldBack(config.replace(**changes), tuple(changes), why)
+    made = config.replace(**changes) if changes else config
+    order = [name for name in _HELD if name in changes or name in fields]
+    return HeldBack(made, tuple(order), why, override=not goes_on)
 
 
 def _several(models: Sequence[Any]) -> tuple[bool, str]:

@@ -82,6 +82,7 @@ class ShapeGate:
         spectral, agreement: Whether that part acts; None as long as nothing is decided.
         memory: Whether the range averages over steps.
         waiting: Parts that act once weights that were trained before move fast.
+        empty: Whether both are closed because no matrix is trained, of a model that was trained before.
         why: Why a part does not, in words.
     """
 
@@ -95,8 +96,11 @@ class ShapeGate:
         self.agreement: bool | None = None
         self.waiting: frozenset[str] = frozenset()
         self.why: dict[str, str] = {}
+        self.empty = False
+        self._listeners: list[ForwardRows] = []
         self._shown: int | None = 0
         self._passed = 0
+        self._counted = False
 
     @property
     def decided(self) -> bool:
@@ -105,15 +109,20 @@ class ShapeGate:
 
     def sees(self, batch: Any, models: Sequence[Any]) -> None:
         """A micro-batch of the first step, as long as nothing is decided."""
-        if self._shown is not None:
+        if self._shown is not None and not self._counted:
             rows = rows_of(batch, models)
             self._shown = None if rows is None else self._shown + rows
 
     def listen(self, models: Sequence[Any]) -> None:
         """Hear of what models are called with, for loops that show no batch."""
         if "spectral" in self._parts:
-            for model in models:
-                ForwardRows(self, model)
+            self._listeners = [ForwardRows(self, model) for model in models]
+
+    def remove(self) -> None:
+        """Listen no longer."""
+        for listener in self._listeners:
+            listener.remove()
+        self._listeners = []
 
     def passes(self, given: list[Any], models: Sequence[Any]) -> None:
         """A model is called with this, as long as nothing is decided."""
@@ -131,12 +140,14 @@ class ShapeGate:
         """Decide, every rank alike.
 
         Args:
-            shapes: Of the matrices.
+            shapes: Of the matrices that are trained.
             device: Where ranks can compare numbers.
             group: The process group of the ranks that train together.
             trained: Whether they were trained before.
             ranks_known: Whether the ranks are known.
         """
+        self.remove()
+        self._counted = True
         self.why = {}
         self.spectral = self.agreement = True
         if "spectral" in self._parts:
@@ -176,8 +187,9 @@ class ShapeGate:
             matrices: Whether the range has any to act on.
         """
         if self._ranged and not matrices:
+            self.empty = True
             self.why |= {part: _NONE if part == "spectral" else _ALONE for part in self._parts}
-            self.agreement = self.agreement and "agreement" not in self._parts
+            self._let(self._parts, act=False)
             return
         self.waiting |= {part for part in self._parts if getattr(self, part)}
         self.why |= {part: _TRAINED[part] for part in self.waiting}
@@ -186,6 +198,11 @@ class ShapeGate:
             self.waiting, self.agreement = self.waiting - {"agreement"}, False
             self.why["agreement"] = _ALONE
         self._let(self.waiting, act=False)
+
+    def again(self) -> None:
+        """Matrices have joined where there was none: the next step decides anew."""
+        self.spectral = self.agreement = None
+        self.why, self.empty = {}, False
 
     def moved(self, share: float) -> frozenset[str]:
         """Weights that were trained before have moved by this share of their size in a window; which parts act from now on for that."""
@@ -207,7 +224,11 @@ class ShapeGate:
 
     def restore(self, tensor: Tensor | None) -> None:
         """Go on from what `tensor` gave; from the beginning where there was nothing."""
+        if tensor is not None:
+            self.remove()
+        listeners = self._listeners
         self._begin()
+        self._listeners = listeners
         if tensor is None:
             return
         self.spectral, self.agreement, *later = (bool(x) for x in tensor.tolist())

@@ -12,7 +12,7 @@ from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers.numerics.ops import Value
 from hf_adaclip.errors import ConfigError
 from hf_adaclip.gradients import Gradients, Guards
-from hf_adaclip.gradients.matrices import HiddenMatrices, as_matrix
+from hf_adaclip.gradients.matrices import HiddenMatrices
 from hf_adaclip.gradients.spectral import SpectralRange
 from hf_adaclip.gradients.transfer import moved
 from hf_adaclip.run.loaded_weights import LoadedWeights
@@ -127,8 +127,11 @@ class Shaping:
         joined = [*joined, *self._guards.joined()]
         if not gate.decided:
             return
+        if joined and gate.empty and self._trained_matrices():
+            gate.again()
+            return
         if joined and self._loaded.among(joined):
-            gate.wait()
+            gate.wait(matrices=self._range is None or bool(self._trained_matrices()))
             self._heed(gate)
             self._loaded.forget()
         if not gate.waiting:
@@ -152,11 +155,10 @@ class Shaping:
         gate = self.gate
         if gate is None or gate.decided or not gradients.tensors:
             return
-        names = self._matrices.among([gradients.parameters[i] for i in gradients.present]) if self._range else []
-        matrices = [as_matrix(g) for g, name in zip(gradients.tensors, names, strict=False) if name is not None]
+        matrices = self._trained_matrices() if self._range is not None else []
         ranks = self._run.ranks
         gate.decide(
-            [(m.shape[0], m.shape[1]) for m in matrices],
+            [(m.shape[0], m.shape[1:].numel()) for m in matrices],
             gradients.tensors[0].device,
             None if ranks is None else ranks.group,
             trained=self._loaded.among(self._guards.parameters),
@@ -167,6 +169,11 @@ class Shaping:
         if gate.waiting:
             self._loaded.watch()
         self._heed(gate)
+
+    def _trained_matrices(self) -> list[Tensor]:
+        """Those among what the optimizers have, whether the present step has a gradient for them or not."""
+        parameters = [p for p in self._guards.parameters if p.requires_grad]
+        return [p for p, name in zip(parameters, self._matrices.among(parameters), strict=True) if name is not None]
 
     def _heed(self, gate: ShapeGate) -> None:
         if not gate.agreement:

@@ -1,6 +1,7 @@
 """The callback in Lightning's real Trainer and CLI, and the clipper in a loop of Fabric."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,12 @@ def fit(folder, *callbacks, module=None, ckpt_path=None, **options):
     module = module or Regression()
     trainer(folder, *callbacks, **options).fit(module, ckpt_path=ckpt_path)
     return flat(module)
+
+
+def first_epoch(callback):
+    """Its steps, where the pace goes by it alone."""
+    driver: Any = callback.clippers[0]._driver
+    return None if driver._fresh is None else driver._fresh.steps
 
 
 def half():
@@ -131,21 +138,35 @@ def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "pace"),
+    ("options", "first"),
     [
-        ({"max_steps": -1, "max_epochs": 3}, 1.0),
-        ({"max_steps": -1, "max_epochs": 2}, 64.0),
-        ({"max_steps": 14, "max_epochs": 5}, 64.0),
-        ({"max_steps": 15}, 1.0),
-        ({"max_steps": 9, "accumulate_grad_batches": 2}, 1.0),
-        ({"max_steps": 8, "accumulate_grad_batches": 2}, 64.0),
+        ({"max_steps": -1, "max_epochs": 3}, 5),
+        ({"max_steps": -1, "max_epochs": 2}, None),
+        ({"max_steps": 14, "max_epochs": 5}, None),
+        ({"max_steps": 15}, 5),
+        ({"max_steps": 9, "accumulate_grad_batches": 2}, 3),
+        ({"max_steps": 8, "accumulate_grad_batches": 2}, None),
     ],
     ids=str,
 )
-def test_the_pace_is_off_where_a_trained_model_sees_its_data_several_times(tmp_path, options, pace):
+def test_the_pace_goes_by_the_first_epoch_where_a_trained_model_sees_its_data_several_times(tmp_path, options, first):
     callback = AdaptiveClip()
     fit(tmp_path, callback, module=as_loaded(Regression()), limit_train_batches=5, **options)
-    assert callback.clippers[0].config.max_pace == pace
+    assert first_epoch(callback) == first
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self):
+        while True:
+            yield torch.ones(8), torch.ones(1)
+
+
+def test_a_stream_without_end_is_gone_through_once_as_far_as_anybody_knows(tmp_path):
+    module = as_loaded(Regression())
+    module.train_dataloader = lambda: torch.utils.data.DataLoader(Stream(), batch_size=8)
+    callback = AdaptiveClip()
+    fit(tmp_path, callback, module=module, max_steps=12)
+    assert callback.clippers[0].held_back == ""
 
 
 def test_a_run_that_goes_on_for_longer_keeps_its_pace(tmp_path):
@@ -161,7 +182,7 @@ def test_a_run_that_goes_on_for_longer_keeps_its_pace(tmp_path):
         ckpt_path=tmp_path / "at10.ckpt",
         **{**two, "max_epochs": 4},
     )
-    assert callback.clippers[0].config.max_pace == 64.0
+    assert first_epoch(callback) is None
 
 
 def test_a_checkpoint_from_before_the_callback_starts_the_controller_afresh(tmp_path):

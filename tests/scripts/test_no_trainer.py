@@ -116,20 +116,23 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit_where_that_is_asked_for(here
         assert [p.step for p in read_points(tmp_path / name / "convergence.jsonl")] == [10, 20, 30]
 
 
-def test_several_epochs_with_a_trained_model_have_no_pace(here, tmp_path, text, caplog):  # noqa: F811
+def test_over_several_epochs_of_a_trained_model_the_pace_goes_by_the_first(here, tmp_path, text, caplog):  # noqa: F811
     epochs = {"max_steps": -1, "clip": "adaptive", "do_eval": False, "block_size": 64}
     here("no_trainer", flags(tmp_path / "first", text, num_train_epochs=3, **epochs))
-    assert "There is no pace" not in caplog.text
+    assert "by the first epoch alone" not in caplog.text
     loaded = flags(tmp_path / "then", text, num_train_epochs=3, model_name_or_path=tmp_path / "first", **epochs)
     made_anew = [loaded.index(flag) for flag in ("--train_tokenizer", "--config_overrides")]
     here("no_trainer", [part for i, part in enumerate(loaded) if not any(0 <= i - at <= 1 for at in made_anew)])
 
-    assert "There is no pace and no threshold above 1: this run plans 3 or more epochs" in caplog.text
+    assert (
+        "The pace goes by the first epoch alone and there is no threshold above 1: this run plans 3 or more"
+        in caplog.text
+    )
     headers = [
         json.loads((tmp_path / name / "clip_ledger.jsonl").read_text().splitlines()[0])["config"]
         for name in ("first", "then")
     ]
-    assert [header["max_pace"] for header in headers] == [64.0, 1.0]
+    assert [header["max_threshold"] for header in headers] == [None, 1.0]
 
 
 def test_the_last_checkpoint_of_a_new_folder_is_its_start(here, tmp_path, text):  # noqa: F811
