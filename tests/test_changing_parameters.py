@@ -249,8 +249,7 @@ def test_layers_that_are_switched_in_every_step_are_not_taken_for_two_sets(set_t
         clipper.clip_(model.parameters())
         optimizer.step()
         optimizer.zero_grad(set_to_none=set_to_none)
-    # A frozen one whose gradient stays, as zeros, is there in every call: the optimizer steps on it.
-    assert ("other parameters in each of the last 20 calls" in caplog.text) is set_to_none
+    assert "other parameters in each of the last 20 calls" in caplog.text
 
 
 def test_a_state_of_another_model_is_refused(tmp_path):

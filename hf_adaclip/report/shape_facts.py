@@ -99,8 +99,9 @@ def pace_remark(numbers: dict[str, Any]) -> str:
         return ""
     is_one = "would be 1" if numbers["shadow"] else "is 1" if numbers["largest_pace"] > 1 else "stays 1"
     return (
-        f"From step {numbers['by_heart_step']} on the pace {is_one} for good: the data is learned by heart, or a first epoch had no sign for more. "
-        "The evaluation loss rose while the training loss fell, or the training loss fell as an epoch began."
+        f"From step {numbers['by_heart_step']} on the pace {is_one} for good. The data is learned by heart (the evaluation loss rose "
+        "while the training loss fell, or the training loss fell as an epoch began), or the first of several epochs had no sign that a "
+        "higher rate is useful."
     )
 
 

@@ -463,7 +463,7 @@ def test_that_data_is_learned_by_heart_is_said_in_words_and_among_the_adjustment
     folder = write_shaped_run(tmp_path / "run", overfits=True)
     report = load_run(folder)
     step = summary(report)["by_heart_step"]
-    words = f"From step {step} on the pace is 1 for good, because the data is learned by heart."
+    words = f"From step {step} on the pace is 1 for good. The data is learned by heart"
     text = write_html(report, tmp_path / "r.html").read_text()
 
     assert step == 81

@@ -57,8 +57,9 @@ def main(layout, kind, folder):
         "fsdp+tp": (world // 2, rank // 2),
     }
     parts, mine = shares[layout]
+    rows = 128 if layout == "loaded" else 16  # by itself the range acts only where it is worth its work
     for step in range(30):
-        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(step))
         for (net, optimizer, clipper), batch in zip(runs, (x, x.chunk(parts)[mine]), strict=True):
             factor = float("nan") if step == 20 else 1.0
             ((net(batch) - 2 * batch[:, :1]).square().mean() * factor).backward()
