@@ -203,7 +203,7 @@ class StepGuard:
         inner = self.optimizer.step
 
         def step(_: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._leaves_out:
+            if self._leaves_out and not self.displaced:  # of an earlier run, whose step was never made
                 return self._pass_over(*args, **kwargs)
             try:
                 return inner(*args, **kwargs)
@@ -241,7 +241,7 @@ class StepGuard:
         self._assert_attributes()
         if self._depth > 1:  # `step` has called `super().step()`
             return None
-        if self._leaves_out:
+        if self._leaves_out and not self.displaced:
             # Somebody had kept the method from before it was wrapped (Accelerate does, with a scaler). It runs on nothing.
             return (without_parameters(optimizer), *args[1:]), kwargs
         self._begin()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError, UnsupportedSetupError
+from hf_adaclip.audit import verify_ledger
 from tests.lanes import on_lane
 from tests.loops import guards_of, make
 
@@ -76,6 +77,40 @@ def test_an_older_clipper_whose_step_was_never_made_does_not_pace_those_of_the_n
             optimizer.zero_grad()
         older.append(clipper)  # as a notebook holds it, after an interrupt
     assert rate_of(optimizer) == (RATE, 0.1)
+
+
+def test_a_step_that_an_older_clipper_would_have_left_out_is_made(lane):
+    model, optimizer = parts()
+    older = AdaptiveClipper(PACED, optimizer=optimizer)
+    backward(model, 0)
+    model[0].weight.grad[0, 0] = float("nan")
+    older.clip_(model.parameters())  # and no step
+    optimizer.zero_grad()
+    clipper = AdaptiveClipper(PACED, optimizer=optimizer)
+    before = model[0].weight.detach().clone()
+    clipper.clip_(model.parameters(), loss=backward(model, 1))
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+    assert older.step == 1
+
+
+def test_a_refused_step_leaves_ledger_and_state_as_they_were(tmp_path):
+    model, optimizer = parts()
+    first = AdaptiveClipper(PACED, optimizer=optimizer, ledger=tmp_path / "l.jsonl")
+    first.clip_(model.parameters(), loss=backward(model, 0))
+    optimizer.step()
+    optimizer.zero_grad()
+    second = AdaptiveClipper(PACED, optimizer=optimizer)
+    loss = backward(model, 1)
+    with pytest.raises(UnsupportedSetupError, match="must be paced by one clipper"):
+        first.clip_(model.parameters(), loss=loss)
+    second.close()
+    first.clip_(model.parameters(), loss=loss)
+    optimizer.step()
+    first.save_state(tmp_path)
+    assert first.load_state(tmp_path)
+    first.close()
+    assert verify_ledger(tmp_path / "l.jsonl").ok
 
 
 def test_an_optimizer_that_is_named_twice_is_one(lane):
@@ -201,6 +236,17 @@ def test_a_gradient_that_was_there_before_freezing_is_clipped_as_the_stock_norm_
     backward(model, 3)  # the frozen one has none any more
     clipper.clip_(model.parameters())
     optimizer.step()
+
+
+def test_a_gradient_that_no_optimizer_steps_on_does_not_count(lane):
+    model, _ = make()
+    backward(model, 0)
+    first = model[0].requires_grad_(False)
+    first.weight.grad.fill_(1e6)
+    optimizer = torch.optim.AdamW(model[2].parameters(), lr=1e-3)
+    clipper = AdaptiveClipper(optimizer=optimizer, model=model)
+    expected = torch.nn.utils.get_total_norm([p.grad for p in model[2].parameters()])
+    assert clipper.clip_(model.parameters()).item() == pytest.approx(expected.item())
 
 
 def test_a_frozen_gradient_that_is_not_finite_is_not_stepped_on(lane):

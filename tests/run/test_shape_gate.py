@@ -543,3 +543,66 @@ def test_what_listens_goes_with_its_clipper_and_not_into_copies():
     gc.collect()
     model(torch.zeros(2, 8))
     assert not model._forward_pre_hooks
+
+
+def test_matrices_count_as_trained_before_their_first_gradient(tmp_path):
+    model = model_of_before()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    clipper = AdaptiveClipper({"max_pace": 1.0}, optimizer=optimizer, model=model, output_dir=tmp_path)
+    model.model.norm.weight.square().sum().backward()  # a first loss through vectors alone
+    clipper.clip_(model.parameters())
+    optimizer.step()
+    optimizer.zero_grad()
+    assert [one_step(model, optimizer, clipper, step) for step in range(1, 4)] == [set()] * 3
+    assert clipper.explain().count("trained before") == 2
+
+
+def test_fresh_matrices_that_join_vectors_of_before_are_decided_on(tmp_path):
+    model = model_of_before()
+    del model.lm_head.weight._is_hf_initialized
+    vectors = [p for name, p in model.named_parameters() if "norm" in name]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is vector for vector in vectors))
+    optimizer = torch.optim.AdamW(vectors, lr=1e-4)
+    clipper = AdaptiveClipper({"max_pace": 1.0}, optimizer=optimizer, model=model, output_dir=tmp_path)
+    assert [one_step(model, optimizer, clipper, step) for step in range(3)] == [set()] * 3
+    assert "no hidden matrix is trained" in clipper.explain()
+    optimizer.add_param_group({"params": [model.lm_head.weight.requires_grad_(True)]})
+    assert [one_step(model, optimizer, clipper, step) for step in range(3, 6)] == [BOTH] * 3
+    assert "no hidden matrix is trained" not in clipper.explain()
+
+
+def test_vectors_that_join_vectors_are_not_looked_at_in_every_step(tmp_path):
+    model = model_of_before()
+    scales(model)
+    vectors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(vectors[:1], lr=1e-4)
+    clipper = AdaptiveClipper({"max_pace": 1.0}, optimizer=optimizer, model=model, output_dir=tmp_path)
+    one_step(model, optimizer, clipper, 0)
+    optimizer.add_param_group({"params": vectors[1:]})
+    one_step(model, optimizer, clipper, 1)
+    with mock.patch("hf_adaclip.run.loaded_weights.loaded_weights", side_effect=AssertionError):
+        assert [one_step(model, optimizer, clipper, step) for step in range(2, 6)] == [set()] * 4
+
+
+def test_a_model_may_be_called_with_anything():
+    model, optimizer = make()
+    clipper = AdaptiveClipper(optimizer=optimizer, model=model)
+    nested = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged)
+    loss = model(nested).values().square().mean()
+    loss.backward()
+    clipper.clip_(model.parameters(), loss=loss)
+    optimizer.step()
+    assert clipper.step == 1
+
+
+def test_closing_leaves_no_hook_on_the_model():
+    model, optimizer = make()
+    clipper = AdaptiveClipper(optimizer=optimizer, model=model)
+    assert model._forward_pre_hooks
+    clipper.close()
+    assert not model._forward_pre_hooks
+    clipper = AdaptiveClipper(optimizer=optimizer, model=model)
+    model(torch.zeros(2, 8)).sum().backward()
+    clipper.clip_(model.parameters())
+    assert not model._forward_pre_hooks
