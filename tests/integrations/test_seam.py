@@ -22,6 +22,7 @@ from hf_adaclip import (
     attach,
 )
 from hf_adaclip.audit import verify_ledger
+from hf_adaclip.integrations import first_line
 from tests.integrations.trainers import arguments, build, dataset, run, stock, weights
 
 pytestmark = pytest.mark.slow
@@ -580,7 +581,7 @@ def test_a_default_trainer_shows_one_line_on_what_clips(tmp_path, monkeypatch):
 def test_the_line_names_what_acts_in_a_model_that_was_trained_before(tmp_path, monkeypatch, clip, there, missing):
     said: list[str] = []
     monkeypatch.setattr(trainer_module._shown, "warning", said.append)
-    monkeypatch.setattr(trainer_module, "trained_before", lambda models: True)
+    monkeypatch.setattr(first_line, "trained_before", lambda models: True)
     run(build(AdaptiveClipTrainer, tmp_path, args=arguments(tmp_path, max_steps=2), clip=clip))
     assert all(part in said[0] for part in there)
     assert not [part for part in missing if part in said[0]]
