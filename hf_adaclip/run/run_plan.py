@@ -144,8 +144,6 @@ def follow_plan(config: AdaptiveClipConfig, plan: RunPlan, models: Sequence[Any]
         plan: Of the run.
         models: Those that are trained; they are looked at only where the plan has several epochs.
     """
-    if plan.pace_start is not None:
-        config = config.with_pace_start(plan.pace_start)
     before = plan.before
     goes_on = before.max_pace is not None  # as it was begun
     several, why = goes_on, _AS_BEFORE
@@ -158,6 +156,10 @@ def follow_plan(config: AdaptiveClipConfig, plan: RunPlan, models: Sequence[Any]
             changes["max_pace"] = 1.0
         elif before.fresh if goes_on else several:
             fields.append("fresh")
+    # What is held to the given rate begins with it too: until the estimate says more, the run is that of stock.
+    start = 1 if "fresh" in fields and before.start is None else plan.pace_start
+    if start is not None:
+        config = config.with_pace_start(start)
     static = STATIC_THRESHOLD if config.static_threshold is None else config.static_threshold
     limit = before.max_threshold if goes_on else static if several else None
     if config.controller == "adaptive" and config.max_threshold is None and limit is not None and math.isfinite(limit):
