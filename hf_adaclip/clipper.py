@@ -3,9 +3,9 @@
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from hf_adaclip.controllers.numerics.ops import Lane, Value, ops_for
 from hf_adaclip.drivers.clipping import ClippingDriver
 from hf_adaclip.drivers.driver import Driver
 from hf_adaclip.drivers.following import FollowingDriver
-from hf_adaclip.drivers.going_back import GoingBack
 from hf_adaclip.drivers.lifetime import detach, let_go, weakly
 from hf_adaclip.drivers.settling import settle
+from hf_adaclip.drivers.watching import Watching, check_listener
 from hf_adaclip.errors import ConfigError, StateError
 from hf_adaclip.gradients import check_loss
 from hf_adaclip.gradients.distance import check_rates
@@ -26,8 +26,6 @@ from hf_adaclip.gradients.norms import Parameters, as_tensors
 from hf_adaclip.gradients.optimizers import distinct
 from hf_adaclip.hints import shown, unknown_arguments
 from hf_adaclip.incidents.capture import IncidentCapture
-from hf_adaclip.incidents.folder import Incident
-from hf_adaclip.incidents.watched import Watched
 from hf_adaclip.ports.accelerate import AcceleratorPort
 from hf_adaclip.ports.plain import PlainLoop, Port
 from hf_adaclip.run.alerts import Alerts
@@ -46,10 +44,8 @@ from hf_adaclip.support import check_model, check_optimizer_given
 
 logger = logging.getLogger(__name__)
 
-Batch = TypeVar("Batch")
 
-
-class AdaptiveClipper(GoingBack):
+class AdaptiveClipper(Watching):
     """Adaptive gradient clipping for any PyTorch loop.
 
     Call [`clip_`] once per optimizer step, between `backward` and `optimizer.step()`, in place of
@@ -291,57 +287,6 @@ class AdaptiveClipper(GoingBack):
         """
         self._driver.evaluated(float(loss))
 
-    # -- incidents -----------------------------------------------------------------------------------------------
-
-    def watch(self, batch: Batch, indices: Sequence[int] | None = None, *, processing_class: Any = None) -> Batch:
-        """Hold a reference to what the coming step is made with, so that it can be kept if the step is an incident.
-
-        Call it for every micro-batch, before `clip_`. In a Trainer that happens by itself.
-
-        Args:
-            batch: Anything; it is given back as it is.
-            indices: Positions of its samples in the dataset, where the loop knows them.
-            processing_class: A tokenizer or processor that decodes token ids; the first that is given counts.
-
-        Example:
-            >>> clipper = AdaptiveClipper()
-            >>> clipper.watch({"x": 1})
-            {'x': 1}
-        """
-        self._capture.begin(self.output_dir)
-        if self._capture.processing_class is None:
-            self._capture.processing_class = processing_class
-        self._capture.add(batch, indices)
-        self._driver.sees(batch)
-        return batch
-
-    def unwatch(self) -> None:
-        """The batches since the last step belong to none: a loop has given it up."""
-        self._capture.drop()
-
-    def watched(self, dataloader: Any, *, processing_class: Any = None) -> "Watched":
-        """The same dataloader, of which every batch is shown to [`watch`]: `for batch in clipper.watched(dataloader)`.
-
-        Args:
-            dataloader: Anything that gives batches; it is asked for everything else as before.
-            processing_class: As for [`watch`].
-        """
-        return Watched(dataloader, lambda batch: self.watch(batch, processing_class=processing_class))
-
-    @property
-    def incidents(self) -> list[Incident]:
-        """What this run has kept so far, oldest first."""
-        return list(self._capture.found)
-
-    def on_incident(self, listener: Callable[[Incident], None]) -> None:
-        """Call `listener` with every [`Incident`], after it was written, on every rank for itself.
-
-        Raises:
-            ConfigError: It cannot be called.
-        """
-        _check_listener(listener, "Incident", "on_incident")
-        self._capture.listeners.append(listener)
-
     # -- checking, reading, ending -------------------------------------------------------------------------------
 
     def self_test(self, parameters: Parameters | None = None) -> None:
@@ -379,7 +324,7 @@ class AdaptiveClipper(GoingBack):
         Raises:
             ConfigError: It cannot be called.
         """
-        _check_listener(listener, "ClipEvent", "on_event")
+        check_listener(listener, "ClipEvent", "on_event")
         self.alerts.listeners.append(listener)
 
     def metrics(self) -> dict[str, float | int | str]:
@@ -479,10 +424,3 @@ class AdaptiveClipper(GoingBack):
 def _each(given: Any) -> list[Any]:
     """One, several or none, as a list."""
     return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-
-
-def _check_listener(listener: Any, of: str, method: str) -> None:
-    if not callable(listener):
-        raise ConfigError(
-            f"`listener` must be a function of one {of}, but is {shown(listener)} instead. Pass such as `clipper.{method}(print)`."
-        )
