@@ -350,7 +350,7 @@ class AdaptiveClipConfig:
         """All that may be set: fields of the run, and settings of controllers by name and by key."""
         return ["controller", *(s.name for s in run_settings()), *flat_names()]
 
-    def with_pace_start(self, steps: int | None) -> "AdaptiveClipConfig":
+    def with_pace_start(self, steps: int) -> "AdaptiveClipConfig":
         """The same with this start of the pace, where the controller has one and it was left open."""
         return self.replace(pace_start=steps) if getattr(self.settings, "pace_start", 0) is None else self
 

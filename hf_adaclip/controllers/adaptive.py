@@ -187,8 +187,8 @@ class AdaptiveController(Controller[AdaptiveState]):
     )
     pace_start: int | None = setting(
         None,
-        help="Steps in which the pace rises to 1 at the start. Unset: 1 in a model that was trained before; else, in a Trainer, a tenth of "
-        "its steps less those of the schedule's own warm-up, and 50 in a hand-written loop.",
+        help="Steps in which the pace rises to 1 at the start. Unset: in a Trainer a tenth of its steps less those of the "
+        "schedule's own warm-up, 50 in a hand-written loop; 1 over several epochs of a model that was trained before.",
         range="[1, inf)",
     )
     pace_trust: float = setting(

@@ -40,8 +40,7 @@ class RunPlan:
     """What a loop knows of its run beforehand; a Trainer says it by itself.
 
     Args:
-        steps: Optimizer steps that are planned. A tenth of them, less the warm-up, is the start of the pace, None: 50 steps; a model that
-            was trained before has none.
+        steps: Optimizer steps that are planned. A tenth of them, less the warm-up, is the start of the pace. None: it is 50 steps.
         warmup_steps: Steps in which the schedule of the learning rate rises.
         epochs: How often the data is gone through. None: not known, and taken for once.
         epoch_steps: Optimizer steps of an epoch; by default `steps / epochs`.
@@ -143,7 +142,7 @@ def follow_plan(config: AdaptiveClipConfig, plan: RunPlan, models: Sequence[Any]
     Args:
         config: As it was given.
         plan: Of the run.
-        models: Those that are trained.
+        models: Those that are trained; they are looked at only where the plan has several epochs.
     """
     before = plan.before
     goes_on = before.max_pace is not None  # as it was begun
@@ -157,10 +156,10 @@ def follow_plan(config: AdaptiveClipConfig, plan: RunPlan, models: Sequence[Any]
             changes["max_pace"] = 1.0
         elif before.fresh if goes_on else several:
             fields.append("fresh")
-    if getattr(config.settings, "pace_start", 0) is None and getattr(config.settings, "max_pace", 1) != 1:
-        # What was trained before needs no start below the given rate: until the estimate says more, the run is that of stock.
-        at_rate = before.start is None and ("fresh" in fields or trained_before(models))
-        config = config.with_pace_start(1 if at_rate else plan.pace_start)
+    # What is held to the given rate begins with it too: until the estimate says more, the run is that of stock.
+    start = 1 if "fresh" in fields and before.start is None else plan.pace_start
+    if start is not None:
+        config = config.with_pace_start(start)
     static = STATIC_THRESHOLD if config.static_threshold is None else config.static_threshold
     limit = before.max_threshold if goes_on else static if several else None
     if config.controller == "adaptive" and config.max_threshold is None and limit is not None and math.isfinite(limit):

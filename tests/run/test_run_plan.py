@@ -106,8 +106,7 @@ def test_a_loop_that_plans_several_epochs_holds_the_pace_of_a_trained_model(plan
     assert ("by the first epoch alone" in clipper.held_back) == (bool(why) and pace > 1)
     assert why in clipper.explain()
     assert ("where that is useful, by the first epoch alone: " in clipper.explain()) == (bool(why) and pace > 1)
-    if pace > 1:
-        assert (clipper.config.settings.pace_start == 1) == (loaded or bool(why))
+    assert (clipper.config.settings.pace_start == 1) == (bool(why) and pace > 1)
 
 
 def test_what_is_set_by_hand_stays():

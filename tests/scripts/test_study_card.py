@@ -228,7 +228,11 @@ def test_a_new_revision_makes_recorded_runs_foreign(tmp_path, monkeypatch):
     assert load_study(tmp_path)[0].foreign == {"of other settings": 1}
 
 
-def test_the_card_of_a_folder_that_the_new_study_has_begun_is_the_new_one(tmp_path, capsys):
+def test_the_card_of_a_folder_that_the_new_study_has_begun_is_the_new_one(tmp_path, capsys, monkeypatch):
+    template = tmp_path.parent / f"{tmp_path.name}.template.md"
+    text = study_card.TEMPLATE.read_text(encoding="utf-8")
+    template.write_text(re.sub(r"(\$moonshot_holds \|)[^|]*\|", r"\1 - |", text), encoding="utf-8")
+    monkeypatch.setattr(study_card, "TEMPLATE", template)
     task = TASKS["mrpc"]
     for made in lines_of(task, tuned_arm=TUNED):
         with (tmp_path / "mrpc.jsonl").open("a") as file:
