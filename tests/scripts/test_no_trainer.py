@@ -117,7 +117,8 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit_where_that_is_asked_for(here
 
 
 def test_over_several_epochs_of_a_trained_model_the_pace_goes_by_the_first(here, tmp_path, text, caplog):  # noqa: F811
-    epochs = {"max_steps": -1, "clip": "adaptive", "do_eval": False, "block_size": 64}
+    batches = {"block_size": 64, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 4}
+    epochs = {"max_steps": -1, "clip": "adaptive", "do_eval": False, **batches}
     here("no_trainer", flags(tmp_path / "first", text, num_train_epochs=3, **epochs))
     assert "by the first epoch alone" not in caplog.text
     loaded = flags(tmp_path / "then", text, num_train_epochs=3, model_name_or_path=tmp_path / "first", **epochs)
