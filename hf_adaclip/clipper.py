@@ -122,7 +122,8 @@ class AdaptiveClipper(Watching):
             check_model(each)
         port: Port = PlainLoop(models) if accelerator is None else AcceleratorPort(accelerator)
         engine = port if isinstance(port, AcceleratorPort) and port.steps_in_engine else None
-        settled = settle(config, optimizers, models or port.models, plan or RunPlan(), in_engine=engine is not None)
+        plan = plan or RunPlan()
+        settled = settle(config, optimizers, models or port.models, plan, in_engine=engine is not None)
         config, self._off, by_itself, self._held = settled
         check_optimizer_given(config, optimizers, accelerator)
         if config.max_pace > 1:
@@ -142,7 +143,7 @@ class AdaptiveClipper(Watching):
                 gate = ShapeGate(by_itself, memory=memory, ranged=ranged)
             fresh = None
             if "fresh" in self._held.fields and isinstance(config.settings, AdaptiveController):
-                fresh = FreshData((plan.first_epoch if plan else None) or 0, config.settings.pace_trust)
+                fresh = FreshData(plan.first_epoch or 0, config.settings.pace_trust)
             self._driver = ClippingDriver(
                 *(config, self._run, port, optimizers, lambda: models or port.models, self._losses, self._capture),
                 gate=gate,
@@ -263,11 +264,7 @@ class AdaptiveClipper(Watching):
             ConfigError: It is not above 0, or the step is an engine's (DeepSpeed), which has its own threshold.
         """
         self._driver.set_static_threshold(value)
-        limit = self.config.max_threshold
-        if self.held_back and limit is not None and limit < value:
-            self.alerts.warn_once(
-                f"the static threshold is {value:g}, but no threshold is above `max_threshold`, {limit:g}. {self.held_back}"
-            )
+        self._tell_of_limit(f"the static threshold is {value:g}")
 
     def begins_after(self, steps: int) -> None:
         """So many steps of the training were made before the first that is counted here: the ledger tells, so that `verify` knows."""
@@ -381,11 +378,12 @@ class AdaptiveClipper(Watching):
 
     def _take_script_threshold(self, max_norm: float) -> None:
         self._driver.take_script_threshold(max_norm)
+        self._tell_of_limit(f"the script's `max_norm` is {max_norm:g}")
+
+    def _tell_of_limit(self, said: str) -> None:
         limit = self.config.max_threshold
         if self.held_back and limit is not None and limit < self.static_threshold:
-            self.alerts.warn_once(
-                f"the script's `max_norm` is {max_norm:g}, but no threshold is above `max_threshold`, {limit:g}. {self.held_back}"
-            )
+            self.alerts.warn_once(f"{said}, but no threshold is above `max_threshold`, {limit:g}. {self.held_back}")
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from hf_adaclip.controllers.numerics.ops import Ops, Value
 from hf_adaclip.gradients.agreement import Agreement
 from hf_adaclip.gradients.callers import steps_running
 from hf_adaclip.gradients.norms import Gradients
-from hf_adaclip.gradients.optimizers import SkipPath, distinct
+from hf_adaclip.gradients.optimizers import SkipPath
 from hf_adaclip.gradients.probe import probe
 from hf_adaclip.gradients.step_guard import StepGuard
 
@@ -27,7 +27,7 @@ class Guards:
     """The guards of all optimizers that step on one set of gradients; there may be none, when no optimizer is known.
 
     Args:
-        optimizers: Optimizers, wrapped by Accelerate or not.
+        optimizers: Optimizers, each once, wrapped by Accelerate or not.
         scaler: Whether a `GradScaler` drives them.
         shapes: Whether steps are paced, or in part taken back.
     """
@@ -48,7 +48,7 @@ class Guards:
         self._strangers = _Strangers(self)
 
     def _guard(self, optimizers: Sequence[Any]) -> list[StepGuard]:
-        return [StepGuard(o, scaler=self._scaler, shapes=self._shapes) for o in distinct(optimizers)]
+        return [StepGuard(o, scaler=self._scaler, shapes=self._shapes) for o in optimizers]
 
     def __bool__(self) -> bool:
         return bool(self._guards)

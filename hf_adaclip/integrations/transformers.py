@@ -313,7 +313,7 @@ class AdaptiveClipMixin(_Base):
             clipper.set_static_threshold(float(self._max_grad_norm))
             said = "it is the static threshold from here on, and the ledger holds it beside each step"
             limit = clipper.config.max_threshold
-            if limit is not None and limit < float(self._max_grad_norm):
+            if not clipper.held_back and limit is not None and limit < float(self._max_grad_norm):  # else it tells
                 said += f"; no threshold is above `max_threshold`, {limit:g}"
         else:
             said = "it has no effect, because `static_threshold` is set"

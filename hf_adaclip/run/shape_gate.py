@@ -88,6 +88,7 @@ class ShapeGate:
 
     def __init__(self, parts: Collection[str], *, memory: bool, ranged: bool = True) -> None:
         self._parts, self._given_memory, self._ranged = parts, memory, ranged
+        self._listeners: list[ForwardRows] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -97,7 +98,6 @@ class ShapeGate:
         self.waiting: frozenset[str] = frozenset()
         self.why: dict[str, str] = {}
         self.empty = False
-        self._listeners: list[ForwardRows] = []
         self._shown: int | None = 0
         self._passed = 0
         self._counted = False
@@ -224,13 +224,10 @@ class ShapeGate:
 
     def restore(self, tensor: Tensor | None) -> None:
         """Go on from what `tensor` gave; from the beginning where there was nothing."""
-        if tensor is not None:
-            self.remove()
-        listeners = self._listeners
         self._begin()
-        self._listeners = listeners
         if tensor is None:
             return
+        self.remove()
         self.spectral, self.agreement, *later = (bool(x) for x in tensor.tolist())
         self.memory = self.memory and later[:1] == [True]  # older ones had none
         self.waiting = frozenset(part for part, waits in zip(FAST, later[1:], strict=False) if waits)  # nor waited
