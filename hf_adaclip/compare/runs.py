@@ -105,7 +105,7 @@ def defaults_behind(arguments: Sequence[str]) -> dict[str, Any]:
     if chosen in CONTROLLERS and not any("parameter_rules" in argument.replace("-", "_") for argument in arguments):
         return _behind(chosen, name or "")
     # A file of settings, or rules, may name any controller.
-    return {**{other: _defaults_of(other) for other in CONTROLLERS}, **_revisions_of_parts(True, True)}
+    return {**{other: _defaults_of(other) for other in CONTROLLERS}, **_revisions_of_parts(True, True, reaching=True)}
 
 
 def revision_that_counts(controller: str, revision: int, *, paced: bool) -> int:
@@ -129,13 +129,17 @@ def _behind(controller: str, clip: str) -> dict[str, Any]:
     off = [*([] if paced else ["pace_"]), *([] if ranged else ["spectral_"])]
     kept = {name: v for name, v in found.items() if name not in given and not name.startswith(tuple(off))}
     kept["revision"] = revision_that_counts(controller, found["revision"], paced=paced)
-    return {**kept, **_revisions_of_parts(ranged, agreed)}
+    return {**kept, **_revisions_of_parts(ranged, agreed, reaching=ours and paced and ranged)}
 
 
-def _revisions_of_parts(ranged: bool, agreed: bool) -> dict[str, int]:
-    from hf_adaclip.gradients import agreement, spectral  # they import torch
+def _revisions_of_parts(ranged: bool, agreed: bool, *, reaching: bool) -> dict[str, int]:
+    from hf_adaclip.gradients import agreement, distance, spectral  # they import torch
 
-    parts = {"spectral": (ranged, spectral.REVISION), "agreement": (agreed, agreement.REVISION)}
+    parts = {
+        "spectral": (ranged, spectral.REVISION),
+        "agreement": (agreed, agreement.REVISION),
+        "reach": (reaching, distance.REVISION),
+    }
     return {f"{name}_revision": revision for name, (on, revision) in parts.items() if on}
 
 

@@ -47,6 +47,7 @@ class Seen(NamedTuple):
         loss: Training loss, shape `[]`; NaN when it is not known.
         left: The norm that a rule on units or elements has left, which acts as it looks; None where there is none.
         reach: What the pace goes by; None when it is off.
+        shaped: Whether the estimate learns from what the spectral range leaves of the gradients, after the step was decided on.
     """
 
     gradients: Gradients
@@ -58,6 +59,7 @@ class Seen(NamedTuple):
     loss: Value
     left: Value | None
     reach: Value | None
+    shaped: bool
 
 
 class ClippingDriver:
@@ -141,6 +143,7 @@ class ClippingDriver:
         measure = self._run.step % MEASURE_EVERY == 0 if measure is None else measure
         checks = self._check.pending and self.guards.in_use and bool(seen.gradients.tensors)
         fold = self._apply_(seen, planned, checks=checks)
+        self._learn_reach(seen, planned, folded=fold is not None)
         self._arm(seen, planned, fold, measure=measure or checks)
         if self._incidents.on:
             kept = self._kept
@@ -168,12 +171,16 @@ class ClippingDriver:
         observed = kept.scope.observe(gradients, norms, norm, finite, ops)
         left = kept.scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._losses.observe(loss, total.device)
-        reach = None if kept.reach is None else kept.reach.observe(gradients, total, ops)
+        # Without a step before there is no reach of it.
+        shaped = kept.reach is not None and kept.reach.reach is not None and self._shaping.ranges
+        reach: Value | None = None
+        if kept.reach is not None:
+            reach = kept.reach.reach if shaped else kept.reach.observe(gradients, total, ops)
         if self._fresh is not None and reach is not None:
             reach = self._fresh.held(reach, run.step + run.steps_before, ops)
         if self._overfit is not None and reach is not None:
             reach = self._judged_by_heart(self._overfit, seen_loss, reach)
-        return Seen(gradients, total, norms, norm, finite, observed, seen_loss, left, reach)
+        return Seen(gradients, total, norms, norm, finite, observed, seen_loss, left, reach, shaped)
 
     def _judged_by_heart(self, watch: OverfitWatch, loss: Value, reach: Value) -> Value:
         """The reach; -inf once the data is learned by heart."""
@@ -188,7 +195,7 @@ class ClippingDriver:
         return self._back
 
     def _decide(self, seen: Seen) -> StepPlan:
-        planned = self._run.decide(
+        return self._run.decide(
             seen.norm,
             seen.observed,
             seen.loss,
@@ -197,9 +204,17 @@ class ClippingDriver:
             left=seen.left,
             reach=seen.reach,
         )
-        if self._kept.reach is not None:
-            self._kept.reach.pace = 1.0 if planned.pace is None else planned.pace
-        return planned
+
+    def _learn_reach(self, seen: Seen, planned: StepPlan, *, folded: bool) -> None:
+        """From gradients as the optimizer reads them, where the spectral range has made them others."""
+        estimate = self._kept.reach
+        if estimate is None:
+            return
+        if seen.shaped:
+            # The range keeps lengths, so the norm is known without a look.
+            scale = 1.0 if folded or planned.by_group else planned.coefficient
+            estimate.observe(seen.gradients, seen.total, self._run.ops, scale)
+        estimate.pace = 1.0 if planned.pace is None else planned.pace
 
     def _apply_(self, seen: Seen, planned: StepPlan, *, checks: bool) -> Tensor | None:
         """Scale the gradients, unless the optimizer's step is to do it.

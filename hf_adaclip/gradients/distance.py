@@ -1,6 +1,6 @@
 """How far the training could usefully go: the distance estimate that the pace goes by.
 
-    w_t = pace_{t-1}^2 lr_{t-1} / |g_t|                    lr over lr_base; g_t before clipping, so every gradient counts with length 1
+    w_t = pace_{t-1}^2 lr_{t-1} / |g_t|                    lr over lr_base; every gradient counts with length 1
     r_t = decay r_{t-1} + w_t <g_t, x_0 - x_t>
     s_t = decay s_{t-1} + w_t g_t
     d_t = r_t / |s_t|_1                                    reach_t = d_t / lr_base
@@ -9,11 +9,15 @@
 where it no longer does, the rate is large enough, or the way was a detour. For Adam, whose step moves every coordinate by about the
 learning rate, d is that rate.
 
+g is the gradient that the optimizer reads. Where the spectral range acts that is what the range leaves, and it is known only after the
+step was decided on: there the pace goes by the reach of the step before. Raw gradients that one direction rules, to and fro, hide there
+how far the others want to go.
+
 x, g and s are looked at on a sample of the coordinates: one in 31, and not more than about 262144. The estimate is a quotient of two sums
 over them, so the sample changes its noise and not its size.
 
 Source: Prodigy, Mishchenko and Defazio 2023, algorithm 4, with three differences: gradients of length 1, a memory of 50 steps instead of
-about 2000, and no running maximum (the pace keeps a part of it). Why: model_cards/RESEARCH.md.
+about 2000, and no running maximum (the pace keeps a part of it). Why: model_cards/RESEARCH.md, entries 1 to 14 and 38.
 """
 
 import math
@@ -32,6 +36,8 @@ from hf_adaclip.gradients.observe import to_value
 from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
 from hf_adaclip.gradients.transfer import HOST, copy_into, moved
 
+REVISION: Final = 2
+"""To be raised with every change of what the estimate is, where the spectral range acts."""
 DECAY: Final = 0.98
 _TINY: Final = 1e-30
 
@@ -45,11 +51,15 @@ class ReachEstimate:
         device: Where the norms are.
         every: Look at one coordinate in so many; by default as many as the size of the model allows.
 
+    Attributes:
+        pace: Of the step before.
+        reach: The last one, d / lr_base, shape `[]`; None before the first step.
+
     Raises:
         ConfigError: An optimizer has no learning rate.
     """
 
-    NAMES: Final = frozenset({"start", "weighted", "gain", "rates", "pace"})
+    NAMES: Final = frozenset({"start", "weighted", "gain", "rates", "pace", "reach"})
     """Of the tensors that a checkpoint keeps."""
 
     def __init__(
@@ -78,6 +88,7 @@ class ReachEstimate:
         ]
         self._base = self._rate = 0.0
         self.pace: Value | float = 1.0
+        self.reach: Value | None = None
         # Room for two samples, of weights and of gradients.
         count = sum(size for _, size in self._sections)
         rooms = torch.zeros((2, count), dtype=torch.float32, device=device).unbind()
@@ -91,13 +102,14 @@ class ReachEstimate:
         self._gain = torch.zeros((), dtype=torch.float32, device=device)
         self._kernels = Fused(_learn, device, (count,)), Fused(_weigh, device, ())
 
-    def observe(self, gradients: Gradients, norm: Tensor, ops: Ops) -> Value:
-        """Learn from this step's gradients, unclipped and unscaled, before the step.
+    def observe(self, gradients: Gradients, norm: Tensor, ops: Ops, scale: Value | float = 1.0) -> Value:
+        """Learn from this step's gradients, unscaled, before the step.
 
         Args:
             gradients: Of the parameters that the estimate was made for.
             norm: Their global norm, float32, shape `[]`; where it is not finite nothing is learned.
             ops: The kind of number wanted.
+            scale: What the gradients were multiplied by since the norm was taken.
 
         Returns:
             d / lr_base, shape `[]`; NaN as long as the learning rate has been 0.
@@ -112,7 +124,8 @@ class ReachEstimate:
             learn, weigh = self._kernels
             pace = pace if isinstance(pace, Tensor) else ops(pace)
         norm = moved(norm, self._device)
-        self._weighted, gained, sizes = learn((), self._weighted, norm, pace, self._rate, g, self._start, x)
+        scale = moved(scale, self._device) if isinstance(scale, Tensor) else float(scale)
+        self._weighted, gained, sizes = learn((), self._weighted, norm, scale, pace, self._rate, g, self._start, x)
         dot, length = self._sums(gained, sizes)
         rate = self._rate
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -121,8 +134,9 @@ class ReachEstimate:
         self._base = max(self._base, present, planned)
         self._rate = present / self._base if self._base > 0 else 0.0
         base = self._base if self._base > 0 else math.nan
-        self._gain, reach = weigh((), self._gain, norm, pace, rate, dot, length, base)
-        return to_value(reach, ops)
+        self._gain, reach = weigh((), self._gain, norm, scale, pace, rate, dot, length, base)
+        self.reach = to_value(reach, ops)
+        return self.reach
 
     def moved(self, parameters: Sequence[Tensor], kept: Sequence[int]) -> "ReachEstimate":
         """The estimate for other parameters: those that stay keep their start and their sums, new ones start where they are.
@@ -142,6 +156,7 @@ class ReachEstimate:
                 if kept[position] >= 0:
                     new[place].copy_(old[position_of[kept[position]]])
         other._gain, other._base, other._rate, other.pace = self._gain, self._base, self._rate, self.pace
+        other.reach = self.reach
         return other
 
     def anew(self) -> "ReachEstimate":
@@ -157,10 +172,9 @@ class ReachEstimate:
         if any(layout is not None for layout, _ in self._sections):
             return {}
         rates = torch.tensor([self._base, self._rate], dtype=torch.float64, device=HOST)
-        pace = self.pace
-        if not isinstance(pace, Tensor):
-            pace = torch.tensor(float(pace), dtype=torch.float32, device=HOST)
-        return {"start": self._start, "weighted": self._weighted, "gain": self._gain, "rates": rates, "pace": pace}
+        kept = {"start": self._start, "weighted": self._weighted, "gain": self._gain, "rates": rates}
+        kept["pace"] = _as_tensor(self.pace)
+        return kept if self.reach is None else {**kept, "reach": _as_tensor(self.reach)}
 
     def restore(self, tensors: dict[str, Tensor], ops: Ops) -> None:
         """Go on from what `tensors` gave.
@@ -178,6 +192,8 @@ class ReachEstimate:
         )
         self._base, self._rate = tensors["rates"].tolist()
         self.pace = to_value(pace, ops)
+        reach = tensors.get("reach")
+        self.reach = None if reach is None else to_value(moved(reach, self._device), ops)
 
     @torch.no_grad()
     def _look(self, tensors: Sequence[Tensor | None], where: int) -> Tensor:
@@ -214,23 +230,45 @@ class ReachEstimate:
         return totals.unbind()
 
 
+def _as_tensor(value: Value | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(float(value), dtype=torch.float32, device=HOST)
+
+
 def _learn(
-    _: tuple[()], weighted: Value, norm: Value, pace: Value, rate: float, g: Value, start: Value, x: Value
+    _: tuple[()],
+    weighted: Value,
+    norm: Value,
+    scale: Value | float,
+    pace: Value,
+    rate: float,
+    g: Value,
+    start: Value,
+    x: Value,
 ) -> tuple[Value, Value, Value]:
     """s_t, <g, x_0 - x> number by number, and the size of s_t."""
     ops = ops_of(norm)
-    weight = pace * pace * rate / (norm + ops(_TINY))
+    weight = pace * pace * rate / (norm * scale + ops(_TINY))
     # A NaN times 0 is a NaN: what is not usable has to be left out by choice.
     after = ops.where(norm < ops(math.inf), weighted * ops(DECAY) + weight * g, weighted)
     return after, g * (start - x), abs(after)
 
 
 def _weigh(
-    _: tuple[()], gain: Value, norm: Value, pace: Value, rate: float, dot: Value, length: Value, base: float
+    _: tuple[()],
+    gain: Value,
+    norm: Value,
+    scale: Value | float,
+    pace: Value,
+    rate: float,
+    dot: Value,
+    length: Value,
+    base: float,
 ) -> tuple[Value, Value]:
     """r_t, and d_t over the learning rate."""
     ops = ops_of(norm)
-    weight = pace * pace * rate / (norm + ops(_TINY))
+    weight = pace * pace * rate / (norm * scale + ops(_TINY))
     after = ops.where(norm < ops(math.inf), gain * ops(DECAY) + weight * dot, gain)
     return after, after / (length + ops(_TINY)) / base
 

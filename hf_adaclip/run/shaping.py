@@ -65,6 +65,13 @@ class Shaping:
             guards.agree(self._count, change=not config.shadow)
         self._agreeing: Tensor | None = None  # of the present step, over the optimizers that have made theirs
 
+    @property
+    def ranges(self) -> bool:
+        """Whether the spectral range makes other gradients of those of a step; as far as is known before the first one."""
+        if self._range is None or self._config.shadow or self._range.width == math.inf:
+            return False
+        return self.gate is None or bool(self.gate.spectral)
+
     def act_(self, gradients: Gradients, *, taken: Value, factor: Value | None = None) -> None:
         """On clipped gradients, before the step that is made with them.
 
