@@ -212,7 +212,7 @@ class ClippingDriver:
             return
         if seen.shaped:
             # The range keeps lengths, so the norm is known without a look.
-            scale = 1.0 if folded or planned.by_group else planned.coefficient
+            scale = 1.0 if folded or self._kept.scope.grouping is not None else planned.coefficient
             estimate.observe(seen.gradients, seen.total, self._run.ops, scale)
         estimate.pace = 1.0 if planned.pace is None else planned.pace
 
