@@ -177,7 +177,7 @@ class ClippingDriver:
         if kept.reach is not None:
             reach = kept.reach.reach if shaped else kept.reach.observe(gradients, total, ops)
         if self._fresh is not None and reach is not None:
-            reach = self._fresh.held(reach, run.step + run.steps_before, ops)
+            reach = self._fresh.held(reach, run.step + run.steps_before - shaped, ops)
         if self._overfit is not None and reach is not None:
             reach = self._judged_by_heart(self._overfit, seen_loss, reach)
         return Seen(gradients, total, norms, norm, finite, observed, seen_loss, left, reach, shaped)
@@ -211,9 +211,12 @@ class ClippingDriver:
         if estimate is None:
             return
         if seen.shaped:
-            # The range keeps lengths, so the norm is known without a look.
-            scale = 1.0 if folded or self._kept.scope.grouping is not None else planned.coefficient
-            estimate.observe(seen.gradients, seen.total, self._run.ops, scale)
+            # The range keeps lengths, so the norm of what is read is known without a look.
+            scope, total, scale = self._kept.scope, seen.total, 1.0 if folded else planned.coefficient
+            if scope.grouping is not None:
+                each = scope.coefficients(seen.gradients, planned.coefficient, total.device, self._run.ops)
+                total, scale = global_norm(seen.norms * torch.as_tensor(each, device=seen.norms.device)), 1.0
+            estimate.observe(seen.gradients, total, self._run.ops, scale, planned.taken)
         estimate.pace = 1.0 if planned.pace is None else planned.pace
 
     def _apply_(self, seen: Seen, planned: StepPlan, *, checks: bool) -> Tensor | None:

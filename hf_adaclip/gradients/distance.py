@@ -102,7 +102,9 @@ class ReachEstimate:
         self._gain = torch.zeros((), dtype=torch.float32, device=device)
         self._kernels = Fused(_learn, device, (count,)), Fused(_weigh, device, ())
 
-    def observe(self, gradients: Gradients, norm: Tensor, ops: Ops, scale: Value | float = 1.0) -> Value:
+    def observe(
+        self, gradients: Gradients, norm: Tensor, ops: Ops, scale: Value | float = 1.0, taken: Value | bool = True
+    ) -> Value:
         """Learn from this step's gradients, unscaled, before the step.
 
         Args:
@@ -110,6 +112,7 @@ class ReachEstimate:
             norm: Their global norm, float32, shape `[]`; where it is not finite nothing is learned.
             ops: The kind of number wanted.
             scale: What the gradients were multiplied by since the norm was taken.
+            taken: Bool, shape `[]`: False teaches nothing, because the optimizer will not read these gradients.
 
         Returns:
             d / lr_base, shape `[]`; NaN as long as the learning rate has been 0.
@@ -125,7 +128,10 @@ class ReachEstimate:
             pace = pace if isinstance(pace, Tensor) else ops(pace)
         norm = moved(norm, self._device)
         scale = moved(scale, self._device) if isinstance(scale, Tensor) else float(scale)
-        self._weighted, gained, sizes = learn((), self._weighted, norm, scale, pace, self._rate, g, self._start, x)
+        taken = moved(taken, self._device) if isinstance(taken, Tensor) else bool(taken)
+        self._weighted, gained, sizes = learn(
+            (), self._weighted, norm, scale, taken, pace, self._rate, g, self._start, x
+        )
         dot, length = self._sums(gained, sizes)
         rate = self._rate
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -134,7 +140,7 @@ class ReachEstimate:
         self._base = max(self._base, present, planned)
         self._rate = present / self._base if self._base > 0 else 0.0
         base = self._base if self._base > 0 else math.nan
-        self._gain, reach = weigh((), self._gain, norm, scale, pace, rate, dot, length, base)
+        self._gain, reach = weigh((), self._gain, norm, scale, taken, pace, rate, dot, length, base)
         self.reach = to_value(reach, ops)
         return self.reach
 
@@ -174,7 +180,8 @@ class ReachEstimate:
         rates = torch.tensor([self._base, self._rate], dtype=torch.float64, device=HOST)
         kept = {"start": self._start, "weighted": self._weighted, "gain": self._gain, "rates": rates}
         kept["pace"] = _as_tensor(self.pace)
-        return kept if self.reach is None else {**kept, "reach": _as_tensor(self.reach)}
+        # Without a learning rate it is a NaN, which no checkpoint has.
+        return {**kept, "reach": _as_tensor(self.reach)} if self.reach is not None and self._base > 0 else kept
 
     def restore(self, tensors: dict[str, Tensor], ops: Ops) -> None:
         """Go on from what `tensors` gave.
@@ -193,7 +200,7 @@ class ReachEstimate:
         self._base, self._rate = tensors["rates"].tolist()
         self.pace = to_value(pace, ops)
         reach = tensors.get("reach")
-        self.reach = None if reach is None else to_value(moved(reach, self._device), ops)
+        self.reach = None if reach is None else to_value(moved(reach, self._device).to(torch.float32).reshape(()), ops)
 
     @torch.no_grad()
     def _look(self, tensors: Sequence[Tensor | None], where: int) -> Tensor:
@@ -241,6 +248,7 @@ def _learn(
     weighted: Value,
     norm: Value,
     scale: Value | float,
+    taken: Value | bool,
     pace: Value,
     rate: float,
     g: Value,
@@ -251,7 +259,7 @@ def _learn(
     ops = ops_of(norm)
     weight = pace * pace * rate / (norm * scale + ops(_TINY))
     # A NaN times 0 is a NaN: what is not usable has to be left out by choice.
-    after = ops.where(norm < ops(math.inf), weighted * ops(DECAY) + weight * g, weighted)
+    after = ops.where(_teaches(norm, taken, ops), weighted * ops(DECAY) + weight * g, weighted)
     return after, g * (start - x), abs(after)
 
 
@@ -260,6 +268,7 @@ def _weigh(
     gain: Value,
     norm: Value,
     scale: Value | float,
+    taken: Value | bool,
     pace: Value,
     rate: float,
     dot: Value,
@@ -269,8 +278,14 @@ def _weigh(
     """r_t, and d_t over the learning rate."""
     ops = ops_of(norm)
     weight = pace * pace * rate / (norm * scale + ops(_TINY))
-    after = ops.where(norm < ops(math.inf), gain * ops(DECAY) + weight * dot, gain)
+    after = ops.where(_teaches(norm, taken, ops), gain * ops(DECAY) + weight * dot, gain)
     return after, after / (length + ops(_TINY)) / base
+
+
+def _teaches(norm: Value, taken: Value | bool, ops: Ops) -> Any:
+    """Whether a step counts; a NaN compares as False."""
+    finite = norm < ops(math.inf)
+    return finite if taken is True else finite & taken
 
 
 def check_rates(optimizers: Sequence[Any]) -> None:

@@ -36,8 +36,8 @@ class FreshData:
         """The estimate that counts.
 
         Args:
-            reach: As it was made for this step; NaN where it is not known, which stays so in the first epoch.
-            step: Number of the step, counted from 0, over all that has been seen of the data.
+            reach: As the gradients of a step make it; NaN where it is not known, which stays so in the first epoch.
+            step: Number of that step, counted from 0, over all that has been seen of the data.
             ops: The kind of numbers.
         """
         most, end = _of_kind(self._most, ops), _of_kind(self._end, ops)

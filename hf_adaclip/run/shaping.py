@@ -61,6 +61,7 @@ class Shaping:
         self._range = None if width is None else SpectralRange(width, self._matrices, config.spectral_memory)
         self._loaded = LoadedWeights(run, guards, models)
         self._taken: Value | None = None
+        self._works: bool | None = None  # whether there is a matrix for the range
         if config.agreement is True and gate is None:  # what cannot be done is refused at once
             guards.agree(self._count, change=not config.shadow)
         self._agreeing: Tensor | None = None  # of the present step, over the optimizers that have made theirs
@@ -70,7 +71,11 @@ class Shaping:
         """Whether the spectral range makes other gradients of those of a step; as far as is known before the first one."""
         if self._range is None or self._config.shadow or self._range.width == math.inf:
             return False
-        return self.gate is None or bool(self.gate.spectral)
+        if self.gate is not None and not self.gate.spectral:
+            return False
+        if self._works is None:
+            self._works = bool(self._trained_matrices())
+        return self._works
 
     def act_(self, gradients: Gradients, *, taken: Value, factor: Value | None = None) -> None:
         """On clipped gradients, before the step that is made with them.
@@ -128,6 +133,8 @@ class Shaping:
         Args:
             joined: Parameters that were not among those of any step before.
         """
+        if joined:
+            self._works = None
         gate = self.gate
         if gate is None:
             return

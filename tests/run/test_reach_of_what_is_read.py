@@ -27,7 +27,7 @@ def flat(tensors: Any) -> torch.Tensor:
     return torch.cat([t.detach().flatten().double() for t in tensors])
 
 
-def train(folder, *, lane="host", steps=40, resumed=None, broken=None, fused=False, **settings):
+def train(folder, *, lane="host", steps=40, resumed=None, broken=None, spike=None, fused=False, **settings):
     """A small regression, whose gradients one direction rules; what was seen in each step, and the ledger's records."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
@@ -46,15 +46,15 @@ def train(folder, *, lane="host", steps=40, resumed=None, broken=None, fused=Fal
     for step in range(steps):
         if step == resumed:
             clipper.save_state(folder)
-            weights, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+            kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
             clipper.close()
             optimizer, clipper = begin(folder / "after.jsonl")
-            model.load_state_dict(weights)
-            optimizer.load_state_dict(moments)
+            model.load_state_dict(kept[0])
+            optimizer.load_state_dict(kept[1])
             clipper.load_state(folder)
-        rows = torch.arange(8) + step * 8
-        loss = (model(x[rows % 48]) - y[rows % 48]).square().mean()
-        (loss * (float("nan") if step == broken else 1.0)).backward()
+        some = (torch.arange(8) + step * 8) % 48
+        loss = (model(x[some]) - y[some]).square().mean()
+        (loss * {broken: float("nan"), spike: 300.0}.get(step, 1.0)).backward()
         weights, raw = flat(model.parameters()), flat(p.grad for p in model.parameters())
         clipper.clip_(model.parameters(), loss=loss)
         seen.append(Step(weights, raw, flat(p.grad for p in model.parameters())))
@@ -123,3 +123,69 @@ def test_a_step_that_is_not_finite_teaches_nothing(tmp_path, lane):
     reach = [row["reach"] for row in records]
     assert reach[13] == reach[12] != reach[11]
     assert reach[14] != reach[13]
+
+
+@pytest.mark.parametrize("fold", ["auto", "never"])
+@pytest.mark.parametrize("lane", LANES)
+def test_a_spike_that_is_left_out_teaches_nothing_either(tmp_path, lane, fold):
+    """A step that scales while it steps reads gradients that are as they were; of one that is left out it reads none."""
+    given = {"on_spike": "skip", "warmup_observations": 5, "fold": fold}
+    _, _, records = train(tmp_path, lane=lane, fused=True, steps=16, spike=12, **given)
+    reach = [row["reach"] for row in records]
+    assert records[12]["reason"] == "SKIPPED"
+    assert reach[13] == reach[12] != reach[11]
+    assert reach[14] != reach[13]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "module"])
+def test_every_gradient_counts_with_length_1_where_parts_are_judged_apart(tmp_path, granularity):
+    given = {"granularity": granularity, "max_pace": 64.0, "warmup_observations": 5, "near_width": 0.5}
+    model, seen, records = train(tmp_path, spike=30, steps=48, **given)
+    assert min(float(step.read.norm() / step.raw.norm()) for step in seen) < 0.1
+    read = reference(model, seen, [row["pace"] for row in records], lambda step: step.read)
+    assert [row["reach"] for row in records][1:] == pytest.approx(read[1:-1], rel=2e-3, abs=1e-5)
+
+
+def test_without_a_hidden_matrix_nothing_is_late(tmp_path):
+    """An embedding alone: the range has nothing to act on."""
+    reach = []
+    for width in ("auto", None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(32, 8), nn.LayerNorm(8))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+        path = tmp_path / f"{width}.jsonl"
+        given = {"controller": "adaptive", "spectral_width": width, "agreement": False, "pace_start": 1}
+        clipper = AdaptiveClipper(given, optimizer=optimizer, model=model, ledger=path)
+        for step in range(12):
+            loss = (model(torch.arange(8) + step) - 1).square().mean()
+            loss.backward()
+            clipper.clip_(model.parameters(), loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        clipper.close()
+        reach.append([row["reach"] for row in map(json.loads, path.open()) if row["kind"] == "step"])
+    assert reach[0] == reach[1]
+    assert reach[0][1] > 0
+
+
+def test_a_state_without_a_learning_rate_so_far_is_one_to_load(tmp_path):
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def clipper():
+        return AdaptiveClipper("adaptive", optimizer=optimizer, model=model)
+
+    one = clipper()
+    for _ in range(3):
+        model(torch.ones(4, 8)).sum().backward()
+        one.clip_(model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    one.save_state(tmp_path)
+    one.close()
+    other = clipper()
+    other.load_state(tmp_path)
+    optimizer.param_groups[0]["lr"] = LR
+    model(torch.ones(4, 8)).sum().backward()
+    other.clip_(model.parameters())
+    optimizer.step()

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, ConfigError, RunPlan
+from hf_adaclip.run.fresh_data import FreshData
 from hf_adaclip.run.run_plan import steps_per_epoch
 from tests.integrations.trainers import as_loaded, model
 
@@ -162,11 +163,11 @@ class Falls(torch.nn.Module):
         return self.weight.square().mean()
 
 
-def paces(plan, steps, *, resume=None, saved=None, folder=None, at=None):
+def paces(plan, steps, *, width=None, resume=None, saved=None, folder=None, at=None):
     made = Falls()
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3, weight_decay=0.0)
     clipper = AdaptiveClipper(
-        {"spectral_width": None, "agreement": False, "pace_start": 1}, optimizer=optimizer, model=made, plan=plan
+        {"spectral_width": width, "agreement": False, "pace_start": 1}, optimizer=optimizer, model=made, plan=plan
     )
     if resume is not None:
         clipper.load_state(resume)
@@ -193,6 +194,19 @@ def test_the_pace_goes_by_what_was_seen_for_the_first_time(lane, epoch):
     assert free[-1] == 64.0
     assert held[:epoch] == free[:epoch]
     assert max(held) < 16.0
+
+
+def test_an_estimate_that_comes_one_step_late_counts_for_the_step_that_made_it(lane, monkeypatch):
+    told, held = [], FreshData.held
+
+    def hears(self, reach, step, ops):
+        told.append((step, float(reach)))
+        return held(self, reach, step, ops)
+
+    monkeypatch.setattr(FreshData, "held", hears)
+    paces(RunPlan(epochs=6, epoch_steps=10), 12, width=0.0)
+    assert [step for step, _ in told] == [0, *range(11)]
+    assert told[11][1] > told[10][1] > 0
 
 
 @pytest.mark.parametrize("at", [3, 20, 33])
