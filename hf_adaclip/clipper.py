@@ -37,7 +37,7 @@ from hf_adaclip.run.fresh_data import FreshData
 from hf_adaclip.run.losses import LossObserver
 from hf_adaclip.run.recorder import is_rank_zero
 from hf_adaclip.run.run import Run
-from hf_adaclip.run.run_plan import RunPlan
+from hf_adaclip.run.run_plan import RunPlan, checked_plan
 from hf_adaclip.run.selftest import check_on_a_copy
 from hf_adaclip.run.shape_gate import ShapeGate
 from hf_adaclip.support import check_model, check_optimizer_given
@@ -122,7 +122,7 @@ class AdaptiveClipper(Watching):
             check_model(each)
         port: Port = PlainLoop(models) if accelerator is None else AcceleratorPort(accelerator)
         engine = port if isinstance(port, AcceleratorPort) and port.steps_in_engine else None
-        plan = plan or RunPlan()
+        plan = checked_plan(plan)
         settled = settle(config, optimizers, models or port.models, plan, in_engine=engine is not None)
         config, self._off, by_itself, self._held = settled
         check_optimizer_given(config, optimizers, accelerator)
@@ -158,7 +158,7 @@ class AdaptiveClipper(Watching):
         self._closed = False
         # Weakly: a clipper that nobody else holds is at its end, whatever the accelerator still has of it.
         self._slot, self._handles = port.on_checkpoint(
-            weakly(self.flush), weakly(self.save_state), weakly(self._load_or_start_afresh)
+            weakly(self.flush), weakly(self.save_state), weakly(self.load_state)
         )
         self._handles.append(self._capture)
         if gate is not None:
@@ -402,7 +402,7 @@ class AdaptiveClipper(Watching):
         """Read what [`save_state`] wrote, before the first step or to go back within a run.
 
         Returns:
-            Whether there was a state to read. Without one the controller starts afresh.
+            Whether there was a state to read. Without one a warning says so, and the controller goes on as it is.
 
         Raises:
             StateError: The file is damaged, or belongs to another controller or config.
@@ -411,12 +411,12 @@ class AdaptiveClipper(Watching):
         loaded = self._run.load(Path(folder) / self._state_file)
         if loaded:
             self._driver.loaded()
-        return loaded
-
-    def _load_or_start_afresh(self, folder: str | Path) -> None:
-        if not self.load_state(folder):
+        else:
             what = "goes on as it is" if self._run.begun else "starts afresh"
-            logger.warning("%s has no %s: the controller %s.", folder, self._state_file, what)
+            logger.warning(
+                "%s has no %s (a checkpoint without hf_adaclip?): the controller %s.", folder, self._state_file, what
+            )
+        return loaded
 
 
 def _each(given: Any) -> list[Any]:

@@ -58,7 +58,7 @@ from hf_adaclip.controllers.numerics.judgement import Judgement, reason_of
 from hf_adaclip.controllers.numerics.ops import SMALLEST_NORMAL, Ops, Shape, Value, ops_of
 from hf_adaclip.controllers.numerics.recurring import HITS, Memory, remember
 from hf_adaclip.controllers.numerics.trend import LossTrend, follow_loss, known_trend
-from hf_adaclip.controllers.pace import Pace, PaceState, update_pace
+from hf_adaclip.controllers.pace import Pace, PaceState, little_left, update_pace
 from hf_adaclip.controllers.settings import setting, warmup
 
 MAX_DEVIATION = 1.9
@@ -84,6 +84,7 @@ class AdaptiveState(NamedTuple):
         crest, memory, rival, hits, other, other_hits: See `hf_adaclip.controllers.numerics.recurring`.
         above: 1 where the last usable norm was unusual upward, else 0.
         loss_mean, loss_spread, loss_best, loss_seen: See `hf_adaclip.controllers.numerics.trend`.
+        loss_first: Mean of the losses of the first steps.
         pace, best_reach, pace_steps: See `hf_adaclip.controllers.pace`.
     """
 
@@ -110,6 +111,7 @@ class AdaptiveState(NamedTuple):
     loss_spread: Value
     loss_best: Value
     loss_seen: Value
+    loss_first: Value
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,20 @@ class AdaptiveController(Controller[AdaptiveState]):
     source: ClassVar[str] = "this package"
     choose: ClassVar[str] = "by default"
     paces: ClassVar[bool] = True
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     looks_at_loss: ClassVar[bool] = True
     new_fields: ClassVar[frozenset[str]] = frozenset(
-        {"given", "quiet", *Memory._fields, "above", "loss_mean", "loss_spread", "loss_best", "loss_seen"}
+        {
+            "given",
+            "quiet",
+            *Memory._fields,
+            "above",
+            "loss_mean",
+            "loss_spread",
+            "loss_best",
+            "loss_seen",
+            "loss_first",
+        }
     )
 
     decay: float = setting(
@@ -226,7 +238,8 @@ class AdaptiveController(Controller[AdaptiveState]):
 
     @property
     def of_the_run(self) -> frozenset[str]:
-        return frozenset({"pace", "best_reach", "pace_steps", "loss_mean", "loss_spread", "loss_best", "loss_seen"})
+        losses = {"loss_mean", "loss_spread", "loss_best", "loss_seen", "loss_first"}
+        return frozenset({"pace", "best_reach", "pace_steps", *losses})
 
     @property
     def _paced(self) -> bool:
@@ -416,6 +429,7 @@ class AdaptiveController(Controller[AdaptiveState]):
             loss_spread=ops.where(usable, trend.spread, state.loss_spread),
             loss_best=ops.where(usable, trend.best, state.loss_best),
             loss_seen=ops.where(usable, trend.seen, state.loss_seen),
+            loss_first=ops.where(usable & ~known_trend(before, ops), trend.mean, state.loss_first),
         )
 
     def _pace(self, state: AdaptiveState, judged: Judgement, observation: Observation, ops: Ops) -> PaceState:
@@ -432,6 +446,7 @@ class AdaptiveController(Controller[AdaptiveState]):
             ops.expand(reach, ops.shape(observation.norm)),
             trouble=judged.high,
             left_out=observation.left_out(judged.finite),
+            little=little_left(state.loss_first, _trend_of(state), ops),
             ops=ops,
         )
 

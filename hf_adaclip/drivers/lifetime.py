@@ -11,7 +11,7 @@ from hf_adaclip.run.run import Run
 logger = logging.getLogger(__name__)
 
 
-def weakly(method: Callable[..., None]) -> Callable[..., None]:
+def weakly(method: Callable[..., object]) -> Callable[..., None]:
     """The method as long as its object lives, then nothing."""
     reference = weakref.WeakMethod(method)
 

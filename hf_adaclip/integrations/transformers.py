@@ -386,12 +386,7 @@ class AdaptiveClipMixin(_Base):
                     str(error).replace("`static_threshold` (in a Trainer `max_grad_norm`)", "`max_grad_norm`")
                 ) from error
             raise
-        if not loaded:
-            logger.warning(
-                "%s has no state of hf_adaclip (a checkpoint of the stock Trainer?): the controller starts afresh.",
-                checkpoint,
-            )
-        elif self._given_config.static_threshold is None:
+        if loaded and self._given_config.static_threshold is None:
             # A callback may have set another one before the checkpoint, and need not set it again.
             self._max_grad_norm = self._ready_clipper().static_threshold
 

@@ -114,7 +114,7 @@ _PREFIX: Final = re.compile(r"(part\d+_)?(oversight_)?")
 # What no rule ever makes negative, and what counts. Fields that are not here are only checked for being numbers.
 _WHOLE: Final = frozenset(("run", "count", "slot", "steps", "skipped", "bad", "trouble", "pace_steps"))
 _NOT_NEGATIVE: Final = _WHOLE.union(
-    ("level", "spread", "width", "candidate", "acted", "pace", "best_reach", "held_pace"),
+    ("level", "spread", "width", "candidate", "acted", "pace", "held_pace"),
     ("mean", "variance", "history", "bound", "average", "squares", "weight"),
     ("edge", "anchor", "loss_spread", "late_threshold", "loss_seen", "floors"),
     ("given", "quiet", "crest", "memory", "rival", "hits", "other", "other_hits", "above"),

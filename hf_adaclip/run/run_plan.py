@@ -97,6 +97,21 @@ class RunPlan:
         return max(1, math.floor(self.steps / self.epochs))
 
 
+def checked_plan(plan: object) -> RunPlan:
+    """The plan that was given; an empty one for None.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if plan is None:
+        return RunPlan()
+    if not isinstance(plan, RunPlan):
+        raise ConfigError(
+            f"`plan` must be a RunPlan, but is {plan!r} instead. Pass `plan=RunPlan(steps=1200, epochs=3)`, or leave it out."
+        )
+    return plan
+
+
 def _is_number(value: Any, kind: type = Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 

@@ -8,7 +8,15 @@ from typing import ClassVar
 
 import pytest
 
-from hf_adaclip.compare.runs import CAME_LATER, RESULT_FILE, ScriptRun, defaults_behind, finished_result, run_scripts
+from hf_adaclip.compare.runs import (
+    CAME_LATER,
+    PACE_ONLY,
+    RESULT_FILE,
+    ScriptRun,
+    defaults_behind,
+    finished_result,
+    run_scripts,
+)
 from hf_adaclip.config import AdaptiveClipConfig
 from hf_adaclip.controllers import CONTROLLERS
 from hf_adaclip.controllers.adaptive import AdaptiveController
@@ -65,7 +73,7 @@ class Paced(AdaptiveController):
 
 @dataclass(frozen=True)
 class Later(AdaptiveController):
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = AdaptiveController.revision + 1
 
 
 GUARD, PACE = "adaptive:max_pace=1,spectral_width=None,agreement=false", "adaptive:max_pace=64,agreement=false"
@@ -109,7 +117,7 @@ def test_a_revision_of_the_pace_alone_leaves_runs_without_it(monkeypatch):
         patch.setitem(CONTROLLERS, "adaptive", Later)
 
     def only_the_pace(patch):
-        patch.setattr("hf_adaclip.compare.runs.PACE_ONLY", frozenset({4}))
+        patch.setattr("hf_adaclip.compare.runs.PACE_ONLY", PACE_ONLY | {Later.revision})
 
     assert changed(monkeypatch, later) == {"adaptive", GUARD, PACE, RANGED, AGREED, "adaptive:spectral_width=inf"}
     assert changed(monkeypatch, later, only_the_pace) == {"adaptive", PACE, "adaptive:spectral_width=inf"}

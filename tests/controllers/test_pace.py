@@ -10,14 +10,15 @@ from hf_adaclip.controllers import Observation
 from hf_adaclip.controllers.numerics.ops import SCALAR
 
 
-def paces(reaches, norms=None, **settings):
+def paces(reaches, norms=None, losses=None, **settings):
     config = AdaptiveClipConfig(**{"max_pace": 16.0, "warmup_observations": 10, "pace_start": 20, **settings})
     controller = config.settings
     state, seen = controller.init(SCALAR, ()), []
     norms = np.full(len(reaches), 0.5) if norms is None else norms
+    losses = np.full(len(reaches), 2.0) if losses is None else losses
     with np.errstate(all="ignore"):
-        for norm, reach in zip(norms, reaches, strict=True):
-            observation = Observation(np.float32(norm), np.float32(2.0), np.float32(1.0), reach=np.float32(reach))
+        for norm, loss, reach in zip(norms, losses, reaches, strict=True):
+            observation = Observation(np.float32(norm), np.float32(loss), np.float32(1.0), reach=np.float32(reach))
             decision, state = controller.update(state, observation)
             seen.append(float(decision.pace))
     return seen
@@ -50,11 +51,40 @@ def test_what_is_learned_by_heart_takes_the_pace_back_at_once_and_forgets_the_be
 
 
 def test_an_estimate_that_falls_takes_the_pace_back_to_a_third_of_the_best():
-    seen = paces([*np.full(100, 9.0), *np.full(100, -1.0)])
+    seen = paces([*np.full(100, 9.0), *np.full(100, 0.5)])
     assert seen[99] == pytest.approx(9.0)
     assert seen[100] == pytest.approx(9.0 * 0.95, rel=1e-5)
     assert seen[-1] == pytest.approx(3.0)
-    assert paces([*np.full(100, 9.0), *np.full(100, -1.0)], pace_hold=0.0)[-1] == 1.0
+    assert paces([*np.full(100, 9.0), *np.full(100, 0.5)], pace_hold=0.0)[-1] == 1.0
+
+
+def test_an_estimate_below_0_lets_the_best_fade_until_the_given_rate_is_left():
+    """Else one that is now above 0 and now below takes the pace up only: a run without a schedule was driven away so."""
+    up = [*np.full(100, 30.0)]
+    seen = paces([*up, *np.full(200, -20.0)], max_pace=64.0)
+    assert seen[150] == pytest.approx(30.0 * 0.98**51 / 3, rel=0.05)
+    assert seen[-1] == 1.0
+    # A short detour costs little, and afterwards the way is up again.
+    again = paces([*up, *np.full(30, -20.0), *np.full(50, 30.0)], max_pace=64.0)
+    assert 5.0 < min(again[100:130]) < 10.0
+    assert again[-1] == pytest.approx(30.0)
+
+
+def falling(to, steps=200):
+    """Losses around 2 that fall to `to` within 20 steps, and stay there."""
+    return np.concatenate([np.full(100, 2.0), np.linspace(2.0, to, 20), np.full(steps - 120, to)])
+
+
+@pytest.mark.parametrize(("to", "ends"), [(0.11, 16.0), (0.09, 1.0), (0.0, 1.0), (-3.0, 1.0)])
+def test_where_little_is_left_to_learn_the_given_rate_counts_for_good(to, ends):
+    assert paces(np.full(500, 16.0), losses=falling(to, 500))[-1] == pytest.approx(ends)
+    back = np.concatenate([falling(to, 500), np.full(100, 2.0)])  # it has gone up again
+    assert paces(np.full(600, 16.0), losses=back)[-1] == pytest.approx(ends)
+
+
+@pytest.mark.parametrize("level", [0.0, -2.0])
+def test_of_losses_that_begin_at_0_or_below_their_level_says_nothing(level):
+    assert paces(np.full(300, 16.0), losses=np.full(300, level))[-1] == pytest.approx(16.0)
 
 
 def test_backs_off_on_a_spike_and_on_a_step_that_is_not_finite_and_never_below_its_floor():

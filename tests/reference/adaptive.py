@@ -62,11 +62,13 @@ class AdaptiveReference:
         self.level, self.spread, self.width, self.count = None, min_spread, far_width, 0
         self.excursions = []
         self.given, self.quiet, self.trend = None, None, TrendReference(2.0, 0.0)
+        self.first_loss, self.little, self.done = 0.0, False, False
         self.crest, self.memory, self.was_upward = 0.0, 0.0, False
         self.rivals = [[0.0, 0.0], [0.0, 0.0]]  # level, hits
         self.pace, self.best, self.taken = 1.0 if self.max_pace == 1 else 1 / self.pace_start, 0.0, 0
 
     def step(self, norm, reach=math.nan, loss=math.nan):
+        self.little = self.trend.known() and self.first_loss > 0 and self.trend.mean <= self.first_loss / 20
         warm = self.count < self.warmup_observations
         if not warm and self.ceiling is None:
             self.share /= self.warmup_observations
@@ -92,7 +94,7 @@ class AdaptiveReference:
             learned = max(-1.9, min(1.9, x))
             self.level = above(level, gain * learned)
             self.spread = max(self.min_spread, self.spread + gain * (abs(learned) - self.spread))
-            self.trend.learn(loss)
+            self._learn_loss(loss)
             self._pace(reach)
             return self.static_threshold, min(1.0, self.static_threshold / (norm + 1e-6)), self.pace, "WARMUP"
 
@@ -204,6 +206,12 @@ class AdaptiveReference:
     def edge(self, level, far):
         return max(above(level, min(far, 0.6)), min(above(level, far), self.static_threshold))
 
+    def _learn_loss(self, loss):
+        early = not self.trend.known()
+        self.trend.learn(loss)
+        if early:
+            self.first_loss = self.trend.mean
+
     def _pace(self, reach, *, spike=False, left_out=False):
         if self.max_pace == 1:
             return
@@ -211,10 +219,13 @@ class AdaptiveReference:
             self.taken += 1
         floor = min(1.0, max(self.taken, 1) / self.pace_start)
         useful = self.pace_hold * self.best
+        self.done = self.done or self.little
         if math.isfinite(reach):
+            if reach < 0:
+                self.best *= 0.98
             self.best = max(self.best, reach)
             useful = max(reach, self.pace_hold * self.best)
-        aim = floor if useful < self.pace_trust else min(useful, self.max_pace)
+        aim = floor if self.done or useful < self.pace_trust else min(useful, self.max_pace)
         if spike or left_out:
             pace = self.pace_shrink * self.pace
         elif self.pace < aim:

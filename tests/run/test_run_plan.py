@@ -243,3 +243,17 @@ def test_the_config_is_the_same_without_a_plan():
     settled = [clipper_of(made, plan).config for plan in (None, RunPlan())]
     assert settled[0] == settled[1]
     assert isinstance(settled[0], AdaptiveClipConfig)
+
+
+@pytest.mark.parametrize("given", [100, {"steps": 100}, "100"])
+def test_a_plan_that_is_none_is_refused(given):
+    optimizer = torch.optim.AdamW(model().parameters())
+    with pytest.raises(ConfigError, match=r"`plan` must be a RunPlan, but is .* instead"):
+        AdaptiveClipper(optimizer=optimizer, plan=given)
+
+
+def test_a_folder_without_a_state_is_named(tmp_path, caplog):
+    made = model()
+    clipper = AdaptiveClipper(optimizer=torch.optim.AdamW(made.parameters()), model=made)
+    assert not clipper.load_state(tmp_path / "mistyped")
+    assert "mistyped has no clip_state.safetensors" in caplog.text
