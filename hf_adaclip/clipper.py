@@ -359,6 +359,7 @@ class AdaptiveClipper(Watching):
             *(self.config, threshold, driver.why_skipping, self._port.how, driver.why_scaling, self._run.ceiling_held),
             self.off,
             fresh=self._held.why if "fresh" in self._held.fields else None,
+            little=self._run.pace_ended,
         )
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------

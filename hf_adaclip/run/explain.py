@@ -9,6 +9,7 @@ from hf_adaclip.controllers import leaves_out
 from hf_adaclip.controllers.adaptive import PACE_START, AdaptiveController
 from hf_adaclip.controllers.numerics.bound import RELEASE
 from hf_adaclip.controllers.numerics.deviation import INNER_EDGE
+from hf_adaclip.controllers.pace import LITTLE
 
 _WHAT: Final = {
     "global": "the global norm",
@@ -37,6 +38,7 @@ def describe(
     off: Mapping[str, str],
     *,
     fresh: str | None = None,
+    little: bool = False,
 ) -> str:
     """A few lines for people.
 
@@ -49,6 +51,7 @@ def describe(
         held: Whether the static threshold is the ceiling; None while that is not known.
         off: Why parts of the default are off.
         fresh: Why the pace goes by the first epoch alone; None where it does not.
+        little: Whether the training loss has ended the pace.
     """
     shadow = f", shadow: the static threshold {static_threshold:g} is what is applied" if config.shadow else ""
     kind = config.settings
@@ -82,7 +85,7 @@ def describe(
     lines.append(
         "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
     )
-    lines.append(f"pace        {_pace(config, off.get('pace'), fresh)}")
+    lines.append(f"pace        {_pace(config, off.get('pace'), fresh, little)}")
     lines += [line for line in _shaping(config, off) if line.split()[0] not in off]
     lines += [f"{part:<11} off{_why(part, off)}" for part in ("spectral", "agreement") if part in off]
     lines.append(f"ledger      {config.ledger_path or 'none'}")
@@ -132,11 +135,13 @@ def _why(part: str, off: Mapping[str, str]) -> str:
     return f": {off[part]}" if part in off else ""
 
 
-def _pace(config: AdaptiveClipConfig, why: str | None, fresh: str | None) -> str:
+def _pace(config: AdaptiveClipConfig, why: str | None, fresh: str | None, little: bool) -> str:
     if not isinstance(config.settings, AdaptiveController) or config.max_pace == 1:
         return "off" if why is None else f"off: {why}"
     if why is not None:
         return f"1 from here on, the data counts as learned by heart: {why}"
+    if little:
+        return f"1 from here on: the training loss is {LITTLE:.0%} of that of the first steps, or was, so little is left to learn"
     start = config.settings.pace_start or PACE_START
     applied = ", recorded only: shadow" if config.shadow else ""
     alone = f", by the first epoch alone: {fresh}" if fresh is not None else ""

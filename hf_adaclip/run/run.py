@@ -106,6 +106,12 @@ class Run(Moments):
         return bool(state["acted"] > 0)
 
     @property
+    def pace_ended(self) -> bool:
+        """Whether little is left to learn, by the training loss (`hf_adaclip.controllers.pace`). Reads the device."""
+        best = self.state.get("best_reach")
+        return best is not None and not best.shape and bool(best < 0)
+
+    @property
     def ops(self) -> Ops:
         """The kind of numbers that this run works with, known from the first step on."""
         assert self._ops is not None

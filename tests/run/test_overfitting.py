@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_adaclip import AdaptiveClipConfig, AdaptiveClipper, AdaptiveClipTrainer
@@ -328,3 +329,47 @@ def test_a_loop_tells_it_by_two_calls():
             clipper.evaluated(1.0 + step)  # it rises
     assert clipper.metrics()["clip/pace"] == 1.0
     assert clipper.state["best_reach"] == 0.0
+
+
+def test_a_loss_with_little_left_ends_the_pace_and_explain_says_so(lane):
+    """No epochs, no evaluations, no schedule: a loop that calls nothing but `clip_`."""
+    weight = torch.nn.Parameter(torch.full((4,), 30.0))
+    optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.0)
+    clipper = AdaptiveClipper({"pace_start": 1}, optimizer=optimizer)
+    seen = []
+    for _ in range(900):
+        loss = weight.square().mean()
+        loss.backward()
+        clipper.clip_([weight], loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append((float(loss), clipper.metrics()["clip/pace"]))
+    assert max(pace for _, pace in seen) > 10
+    assert "up to x64" not in clipper.explain()
+    assert "5% of that of the first steps" in clipper.explain()
+    assert seen[-1][1] == 1.0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_loop_without_a_schedule_is_not_driven_away_from_what_it_has_learned(seed):
+    """Digits at the default rate of AdamW. Without an end of the pace the means below were 14 and 19, and on their way up."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    torch.manual_seed(seed)
+    wide = torch.nn.Linear(128, 128)
+    made = torch.nn.Sequential(
+        torch.nn.Linear(64, 128), torch.nn.ReLU(), wide, torch.nn.ReLU(), torch.nn.Linear(128, 10)
+    )
+    optimizer, order = torch.optim.AdamW(made.parameters(), lr=1e-3), torch.Generator().manual_seed(seed)
+    clipper, losses = AdaptiveClipper(optimizer=optimizer, model=made), []
+    for _ in range(25):
+        for rows in torch.randperm(1437, generator=order).split(32):
+            loss = torch.nn.functional.cross_entropy(made(x[rows]), y[rows])
+            loss.backward()
+            clipper.clip_(made.parameters(), loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+    assert np.mean(losses[-225:]) < 0.02
+    with torch.no_grad():
+        assert float((made(x[1437:]).argmax(1) == y[1437:]).float().mean()) > 0.9
