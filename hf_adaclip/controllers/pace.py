@@ -1,7 +1,7 @@
 """The pace: a multiplier on the learning rate of one step, led by how far the training could usefully go.
 
     reach_t = d_t / lr_base               d_t: the distance estimate of Prodigy, see `hf_adaclip.gradients.distance`
-    best_t  = max(best_{t-1}, reach_t)                               where reach_t < 0: max(fade best_{t-1}, reach_t)
+    best_t  = max(best_{t-1}, reach_t)
     floor_t = min(1, t / start)           the start: t counts from 1 the steps that were not left out
     aim_t   = min(max_pace, max(reach_t, hold best_t))
     aim_t   = floor_t                     where it is below `trust`: the given rate is believed
@@ -14,13 +14,12 @@
 
 d answers "at which rate would this be quick?" from what has been travelled so far, and it is known only to a factor of two or three. So
 it speaks up only where it is more than `trust` times the given rate; below that, the given rate stands, after a start. An estimate that
-falls (a plateau, a detour) takes the pace back with it, to a third of the best; it does not stay at its maximum, as Prodigy's does. One
-below 0 says that steps are too long: as long as it does, what was best fades by 2 % a step.
+falls (a plateau, a detour) takes the pace back with it, to a third of the best; it does not stay at its maximum, as Prodigy's does.
 
 Where the training loss is a twentieth of what it was in the first steps (`hf_adaclip.controllers.numerics.trend`), there is little left to
 learn. Gradients are noise then, and so is an estimate that is made of their directions; followed, it drives the weights away.
 
-Source: this package; model_cards/RESEARCH.md has the experiments (entry 39: fading, and the twentieth). The distance estimate: Mishchenko
+Source: this package; model_cards/RESEARCH.md has the experiments (entry 39: the twentieth). The distance estimate: Mishchenko
 and Defazio, "Prodigy", 2023, algorithm 4.
 """
 
@@ -29,8 +28,6 @@ from typing import NamedTuple
 from hf_adaclip.controllers.numerics.ops import Ops, Value
 from hf_adaclip.controllers.numerics.trend import LossTrend, known_trend
 
-FADE = 0.98
-"""As long a memory as the estimate has: half in 34 steps."""
 LITTLE = 0.05
 """Part of its first losses, below which the training loss says that little is left to learn."""
 _DONE = -1.0
@@ -76,8 +73,7 @@ def update_pace(
     floor = ops.minimum(one, ops.maximum(steps, one) / ops(pace.start))
     back = reach == ops(float("-inf"))
     done = little | (state.best < zero)
-    faded = ops.where(known & (reach < zero), ops(FADE) * state.best, state.best)
-    best = ops.where(known, ops.maximum(faded, reach), ops.where(back, zero, state.best))
+    best = ops.where(known, ops.maximum(state.best, reach), ops.where(back, zero, state.best))
     aim = ops.where(known, ops.maximum(reach, ops(pace.hold) * best), ops(pace.hold) * best)
     aim = ops.where(done | (aim < ops(pace.trust)), floor, ops.minimum(aim, ops(pace.maximum)))
     less = state.pace * ops(pace.shrink)

@@ -221,8 +221,6 @@ class AdaptiveReference:
         useful = self.pace_hold * self.best
         self.done = self.done or self.little
         if math.isfinite(reach):
-            if reach < 0:
-                self.best *= 0.98
             self.best = max(self.best, reach)
             useful = max(reach, self.pace_hold * self.best)
         aim = floor if self.done or useful < self.pace_trust else min(useful, self.max_pace)
