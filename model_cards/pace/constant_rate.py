@@ -98,6 +98,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable()
     jobs = [(kind, rate, 370, schedule) for schedule in (False, True) for kind in KINDS for rate in RATES]
+    jobs += [("MLP", 1e-3, 1480, False), ("MLP with BatchNorm", 1e-3, 1480, False)]
     with open(sys.argv[1], "a", encoding="utf-8") as file:
         for kind, rate, steps, schedule in jobs:
             for seed in range(3):
