@@ -215,7 +215,10 @@ class ClippingDriver:
             scope, total, scale = self._kept.scope, seen.total, 1.0 if folded else planned.coefficient
             if scope.grouping is not None:
                 each = scope.coefficients(seen.gradients, planned.coefficient, total.device, self._run.ops)
-                total, scale = global_norm(seen.norms * torch.as_tensor(each, device=seen.norms.device)), 1.0
+                total, scale = (
+                    global_norm(seen.norms * torch.as_tensor(each, dtype=torch.float32, device=seen.norms.device)),
+                    1.0,
+                )
             estimate.observe(seen.gradients, total, self._run.ops, scale, planned.taken)
         estimate.pace = 1.0 if planned.pace is None else planned.pace
 

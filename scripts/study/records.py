@@ -151,7 +151,10 @@ def revision_of(flags: Sequence[str], recorded: int | None = UNKNOWN) -> int | N
     if name not in CONTROLLERS:
         return None
     revision = CONTROLLERS[name].revision if recorded == UNKNOWN else recorded
-    return revision_that_counts(name, revision, paced=AdaptiveClipConfig.resolve(clip).max_pace != 1)
+    # Unset, it is on where it can be.
+    return revision_that_counts(
+        name, revision, paced=getattr(AdaptiveClipConfig.resolve(clip).settings, "max_pace", 1) != 1
+    )
 
 
 def key(task: StudyTask, line: Mapping[str, Any], steps: int | None = None) -> str:
