@@ -142,8 +142,8 @@ class ClippingDriver:
         planned = self._decide(seen)
         measure = self._run.step % MEASURE_EVERY == 0 if measure is None else measure
         checks = self._check.pending and self.guards.in_use and bool(seen.gradients.tensors)
-        fold = self._apply_(seen, planned, checks=checks)
-        self._learn_reach(seen, planned, folded=fold is not None)
+        fold, coefficient = self._apply_(seen, planned, checks=checks)
+        self._learn_reach(seen, planned, 1.0 if fold is not None else coefficient)
         self._arm(seen, planned, fold, measure=measure or checks)
         if self._incidents.on:
             kept = self._kept
@@ -205,28 +205,25 @@ class ClippingDriver:
             reach=seen.reach,
         )
 
-    def _learn_reach(self, seen: Seen, planned: StepPlan, *, folded: bool) -> None:
-        """From gradients as the optimizer reads them, where the spectral range has made them others."""
+    def _learn_reach(self, seen: Seen, planned: StepPlan, scale: Value | float) -> None:
+        """From gradients as the optimizer reads them, where the spectral range has made them others; `scale` is what clipping did."""
         estimate = self._kept.reach
         if estimate is None:
             return
         if seen.shaped:
             # The range keeps lengths, so the norm of what is read is known without a look.
-            scope, total, scale = self._kept.scope, seen.total, 1.0 if folded else planned.coefficient
-            if scope.grouping is not None:
-                each = scope.coefficients(seen.gradients, planned.coefficient, total.device, self._run.ops)
-                total, scale = (
-                    global_norm(seen.norms * torch.as_tensor(each, dtype=torch.float32, device=seen.norms.device)),
-                    1.0,
-                )
+            total = seen.total
+            if planned.by_group and self._kept.scope.grouping is not None:
+                each = torch.as_tensor(scale, dtype=torch.float32, device=seen.norms.device)
+                total, scale = global_norm(seen.norms * each), 1.0
             estimate.observe(seen.gradients, total, self._run.ops, scale, planned.taken)
         estimate.pace = 1.0 if planned.pace is None else planned.pace
 
-    def _apply_(self, seen: Seen, planned: StepPlan, *, checks: bool) -> Tensor | None:
+    def _apply_(self, seen: Seen, planned: StepPlan, *, checks: bool) -> tuple[Tensor | None, Value]:
         """Scale the gradients, unless the optimizer's step is to do it.
 
         Returns:
-            What the step has to divide the gradients by; None where they are scaled.
+            What the step has to divide the gradients by, None where they are scaled; and the coefficient, of all or of each.
         """
         gradients, ops, coefficient = seen.gradients, self._run.ops, planned.coefficient
         if planned.by_group:
@@ -242,7 +239,7 @@ class ClippingDriver:
             self._check.clipped(gradients.tensors)
         # On the host nothing is folded, and on a device these numbers are tensors.
         folded: Tensor | None = fold
-        return folded
+        return folded, coefficient
 
     def _arm(self, seen: Seen, planned: StepPlan, fold: Tensor | None, *, measure: bool) -> None:
         self.guards.arm(
