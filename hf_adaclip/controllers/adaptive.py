@@ -68,6 +68,10 @@ PACE_START = 50
 """Steps of the pace's start where nothing says how long the run is."""
 
 
+_OF_THE_LOSS = ("loss_mean", "loss_spread", "loss_best", "loss_seen", "loss_first")
+"""Fields of the state."""
+
+
 class AdaptiveState(NamedTuple):
     """State of the controller, each of the norm's shape.
 
@@ -138,19 +142,7 @@ class AdaptiveController(Controller[AdaptiveState]):
     paces: ClassVar[bool] = True
     revision: ClassVar[int] = 4
     looks_at_loss: ClassVar[bool] = True
-    new_fields: ClassVar[frozenset[str]] = frozenset(
-        {
-            "given",
-            "quiet",
-            *Memory._fields,
-            "above",
-            "loss_mean",
-            "loss_spread",
-            "loss_best",
-            "loss_seen",
-            "loss_first",
-        }
-    )
+    new_fields: ClassVar[frozenset[str]] = frozenset({"given", "quiet", *Memory._fields, "above", *_OF_THE_LOSS})
 
     decay: float = setting(
         0.97, help="Decay per step of the running level and spread: memory of 1/(1-decay) steps.", range="(0, 1)"
@@ -238,8 +230,7 @@ class AdaptiveController(Controller[AdaptiveState]):
 
     @property
     def of_the_run(self) -> frozenset[str]:
-        losses = {"loss_mean", "loss_spread", "loss_best", "loss_seen", "loss_first"}
-        return frozenset({"pace", "best_reach", "pace_steps", *losses})
+        return frozenset({"pace", "best_reach", "pace_steps", *_OF_THE_LOSS})
 
     @property
     def _paced(self) -> bool:
