@@ -115,6 +115,11 @@ def revision_that_counts(controller: str, revision: int, *, paced: bool) -> int:
     return revision
 
 
+def may_pace(config: AdaptiveClipConfig) -> bool:
+    """Whether a run of these settings may have a pace: it is on where it is not set and can be."""
+    return bool(getattr(config.settings, "max_pace", 1) != 1)
+
+
 def _behind(controller: str, clip: str) -> dict[str, Any]:
     found = _defaults_of(controller)
     try:
@@ -123,7 +128,7 @@ def _behind(controller: str, clip: str) -> dict[str, Any]:
         return found
     given = {part.partition("=")[0].strip() for part in clip.partition(":")[2].split(",")}
     ours = controller == "adaptive"  # to which alone 'auto' gives anything
-    paced, width = getattr(config.settings, "max_pace", 1) != 1, config.spectral_width
+    paced, width = may_pace(config), config.spectral_width
     ranged = ours if width == "auto" else config.spectral is not None and not math.isinf(config.spectral)
     agreed = ours if config.agreement == "auto" else config.agreement is True
     off = [*([] if paced else ["pace_"]), *([] if ranged else ["spectral_"])]

@@ -20,6 +20,7 @@ from hf_adaclip.compare.runs import (
     ScriptRun,
     defaults_behind,
     finished_result,
+    may_pace,
     revision_that_counts,
     write_result,
 )
@@ -151,10 +152,7 @@ def revision_of(flags: Sequence[str], recorded: int | None = UNKNOWN) -> int | N
     if name not in CONTROLLERS:
         return None
     revision = CONTROLLERS[name].revision if recorded == UNKNOWN else recorded
-    # Unset, it is on where it can be.
-    return revision_that_counts(
-        name, revision, paced=getattr(AdaptiveClipConfig.resolve(clip).settings, "max_pace", 1) != 1
-    )
+    return revision_that_counts(name, revision, paced=may_pace(AdaptiveClipConfig.resolve(clip)))
 
 
 def key(task: StudyTask, line: Mapping[str, Any], steps: int | None = None) -> str:
