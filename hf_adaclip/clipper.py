@@ -360,6 +360,7 @@ class AdaptiveClipper(Watching):
             self.off,
             fresh=self._held.why if "fresh" in self._held.fields else None,
             little=self._run.pace_ended,
+            pace=self._run.last_pace,
         )
 
     # -- hand-written loops that cannot be edited ----------------------------------------------------------------

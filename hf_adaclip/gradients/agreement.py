@@ -2,12 +2,18 @@
 
     mask = [d g < 0]            d the step without decoupled weight decay, g the gradient as the optimizer read it
     w <- w + d (mask / m - 1)   m the share of the mask, per tensor, and at least 1/10
+    s <- s + (a - s) / 10       a the mean share over the tensors, s = 1 at first; m is 1 in steps that begin with s < 1/2
 
 The weights are corrected and not set, so what is taken back is back to within a rounding of the weight.
 
 What agrees is made larger by 1/m, so that the step keeps its mean length. Components without a gradient stay where they are, such as the
 rows of an embedding whose tokens are not in the batch. Adam would move these on for a while, by up to 1 / (1 - beta1) = 10 times their
 first step, and what they lose so the rows in the batch gain. With a large vocabulary that gain would have no bound: hence the 1/10.
+
+Where less than half agrees, in the mean over tensors and for a while, a step goes against its gradient more than by chance: the rate is
+too high, or units have died, whose gradient is 0. What is left is not made larger then. It would kill more of them, which makes the
+share smaller and the steps larger (model_cards/RESEARCH.md, entry 40). The mean is one over tensors, so that one large table of rows
+does not decide.
 
 Adam and AdamW keep all that their step follows from, so there it is computed again from their state: nothing is copied. Other optimizers
 need one copy of the weights from just before the step until just after it.
@@ -26,10 +32,13 @@ from hf_adaclip.gradients.pacing import decouples
 from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
 from hf_adaclip.gradients.transfer import HOST, moved
 
-REVISION: Final = 1
+REVISION: Final = 2
 """Raised with every change of what a step becomes: runs of before are recognised by it."""
 SMALLEST_SHARE: Final = 0.1
 """Where less agrees, the step is not made larger any more: no component moves more than ten times as far as the optimizer would."""
+CHANCE: Final = 0.5
+"""Running share below which nothing is made larger: as much of a step agrees with a gradient that it has nothing to do with."""
+_LEARN: Final = 0.1
 MOST_AT_ONCE: Final = 1 << 22
 """Numbers whose steps are looked at together; three times as many are kept for that. A larger tensor is taken alone."""
 _KEEPS_ITS_STEP: Final = (torch.optim.Adam, torch.optim.AdamW)
@@ -88,6 +97,18 @@ class Agreement:
         self._told = told
         self._change = change
         self._copies: dict[int, Tensor] | None = None
+        self._least: Tensor | float = SMALLEST_SHARE
+        self._running: Tensor | None = None
+
+    @property
+    def running(self) -> Tensor | None:
+        """Running share of what agrees, float32, shape `[]`; None before the first step."""
+        return self._running
+
+    @running.setter
+    def running(self, share: Tensor | None) -> None:
+        self._running = share
+        self._least = SMALLEST_SHARE if share is None else torch.where(share < CHANCE, 1.0, SMALLEST_SHARE)
 
     @property
     def copies(self) -> bool:
@@ -109,12 +130,25 @@ class Agreement:
     def after(self) -> None:
         """The optimizer has stepped, and its groups are still as they were for that."""
         totals: list[Tensor] = []
+        tensors = 0
         take_back = self._take_back_copied if self.copies else self._take_back_recomputed
         for group in self._optimizer.param_groups:
-            totals += [take_back(stepped, group) for stepped in _alike(self._stepped(group))]
+            for stepped in _alike(self._stepped(group)):
+                totals.append(take_back(stepped, group))
+                tensors += len(stepped)
         self._copies = None
         if totals:
-            self._told(torch.stack([moved(t, totals[0].device) for t in totals]).sum(0))
+            total = torch.stack([moved(t, totals[0].device) for t in totals]).sum(0)
+            self._told(total[:2])
+            self._learn(total[2] / tensors)
+
+    def _learn(self, share: Tensor) -> None:
+        """From the mean share of this step, unless the device left the step out."""
+        before = torch.ones_like(share) if self._running is None else moved(self._running, share.device)
+        made, skip = share.isfinite(), getattr(self._optimizer, "found_inf", None)
+        if isinstance(skip, Tensor):
+            made &= moved(skip, share.device) <= 0
+        self.running = torch.where(made, before + _LEARN * (share - before), before)
 
     def _stepped(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor, Any]]:
         """The parameters that have made a step, their gradients, and what the step follows from: their state, or the weights of before."""
@@ -131,9 +165,10 @@ class Agreement:
         parameters, gradients, states = zip(*stepped, strict=True)
         averages = _parts([s["exp_avg"] for s in states])
         mask, agreeing, sizes = _agreeing(parameters, gradients, averages, along=not group["maximize"])
+        shares = agreeing / moved(sizes, agreeing.device)
         if self._change:
             size, root = self._sizes(states, group, parameters[0].device)
-            share = _shares(agreeing, sizes)
+            share = self._at_least(shares)
             # w += -size m / (sqrt(v) + eps') (mask / share - 1), in as few passes as that takes.
             torch._foreach_mul_(mask, _factors(-size / moved(share, size.device), mask[0].dtype))
             torch._foreach_add_(mask, _factors(size, mask[0].dtype))
@@ -142,7 +177,12 @@ class Agreement:
             below = torch._foreach_sqrt(_parts([s[squares] for s in states]))
             torch._foreach_add_(below, _factors(root * group["eps"], below[0].dtype))
             torch._foreach_addcdiv_(_parts(parameters), mask, below)
-        return torch.stack([agreeing.sum(), moved(sizes.sum(), agreeing.device)])
+        return torch.stack([agreeing.sum(), moved(sizes.sum(), agreeing.device), shares.sum()])
+
+    def _at_least(self, shares: Tensor) -> Tensor:
+        """Those by which what agrees is made larger."""
+        least = self._least
+        return torch.maximum(shares, moved(least, shares.device)) if isinstance(least, Tensor) else shares.clamp_min(least)
 
     def _sizes(
         self, states: Sequence[dict[str, Any]], group: dict[str, Any], device: torch.device
@@ -169,11 +209,12 @@ class Agreement:
         torch._foreach_neg_(steps)
         torch._foreach_add_(steps, weights)
         mask, agreeing, sizes = _agreeing(parameters, gradients, steps, along=bool(group.get("maximize")))
+        shares = agreeing / moved(sizes, agreeing.device)
         if self._change:
-            torch._foreach_mul_(mask, _factors(1 / _shares(agreeing, sizes), mask[0].dtype))
+            torch._foreach_mul_(mask, _factors(1 / self._at_least(shares), mask[0].dtype))
             torch._foreach_sub_(mask, 1)
             torch._foreach_addcmul_(weights, steps, mask)
-        return torch.stack([agreeing.sum(), moved(sizes.sum(), agreeing.device)])
+        return torch.stack([agreeing.sum(), moved(sizes.sum(), agreeing.device), shares.sum()])
 
 
 def _agreeing(
@@ -197,10 +238,6 @@ def _agreeing(
     counts = _over_ranks(parameters, torch.stack(sums).to(torch.float32))
     numbers = 2 if parameters[0].is_complex() else 1
     return mask, counts, torch.tensor([numbers * p.numel() for p in parameters], dtype=torch.float32, device=HOST)
-
-
-def _shares(agreeing: Tensor, sizes: Tensor) -> Tensor:
-    return (agreeing / moved(sizes, agreeing.device)).clamp_min(SMALLEST_SHARE)
 
 
 def _factors(values: Tensor, dtype: torch.dtype) -> Any:

@@ -16,6 +16,7 @@ from hf_adaclip.gradients.norms import Gradients
 from hf_adaclip.gradients.optimizers import SkipPath
 from hf_adaclip.gradients.probe import probe
 from hf_adaclip.gradients.step_guard import StepGuard
+from hf_adaclip.gradients.transfer import moved
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Guards:
         self._known_skip: bool | None = None
         self._idle = 0
         self._told = False
+        self._agreed: Tensor | None = None
         self._strangers = _Strangers(self)
 
     def _guard(self, optimizers: Sequence[Any]) -> list[StepGuard]:
@@ -123,14 +125,37 @@ class Guards:
         Raises:
             UnsupportedSetupError: The step of one of them cannot be taken back in part.
         """
-        for guard in self._guards:
+        for position, guard in enumerate(self._guards):
             if guard.agreement is None:
                 guard.agreement = Agreement(guard.optimizer, told, change=change)
+                guard.agreement.running = self._agreed_before(position)
 
     def disagree(self) -> None:
         """From the coming step on, steps stay as they are made."""
         for guard in self._guards:
             guard.agreement = None
+        self._agreed = None
+
+    @property
+    def agreed(self) -> Tensor | None:
+        """Running shares of what agrees (`Agreement.running`), float32, shape `[number of optimizers]`; None before the first step."""
+        shares = [None if guard.agreement is None else guard.agreement.running for guard in self._guards]
+        known = [share for share in shares if share is not None]
+        if not known or len(known) < len(shares):
+            return self._agreed
+        return torch.stack([moved(share, known[0].device) for share in known])
+
+    @agreed.setter
+    def agreed(self, shares: Tensor | None) -> None:
+        self._agreed = shares
+        for position, guard in enumerate(self._guards):
+            if guard.agreement is not None:
+                guard.agreement.running = self._agreed_before(position)
+
+    def _agreed_before(self, position: int) -> Tensor | None:
+        """Of the checkpoint that this goes on from, if there is one, of the same optimizers."""
+        shares = self._agreed
+        return None if shares is None or len(shares) != len(self._guards) else shares[position]
 
     def check_owner(self) -> None:
         """Before anything of a step is recorded.
@@ -273,7 +298,7 @@ class Guards:
             )
             for guard in self._guards:
                 guard.detach()
-            self._guards = self._guard([optimizer])
+            self._guards, self._agreed = self._guard([optimizer]), None
         else:
             self._tell(f"another one, {name}, has made a step on them")
 

@@ -10,6 +10,7 @@ from hf_adaclip.controllers.adaptive import PACE_START, AdaptiveController
 from hf_adaclip.controllers.numerics.bound import RELEASE
 from hf_adaclip.controllers.numerics.deviation import INNER_EDGE
 from hf_adaclip.controllers.pace import LITTLE
+from hf_adaclip.gradients.agreement import CHANCE
 
 _WHAT: Final = {
     "global": "the global norm",
@@ -39,6 +40,7 @@ def describe(
     *,
     fresh: str | None = None,
     little: bool = False,
+    pace: float | None = None,
 ) -> str:
     """A few lines for people.
 
@@ -52,6 +54,7 @@ def describe(
         off: Why parts of the default are off.
         fresh: Why the pace goes by the first epoch alone; None where it does not.
         little: Whether the training loss has ended the pace.
+        pace: Of the last step; None before the first one.
     """
     shadow = f", shadow: the static threshold {static_threshold:g} is what is applied" if config.shadow else ""
     kind = config.settings
@@ -85,7 +88,7 @@ def describe(
     lines.append(
         "scaling     inside the fused step" if unfolded is None else f"scaling     in a pass of its own: {unfolded}"
     )
-    lines.append(f"pace        {_pace(config, off.get('pace'), fresh, little)}")
+    lines.append(f"pace        {_pace(config, off.get('pace'), fresh, little, pace)}")
     lines += [line for line in _shaping(config, off) if line.split()[0] not in off]
     lines += [f"{part:<11} off{_why(part, off)}" for part in ("spectral", "agreement") if part in off]
     lines.append(f"ledger      {config.ledger_path or 'none'}")
@@ -127,7 +130,10 @@ def _shaping(config: AdaptiveClipConfig, off: Mapping[str, str]) -> list[str]:
             f"spectral    singular values of each hidden matrix{whose} {what}, its norm kept{often}{shadow}{_why('memory', off)}"
         )
     if config.agreement is True:
-        lines.append(f"agreement   of each step, what goes against the sign of the gradient is taken back{shadow}")
+        more = f"what is left is made longer unless less than {CHANCE:.0%} has agreed of late"
+        lines.append(
+            f"agreement   of each step, what goes against the sign of the gradient is taken back; {more}{shadow}"
+        )
     return lines
 
 
@@ -135,7 +141,7 @@ def _why(part: str, off: Mapping[str, str]) -> str:
     return f": {off[part]}" if part in off else ""
 
 
-def _pace(config: AdaptiveClipConfig, why: str | None, fresh: str | None, little: bool) -> str:
+def _pace(config: AdaptiveClipConfig, why: str | None, fresh: str | None, little: bool, pace: float | None) -> str:
     if not isinstance(config.settings, AdaptiveController) or config.max_pace == 1:
         return "off" if why is None else f"off: {why}"
     if why is not None:
@@ -145,4 +151,5 @@ def _pace(config: AdaptiveClipConfig, why: str | None, fresh: str | None, little
     start = config.settings.pace_start or PACE_START
     applied = ", recorded only: shadow" if config.shadow else ""
     alone = f", by the first epoch alone: {fresh}" if fresh is not None else ""
-    return f"a start of {start} steps, then up to x{config.max_pace:g} where that is useful{alone}{applied}"
+    now = "" if pace is None else f"; x{pace:.3g} in the last step"
+    return f"a start of {start} steps, then up to x{config.max_pace:g} where that is useful{alone}{applied}{now}"

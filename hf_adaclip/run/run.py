@@ -112,6 +112,12 @@ class Run(Moments):
         return best is not None and not best.shape and bool(best < 0)
 
     @property
+    def last_pace(self) -> float | None:
+        """Of the last step; None before the first one, and without a pace of the whole run. Reads the device."""
+        pace = self.state.get("pace") if self.step else None
+        return None if pace is None or pace.shape else float(pace)
+
+    @property
     def ops(self) -> Ops:
         """The kind of numbers that this run works with, known from the first step on."""
         assert self._ops is not None

@@ -22,6 +22,7 @@ from hf_adaclip.run.shape_gate import ShapeGate, how_fast
 logger = logging.getLogger(__name__)
 
 _GATE: Final = "shape_gate"
+_AGREED: Final = "agreed"
 _PARTS: Final = {"spectral": "spectral range", "agreement": "agreement"}
 _NAMES: Final = {
     "spectral": "the spectral range is",
@@ -202,10 +203,13 @@ class Shaping:
         if self.gate is not None and self.gate.decided:
             kept[_GATE] = self.gate.tensor()
             kept |= self._loaded.tensors()
+        if (agreed := self._guards.agreed) is not None:
+            kept[_AGREED] = agreed
         return kept
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave."""
+        self._guards.agreed = tensors.get(_AGREED)
         if self.gate is not None:
             self.gate.restore(tensors.get(_GATE))
             self._loaded.restore(tensors if self.gate.waiting else {})

@@ -1,6 +1,6 @@
 """Digits in epochs, in a plain loop that calls nothing but `clip_`: the default beside `clip_grad_norm_`, with and without a schedule.
 
-python model_cards/pace/constant_rate.py FILE    a line per pair of runs; nothing is downloaded, 5 minutes on one core
+python model_cards/pace/constant_rate.py FILE    a line per pair of runs; nothing is downloaded, 10 minutes on one core
 """
 
 import json
@@ -57,7 +57,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "MLP with BatchNorm": mlp_with_norm,
     "one layer": one_layer,
 }
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ROWS, BATCH = 1200, 32
 
 

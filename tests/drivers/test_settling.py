@@ -167,8 +167,14 @@ def test_where_loaded_weights_are_not_marked_a_name_tells(tmp_path, monkeypatch)
 
 def test_a_clipper_says_what_is_off_and_why():
     model = torch.nn.Linear(4, 4)
-    said = AdaptiveClipper(optimizer=torch.optim.AdamW(model.parameters())).explain()
+    clipper = AdaptiveClipper(optimizer=torch.optim.AdamW(model.parameters()))
+    said = clipper.explain()
     assert "pace        a start of 50 steps, then up to x64" in said
+    assert "in the last step" not in said
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+        clipper.clip_(model.parameters())
+    assert "; x0.06 in the last step" in clipper.explain()
     assert "spectral    off: no model is known" in said
     assert "pace        off: no optimizer is known" in AdaptiveClipper().explain()
     assert "spectral" not in AdaptiveClipper("guard").explain()

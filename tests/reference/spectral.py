@@ -46,7 +46,7 @@ class Adam:
         self.m, self.v, self.most = (np.zeros_like(self.w) for _ in range(3))
         self.t = 0
 
-    def step(self, g, *, agreement):
+    def step(self, g, *, agreement, least=0.1):
         g = np.asarray(g, dtype=np.float64)
         read = g if self.decoupled else g + self.decay * self.w
         self.t += 1
@@ -55,11 +55,26 @@ class Adam:
         self.most = np.maximum(self.most, self.v) if self.amsgrad else self.v
         d = -self.lr * self.m / (1 - self.b1**self.t) / (np.sqrt(self.most / (1 - self.b2**self.t)) + self.eps)
         start = self.w * (1 - self.lr * self.decay) if self.decoupled else self.w
-        self.w = start + (agreeing(d, g) if agreement else d)
+        self.w = start + (agreeing(d, g, least) if agreement else d)
+        self.share = np.mean(d * g < 0)
         return self.w
 
 
-def agreeing(d, g):
+def agreeing(d, g, least=0.1):
     """A step without what goes against the gradient, the rest made larger by as much."""
     mask = d * g < 0
-    return d * mask / max(np.mean(mask), 0.1)
+    return d * mask / max(np.mean(mask), least)
+
+
+class Chance:
+    """Whether what agrees is made larger: not while less than half has agreed of late, in the mean over tensors."""
+
+    def __init__(self):
+        self.running = 1.0
+
+    @property
+    def least(self):
+        return 1.0 if self.running < 0.5 else 0.1
+
+    def learn(self, shares):
+        self.running += (np.mean(shares) - self.running) / 10
