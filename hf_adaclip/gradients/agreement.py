@@ -2,7 +2,7 @@
 
     mask = [d g < 0]            d the step without decoupled weight decay, g the gradient as the optimizer read it
     w <- w + d (mask / m - 1)   m the share of the mask, per tensor, and at least 1/10
-    s <- s + (a - s) / 10       a the mean share over the tensors, s = 1 at first; m is 1 in steps that begin with s < 1/2
+    s <- s + (a - s) / 10       a the share over hidden matrices, s = 1 at first; m is 1 in steps that begin with s < 1/2
 
 The weights are corrected and not set, so what is taken back is back to within a rounding of the weight.
 
@@ -10,10 +10,9 @@ What agrees is made larger by 1/m, so that the step keeps its mean length. Compo
 rows of an embedding whose tokens are not in the batch. Adam would move these on for a while, by up to 1 / (1 - beta1) = 10 times their
 first step, and what they lose so the rows in the batch gain. With a large vocabulary that gain would have no bound: hence the 1/10.
 
-Where less than half agrees, in the mean over tensors and for a while, a step goes against its gradient more than by chance: the rate is
-too high, or units have died, whose gradient is 0. What is left is not made larger then. It would kill more of them, which makes the
-share smaller and the steps larger (model_cards/RESEARCH.md, entry 40). The mean is one over tensors, so that one large table of rows
-does not decide.
+Where less than half agrees for a while, steps go against their gradients more than by chance: the rate is too high, or units have died,
+whose gradient is 0. What is left is not made larger then. It would kill more of them, which makes the share smaller and the steps larger
+(model_cards/RESEARCH.md, entry 40). Tables of rows, tensors that the batch did not use and those that cannot move say nothing of that.
 
 Adam and AdamW keep all that their step follows from, so there it is computed again from their state: nothing is copied. Other optimizers
 need one copy of the weights from just before the step until just after it.
@@ -21,6 +20,7 @@ need one copy of the weights from just before the step until just after it.
 Source: Cautious Optimizers, Liang et al. 2024, arXiv 2411.16085, whose m is at least 1/1000.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -39,6 +39,7 @@ SMALLEST_SHARE: Final = 0.1
 CHANCE: Final = 0.5
 """Running share below which nothing is made larger: as much of a step agrees with a gradient that it has nothing to do with."""
 _LEARN: Final = 0.1
+"""What the running share takes of that of a step."""
 MOST_AT_ONCE: Final = 1 << 22
 """Numbers whose steps are looked at together; three times as many are kept for that. A larger tensor is taken alone."""
 _KEEPS_ITS_STEP: Final = (torch.optim.Adam, torch.optim.AdamW)
@@ -84,18 +85,25 @@ class Agreement:
         optimizer: The optimizer.
         told: Called after each step with the number of components that agree, and of all, float32, shape `[2]`.
         change: False only finds out.
+        matrices: Gives the names of hidden matrices, None for others; None for any tensor of two or more dimensions.
 
     Raises:
         UnsupportedSetupError: Its step cannot be taken back in part.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, told: Callable[[Tensor], None], *, change: bool = True
+        self,
+        optimizer: torch.optim.Optimizer,
+        told: Callable[[Tensor], None],
+        *,
+        change: bool = True,
+        matrices: Callable[[Sequence[Tensor]], Sequence[str | None]] | None = None,
     ) -> None:
         check_agreement(optimizer)
         self._optimizer = optimizer
         self._told = told
         self._change = change
+        self._matrices = matrices
         self._copies: dict[int, Tensor] | None = None
         self._least: Tensor | float = SMALLEST_SHARE
         self._running: Tensor | None = None
@@ -108,7 +116,10 @@ class Agreement:
     @running.setter
     def running(self, share: Tensor | None) -> None:
         self._running = share
-        self._least = SMALLEST_SHARE if share is None else torch.where(share < CHANCE, 1.0, SMALLEST_SHARE)
+        # Once here and not for every batch of tensors.
+        self._least = (
+            SMALLEST_SHARE if share is None else torch.where(share < CHANCE, torch.ones_like(share), SMALLEST_SHARE)
+        )
 
     @property
     def copies(self) -> bool:
@@ -130,25 +141,22 @@ class Agreement:
     def after(self) -> None:
         """The optimizer has stepped, and its groups are still as they were for that."""
         totals: list[Tensor] = []
-        tensors = 0
         take_back = self._take_back_copied if self.copies else self._take_back_recomputed
         for group in self._optimizer.param_groups:
-            for stepped in _alike(self._stepped(group)):
-                totals.append(take_back(stepped, group))
-                tensors += len(stepped)
+            totals += [take_back(stepped, group) for stepped in _alike(self._stepped(group))]
         self._copies = None
         if totals:
-            total = torch.stack([moved(t, totals[0].device) for t in totals]).sum(0)
-            self._told(total[:2])
-            self._learn(total[2] / tensors)
+            told, learned = torch.stack([moved(t, totals[0].device) for t in totals]).sum(0)
+            self._told(told)
+            self._learn(learned[0] / learned[1])
 
     def _learn(self, share: Tensor) -> None:
-        """From the mean share of this step, unless the device left the step out."""
+        """Take the share of a step into the running one; it is NaN where no matrix says anything, and for gradients that are NaN."""
         before = torch.ones_like(share) if self._running is None else moved(self._running, share.device)
-        made, skip = share.isfinite(), getattr(self._optimizer, "found_inf", None)
-        if isinstance(skip, Tensor):
-            made &= moved(skip, share.device) <= 0
-        self.running = torch.where(made, before + _LEARN * (share - before), before)
+        unknown, skip = share.isnan(), getattr(self._optimizer, "found_inf", None)
+        if isinstance(skip, Tensor):  # the device may have left the step out
+            unknown |= moved(skip, share.device) > 0
+        self.running = torch.where(unknown, before, before.lerp(share, _LEARN))
 
     def _stepped(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor, Any]]:
         """The parameters that have made a step, their gradients, and what the step follows from: their state, or the weights of before."""
@@ -164,11 +172,11 @@ class Agreement:
         """From the state of Adam after the step, which was -size m / (sqrt(v) + eps'), both averages as they are in the state."""
         parameters, gradients, states = zip(*stepped, strict=True)
         averages = _parts([s["exp_avg"] for s in states])
-        mask, agreeing, sizes = _agreeing(parameters, gradients, averages, along=not group["maximize"])
-        shares = agreeing / moved(sizes, agreeing.device)
+        mask, agreeing = _agreeing(parameters, gradients, averages, along=not group["maximize"])
+        sizes, least = self._sizes(parameters, agreeing.device)
         if self._change:
-            size, root = self._sizes(states, group, parameters[0].device)
-            share = self._at_least(shares)
+            size, root = self._lengths(states, group, parameters[0].device)
+            share = self._at_least(agreeing / sizes)
             # w += -size m / (sqrt(v) + eps') (mask / share - 1), in as few passes as that takes.
             torch._foreach_mul_(mask, _factors(-size / moved(share, size.device), mask[0].dtype))
             torch._foreach_add_(mask, _factors(size, mask[0].dtype))
@@ -177,14 +185,27 @@ class Agreement:
             below = torch._foreach_sqrt(_parts([s[squares] for s in states]))
             torch._foreach_add_(below, _factors(root * group["eps"], below[0].dtype))
             torch._foreach_addcdiv_(_parts(parameters), mask, below)
-        return torch.stack([agreeing.sum(), moved(sizes.sum(), agreeing.device), shares.sum()])
+        return _totals(agreeing, sizes, least)
+
+    def _sizes(self, parameters: Sequence[Tensor], device: torch.device) -> Tensor:
+        """Numbers in each tensor over all ranks, and how many have to agree for it to count as a matrix, float32, shape `[2, n]`."""
+        names = (
+            ["" if p.dim() > 1 else None for p in parameters] if self._matrices is None else self._matrices(parameters)
+        )
+        sizes = [(2 if p.is_complex() else 1) * p.numel() for p in parameters]
+        least = [math.inf if name is None else SMALLEST_SHARE * size for name, size in zip(names, sizes, strict=True)]
+        return moved(torch.tensor([sizes, least], dtype=torch.float32, device=HOST), device)
 
     def _at_least(self, shares: Tensor) -> Tensor:
-        """Those by which what agrees is made larger."""
+        """The shares that what agrees is divided by: not below a tenth, or 1 while less agrees than by chance."""
         least = self._least
-        return torch.maximum(shares, moved(least, shares.device)) if isinstance(least, Tensor) else shares.clamp_min(least)
+        return (
+            torch.maximum(shares, moved(least, shares.device))
+            if isinstance(least, Tensor)
+            else shares.clamp_min(least)
+        )
 
-    def _sizes(
+    def _lengths(
         self, states: Sequence[dict[str, Any]], group: dict[str, Any], device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Per tensor, what m / (sqrt(v) + root eps) was multiplied by, and root; 0 and anything where the device left the step out."""
@@ -208,22 +229,22 @@ class Agreement:
             torch._foreach_mul_(steps, 1 - group["lr"] * decay)
         torch._foreach_neg_(steps)
         torch._foreach_add_(steps, weights)
-        mask, agreeing, sizes = _agreeing(parameters, gradients, steps, along=bool(group.get("maximize")))
-        shares = agreeing / moved(sizes, agreeing.device)
+        mask, agreeing = _agreeing(parameters, gradients, steps, along=bool(group.get("maximize")))
+        sizes, least = self._sizes(parameters, agreeing.device)
         if self._change:
-            torch._foreach_mul_(mask, _factors(1 / self._at_least(shares), mask[0].dtype))
+            torch._foreach_mul_(mask, _factors(1 / self._at_least(agreeing / sizes), mask[0].dtype))
             torch._foreach_sub_(mask, 1)
             torch._foreach_addcmul_(weights, steps, mask)
-        return torch.stack([agreeing.sum(), moved(sizes.sum(), agreeing.device), shares.sum()])
+        return _totals(agreeing, sizes, least)
 
 
 def _agreeing(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], directions: list[Tensor], *, along: bool
-) -> tuple[list[Tensor], Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """Where directions go along gradients, or against them.
 
     Returns:
-        Per tensor 1 or 0; how many are 1 and how many there are, over all ranks, float32, shape `[len(parameters)]`.
+        Per tensor 1 or 0; how many are 1, over all ranks, float32, shape `[len(parameters)]`.
     """
     # The sign first: a product of two small numbers may vanish.
     mask = list(torch._foreach_sign(_parts(gradients)))
@@ -235,9 +256,13 @@ def _agreeing(
     # Half precision cannot count. On a CPU torch's norms take six times as long as sums.
     on_cpu, wide = mask[0].device.type == "cpu", torch.promote_types(mask[0].dtype, torch.float32)
     sums = [m.sum(dtype=wide) for m in mask] if on_cpu else torch._foreach_norm(mask, 1, wide)
-    counts = _over_ranks(parameters, torch.stack(sums).to(torch.float32))
-    numbers = 2 if parameters[0].is_complex() else 1
-    return mask, counts, torch.tensor([numbers * p.numel() for p in parameters], dtype=torch.float32, device=HOST)
+    return mask, _over_ranks(parameters, torch.stack(sums).to(torch.float32))
+
+
+def _totals(agreeing: Tensor, sizes: Tensor, least: Tensor) -> Tensor:
+    """How many agree and how many there are: of all tensors, and of those of which at least `least` agree, float32, shape `[2, 2]`."""
+    counts = torch.stack([agreeing, sizes])
+    return torch.stack([counts.sum(1), (counts * (agreeing >= least)).sum(1)])
 
 
 def _factors(values: Tensor, dtype: torch.dtype) -> Any:

@@ -46,7 +46,7 @@ class Guards:
         self._known_skip: bool | None = None
         self._idle = 0
         self._told = False
-        self._agreed: Tensor | None = None
+        self._loaded_shares: Tensor | None = None
         self._strangers = _Strangers(self)
 
     def _guard(self, optimizers: Sequence[Any]) -> list[StepGuard]:
@@ -115,47 +115,54 @@ class Guards:
                 probe(guard.optimizer, guard.path, paced=paced)
                 self._probed.add(guard)
 
-    def agree(self, told: Callable[[Tensor], None], *, change: bool) -> None:
+    def agree(
+        self,
+        told: Callable[[Tensor], None],
+        *,
+        change: bool,
+        matrices: Callable[[Sequence[Tensor]], Sequence[str | None]] | None = None,
+    ) -> None:
         """From the coming step on, take back what goes against the gradient, of every optimizer.
 
         Args:
             told: As for `Agreement`.
             change: As for `Agreement`.
+            matrices: As for `Agreement`.
 
         Raises:
             UnsupportedSetupError: The step of one of them cannot be taken back in part.
         """
         for position, guard in enumerate(self._guards):
             if guard.agreement is None:
-                guard.agreement = Agreement(guard.optimizer, told, change=change)
-                guard.agreement.running = self._agreed_before(position)
+                guard.agreement = Agreement(guard.optimizer, told, change=change, matrices=matrices)
+                guard.agreement.running = self._loaded_share(position)
 
     def disagree(self) -> None:
         """From the coming step on, steps stay as they are made."""
         for guard in self._guards:
             guard.agreement = None
-        self._agreed = None
+        self._loaded_shares = None
 
     @property
-    def agreed(self) -> Tensor | None:
-        """Running shares of what agrees (`Agreement.running`), float32, shape `[number of optimizers]`; None before the first step."""
+    def running_shares(self) -> Tensor | None:
+        """Of each optimizer, see `Agreement.running`, 1 before its first step: float32, shape `[number of optimizers]`; None before any."""
         shares = [None if guard.agreement is None else guard.agreement.running for guard in self._guards]
-        known = [share for share in shares if share is not None]
-        if not known or len(known) < len(shares):
-            return self._agreed
-        return torch.stack([moved(share, known[0].device) for share in known])
+        known = next((share for share in shares if share is not None), None)
+        if known is None:
+            return self._loaded_shares
+        return torch.stack([torch.ones_like(known) if s is None else moved(s, known.device) for s in shares])
 
-    @agreed.setter
-    def agreed(self, shares: Tensor | None) -> None:
-        self._agreed = shares
+    @running_shares.setter
+    def running_shares(self, shares: Tensor | None) -> None:
+        self._loaded_shares = None if shares is None else shares.to(torch.float32)
         for position, guard in enumerate(self._guards):
             if guard.agreement is not None:
-                guard.agreement.running = self._agreed_before(position)
+                guard.agreement.running = self._loaded_share(position)
 
-    def _agreed_before(self, position: int) -> Tensor | None:
-        """Of the checkpoint that this goes on from, if there is one, of the same optimizers."""
-        shares = self._agreed
-        return None if shares is None or len(shares) != len(self._guards) else shares[position]
+    def _loaded_share(self, position: int) -> Tensor | None:
+        """What an optimizer had at the moment that was loaded; None without one, and where that knows another number of optimizers."""
+        shares = self._loaded_shares
+        return None if shares is None or shares.shape != (len(self._guards),) else shares[position]
 
     def check_owner(self) -> None:
         """Before anything of a step is recorded.
@@ -298,7 +305,8 @@ class Guards:
             )
             for guard in self._guards:
                 guard.detach()
-            self._guards, self._agreed = self._guard([optimizer]), None
+            # Its state is new, and so is what it knows of its steps.
+            self._guards, self._loaded_shares = self._guard([optimizer]), None
         else:
             self._tell(f"another one, {name}, has made a step on them")
 

@@ -146,10 +146,10 @@ def _pace(config: AdaptiveClipConfig, why: str | None, fresh: str | None, little
         return "off" if why is None else f"off: {why}"
     if why is not None:
         return f"1 from here on, the data counts as learned by heart: {why}"
+    now = "" if pace is None else f"; x{pace:.3g} in the last step"
     if little:
-        return f"1 from here on: the training loss is {LITTLE:.0%} of that of the first steps, or was, so little is left to learn"
+        return f"goes to 1 and stays: the training loss is {LITTLE:.0%} of that of the first steps, or was, so little is left to learn{now}"
     start = config.settings.pace_start or PACE_START
     applied = ", recorded only: shadow" if config.shadow else ""
     alone = f", by the first epoch alone: {fresh}" if fresh is not None else ""
-    now = "" if pace is None else f"; x{pace:.3g} in the last step"
     return f"a start of {start} steps, then up to x{config.max_pace:g} where that is useful{alone}{applied}{now}"

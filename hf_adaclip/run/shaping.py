@@ -22,7 +22,7 @@ from hf_adaclip.run.shape_gate import ShapeGate, how_fast
 logger = logging.getLogger(__name__)
 
 _GATE: Final = "shape_gate"
-_AGREED: Final = "agreed"
+_SHARES: Final = "running_shares"
 _PARTS: Final = {"spectral": "spectral range", "agreement": "agreement"}
 _NAMES: Final = {
     "spectral": "the spectral range is",
@@ -64,7 +64,7 @@ class Shaping:
         self._taken: Value | None = None
         self._works: bool | None = None  # whether there is a matrix for the range
         if config.agreement is True and gate is None:  # what cannot be done is refused at once
-            guards.agree(self._count, change=not config.shadow)
+            self._agree()
         self._agreeing: Tensor | None = None  # of the present step, over the optimizers that have made theirs
 
     @property
@@ -99,7 +99,7 @@ class Shaping:
                 raise ConfigError(
                     "`optimizer` must be given with `agreement` where the accelerator has not prepared just one, but is None instead."
                 )
-            self._guards.agree(self._count, change=not self._config.shadow)
+            self._agree()
         if self._range is None or self._run.step % self._config.spectral_every:
             return
         if not self._matrices.named:
@@ -190,6 +190,10 @@ class Shaping:
         parameters = [p for p in self._guards.parameters if p.requires_grad]
         return [p for p, name in zip(parameters, self._matrices.among(parameters), strict=True) if name is not None]
 
+    def _agree(self) -> None:
+        matrices = self._matrices.among if self._matrices.named else None
+        self._guards.agree(self._count, change=not self._config.shadow, matrices=matrices)
+
     def _heed(self, gate: ShapeGate) -> None:
         if not gate.agreement:
             self._guards.disagree()
@@ -203,13 +207,13 @@ class Shaping:
         if self.gate is not None and self.gate.decided:
             kept[_GATE] = self.gate.tensor()
             kept |= self._loaded.tensors()
-        if (agreed := self._guards.agreed) is not None:
-            kept[_AGREED] = agreed
+        if (shares := self._guards.running_shares) is not None:
+            kept[_SHARES] = shares
         return kept
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave."""
-        self._guards.agreed = tensors.get(_AGREED)
+        self._guards.running_shares = tensors.get(_SHARES)
         if self.gate is not None:
             self.gate.restore(tensors.get(_GATE))
             self._loaded.restore(tensors if self.gate.waiting else {})

@@ -1,6 +1,7 @@
 """Where less agrees than by chance, nothing is made larger: by the definition, through checkpoints, and what it is good for."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,11 @@ from tests.reference import spectral as reference
 
 CONFIG = AdaptiveClipConfig(controller="static", static_threshold=1e9, agreement=True, self_test=False)
 SHAPES = ((8, 16), (16,), (12, 16))
+OPTIMIZERS: dict[str, Any] = {
+    "fused": lambda own: torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1, fused=True),
+    "foreach": lambda own: torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1, foreach=True),
+    "sgd": lambda own: torch.optim.SGD(own, lr=1e-2, momentum=0.9),
+}
 
 
 def parameters():
@@ -36,20 +42,22 @@ def walk(own, optimizer, clipper, steps):
         yield step
 
 
+def shares_of(clipper: Any) -> torch.Tensor:
+    shares: torch.Tensor = clipper._shares_of(clipper)
+    return shares
+
+
 def running(clipper):
-    return float(clipper._driver.guards.agreed[0])
+    return float(shares_of(clipper)[0])
 
 
-@pytest.mark.parametrize("kind", ["fused", "foreach", "sgd"])
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
 def test_by_the_definition(kind, lane):
     own = parameters()
     weights = [p.detach().double().numpy() for p in own]
     exact = [reference.Adam(w, lr=1e-2, decay=0.1) for w in weights]
     chance, seen, moments = reference.Chance(), [], [np.zeros_like(w) for w in weights]
-    if kind == "sgd":
-        optimizer = torch.optim.SGD(own, lr=1e-2, momentum=0.9)
-    else:
-        optimizer = torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1, **{kind: True})
+    optimizer = OPTIMIZERS[kind](own)
     clipper = AdaptiveClipper(CONFIG, optimizer=optimizer)
     for step in walk(own, optimizer, clipper, range(45)):
         least, shares = chance.least, []
@@ -63,7 +71,8 @@ def test_by_the_definition(kind, lane):
                 weights[i] = exact[i].step(g, agreement=True, least=least)
                 shares.append(exact[i].share)
             assert np.abs(weights[i] - own[i].detach().double().numpy()).max() < 3e-6 * (step + 1)
-        chance.learn(shares)
+        matrices = [i for i, shape in enumerate(SHAPES) if len(shape) == 2]
+        chance.learn([shares[i] for i in matrices], [weights[i].size for i in matrices])
         seen.append(least)
         assert abs(running(clipper) - chance.running) < 1e-5
     assert (seen[0], seen[19], seen[-1]) == (0.1, 1.0, 0.1)
@@ -106,21 +115,137 @@ def test_a_step_that_is_left_out_teaches_nothing(fault, lane):
     assert running(clipper) != before
 
 
-def test_one_large_table_of_which_few_rows_are_in_a_batch_does_not_decide():
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(
-        torch.nn.Embedding(20_000, 8), torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8)
-    )
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+@pytest.mark.parametrize("late", [False, True])
+def test_two_optimizers_resume_each_with_its_own_share(late, tmp_path, lane):
+    """The second may not have made a step yet when the checkpoint is written."""
+
+    def make(weights):
+        own = [torch.nn.Parameter(w.clone()) for w in weights]
+        return own, [torch.optim.AdamW(own[:1], lr=1e-2, fused=True), torch.optim.AdamW(own[1:], lr=1e-2, fused=True)]
+
+    def steps(own, optimizers, clipper, which):
+        for step in which:
+            for i, (p, g) in enumerate(zip(own, gradients(step), strict=True)):
+                p.grad = None if i and late and step < 17 else g.clone()
+            clipper.clip_(own)
+            for optimizer in optimizers:
+                optimizer.step()
+
+    finals = []
+    for resumed in (False, True):
+        own, optimizers = make([p.detach() for p in parameters()])
+        clipper = AdaptiveClipper(CONFIG, optimizer=optimizers)
+        steps(own, optimizers, clipper, range(15))
+        shares = shares_of(clipper)
+        assert float(shares[0]) < agreement.CHANCE
+        assert (float(shares[1]) == 1) == late
+        if resumed:
+            clipper.save_state(tmp_path)
+            again, others = make([p.detach() for p in own])
+            for optimizer, other in zip(optimizers, others, strict=True):
+                other.load_state_dict(optimizer.state_dict())
+            clipper.close()
+            own, optimizers, clipper = again, others, AdaptiveClipper(CONFIG, optimizer=others)
+            clipper.load_state(tmp_path)
+            assert torch.equal(shares_of(clipper), shares)
+        steps(own, optimizers, clipper, range(15, 30))
+        finals.append(torch.cat([p.detach().flatten() for p in own]))
+    assert torch.equal(*finals)
+
+
+def test_what_is_put_back_is_put_back_for_every_optimizer():
+    own = parameters()
+    optimizers = [torch.optim.AdamW(own[:1], lr=1e-2), torch.optim.AdamW(own[1:], lr=1e-2)]
+    clipper = AdaptiveClipper(CONFIG, optimizer=optimizers)
+    driver: Any = clipper._driver
+
+    def step(number):
+        for p, g in zip(own, gradients(number), strict=True):
+            p.grad = g.clone()
+        clipper.clip_(own)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    for number in range(10):
+        step(number)
+    before, put_back = shares_of(clipper), driver.keep()
+    assert len(set(before.tolist())) == 2
+    step(10)
+    assert not torch.equal(shares_of(clipper), before)
+    put_back()
+    assert torch.equal(shares_of(clipper), before)
+
+
+def test_shares_of_another_number_of_optimizers_are_not_taken(tmp_path):
+    own = parameters()
+    optimizer = torch.optim.AdamW(own, lr=1e-2)
+    clipper = AdaptiveClipper(CONFIG, optimizer=optimizer)
+    list(walk(own, optimizer, clipper, range(5)))
+    clipper.save_state(tmp_path)
+    clipper.close()
+    two = [torch.optim.AdamW(own[:1], lr=1e-2), torch.optim.AdamW(own[1:], lr=1e-2)]
+    other = AdaptiveClipper(CONFIG, optimizer=two)
+    other.load_state(tmp_path)
+    for p in own:
+        p.grad = torch.ones_like(p)
+    other.clip_(own)
+    for optimizer in two:
+        optimizer.step()
+    assert shares_of(other).tolist() == [1.0, 1.0]
+
+
+def test_nan_that_is_not_left_out_teaches_nothing():
+    """SGD on a NaN, as where a run does not guard its steps: the agreement alone."""
+    own = [torch.nn.Parameter(torch.ones(4, 4))]
+    optimizer = torch.optim.SGD(own, lr=0.1)
+    taking = agreement.Agreement(optimizer, lambda counts: None)
+    for fill in (1.0, math.nan, 1.0):
+        own[0].grad = torch.full_like(own[0], fill)
+        taking.before()
+        optimizer.step()
+        taking.after()
+        assert taking.running is not None
+        assert float(taking.running) == 1
+        with torch.no_grad():
+            own[0].fill_(1.0)
+
+
+def share_after(net, inputs, steps=30, optimizer=None):
+    """Share that the last step's record has, and the running one of the matrices."""
+    optimizer = optimizer or torch.optim.AdamW(net.parameters(), lr=1e-3)
     clipper = AdaptiveClipper(CONFIG, optimizer=optimizer, model=net)
-    for step in range(30):
-        tokens = torch.randint(0, 20_000, (64,), generator=torch.Generator().manual_seed(step))
-        net(tokens).square().mean().backward()
+    for step in range(steps):
+        net(inputs(torch.Generator().manual_seed(step))).square().mean().backward()
         clipper.clip_(net.parameters())
         optimizer.step()
-        optimizer.zero_grad()
-    assert clipper.metrics()["clip/agreeing_share"] < 0.1
-    assert running(clipper) > agreement.CHANCE
+        optimizer.zero_grad(set_to_none=False)
+    return clipper.metrics()["clip/agreeing_share"], running(clipper)
+
+
+def test_a_table_of_which_few_rows_are_in_a_batch_says_nothing():
+    torch.manual_seed(0)
+    bag = torch.nn.Sequential(torch.nn.EmbeddingBag(20_000, 8), torch.nn.Linear(8, 8))
+    of_all, of_matrices = share_after(bag, lambda generator: torch.randint(0, 20_000, (16, 8), generator=generator))
+    assert of_all < 0.1
+    assert of_matrices > agreement.CHANCE
+
+
+def test_heads_that_are_used_in_turn_and_weights_that_cannot_move_say_nothing():
+    class Heads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Linear(8, 8)
+            self.heads = torch.nn.ModuleList(torch.nn.Linear(8, 64) for _ in range(8))
+
+        def forward(self, x):
+            return self.heads[int(x[0, 0] > 0)](torch.tanh(self.body(x)))
+
+    torch.manual_seed(0)
+    assert share_after(Heads(), lambda g: torch.randn(16, 8, generator=g))[1] > agreement.CHANCE
+    net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8))
+    still = [{"params": net[0].parameters(), "lr": 0.0}, {"params": net[2].parameters()}]
+    optimizer = torch.optim.SGD(still, lr=1e-2, momentum=0.9)
+    assert share_after(net, lambda g: torch.randn(16, 8, generator=g), optimizer=optimizer)[1] > agreement.CHANCE
 
 
 def accuracy(rate, net, x, y):

@@ -67,7 +67,7 @@ def agreeing(d, g, least=0.1):
 
 
 class Chance:
-    """Whether what agrees is made larger: not while less than half has agreed of late, in the mean over tensors."""
+    """Whether what agrees is made larger: not while less than half of the matrices has agreed of late."""
 
     def __init__(self):
         self.running = 1.0
@@ -76,5 +76,9 @@ class Chance:
     def least(self):
         return 1.0 if self.running < 0.5 else 0.1
 
-    def learn(self, shares):
-        self.running += (np.mean(shares) - self.running) / 10
+    def learn(self, shares, sizes):
+        """Shares of matrices that agree, and their sizes; what hardly agrees at all says nothing."""
+        counted = [(share * size, size) for share, size in zip(shares, sizes, strict=True) if share >= 0.1]
+        if counted:
+            agree, there = np.sum(counted, axis=0)
+            self.running += (agree / there - self.running) / 10
