@@ -3,7 +3,7 @@
 Two signs, each by the mean training loss of the last steps:
 
     evaluation   its loss is above its best, by a tenth once or by a fiftieth twice in a row, while the training loss is below what it was
-                 at that best
+                 at that best; not in the first epoch, whose data nobody has seen: there it may be of other data than is trained on
     epoch        the training loss falls by more than a tenth as an epoch begins, beside what it falls anyway, by the steps before and the
                  steps after: what has been seen before is known better than what had not. Not where the last evaluation was the best so
                  far
@@ -101,6 +101,8 @@ class OverfitWatch:
             # Before the first step there is no training loss, and any that follows counts as lower.
             self._best, self._loss_at_best, self._above = loss, training if recent else math.inf, 0
             return
+        if self._epoch == 1:  # nothing has been seen twice
+            return
         # Of a loss that may be below 0 its level says nothing: there a part of the way it has come counts, if that is more.
         scale = self._best if self._best > 0 else max(abs(self._best), self._first - self._best)
         higher = loss - self._best
@@ -159,7 +161,7 @@ class OverfitWatch:
         return torch.tensor(values, dtype=torch.float64, device=HOST)
 
     def restore(self, tensor: Tensor) -> None:
-        """Go on from what `tensor` gave, here or before it kept losses: then the next beginning of an epoch is not judged."""
+        """Go on from what `tensor` gave, here or before it kept losses."""
         values = iter(tensor.tolist())
         vars(self).update(vars(OverfitWatch()))
         self.found = "That was found before the run was resumed." if next(values) else None
@@ -167,7 +169,7 @@ class OverfitWatch:
         if len(tensor) == _OF_BEFORE:
             known, best, loss_at_best, above, _ = values
             self._best, self._loss_at_best = (best, loss_at_best) if known else (math.inf, math.inf)
-            self._first, self._above = self._best, int(above)
+            self._first, self._above, self._epoch = self._best, int(above), 1  # so the next one is not the first
             return
         self._best, self._loss_at_best, self._first = (
             number if known else math.inf for known, number in [(next(values), next(values)) for _ in range(3)]

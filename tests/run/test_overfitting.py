@@ -80,6 +80,19 @@ def test_an_evaluation_before_the_first_step_may_be_the_best():
     assert watch.found.endswith("was 1 at best and is 1.06, while the training loss is 0.5064.")
 
 
+def test_an_evaluation_that_rises_in_the_first_epoch_is_of_other_data():
+    """Phrases are trained on and whole sentences evaluated (SST-2): nothing can be known by heart that is seen for the first time."""
+    watch = OverfitWatch()
+    watch.begin_epoch()
+    for training, loss in ((1.0, 1.0), (0.8, 1.2), (0.6, 1.3), (0.5, 1.0), (0.5, 1.2)):
+        fed(noisy(training, WINDOW), watch).evaluated(loss)
+    assert watch.found is None
+    watch.begin_epoch()
+    fed(noisy(0.5, WINDOW), watch).evaluated(1.2)
+    assert watch.found is not None
+    assert watch.found.startswith("The evaluation loss was 1 at best and is 1.2, while")
+
+
 def test_an_evaluation_without_training_losses_says_nothing():
     watch = OverfitWatch()
     for loss in (1.0, 2.0, 3.0, float("nan")):
