@@ -170,6 +170,7 @@ class Shaping:
         gate = self.gate
         if gate is None or gate.decided or not gradients.tensors:
             return
+        self._check_models()
         matrices = self._trained_matrices() if self._range is not None else []
         ranks = self._run.ranks
         gate.decide(
@@ -184,6 +185,17 @@ class Shaping:
         if gate.waiting:
             self._loaded.watch()
         self._heed(gate)
+
+    def _check_models(self) -> None:
+        """Whether the models are those that are trained: nothing is found of another one, and nothing would say so."""
+        stepped, models = self._guards.parameters, self._models()
+        owned = {id(p) for model in models for p in model.parameters()}
+        if stepped and owned and owned.isdisjoint(map(id, stepped)):
+            self._run.alerts.warn_once(
+                f"`model` must own what the optimizer steps on, but none of its {len(stepped)} tensors belongs to "
+                f"{' or '.join(type(model).__name__ for model in models)}. What goes by the model is off: make the clipper with the model "
+                "that is trained."
+            )
 
     def _trained_matrices(self) -> list[Tensor]:
         """Those among what the optimizers have, whether the present step has a gradient for them or not."""

@@ -299,6 +299,19 @@ def test_a_model_without_hidden_matrices_is_told_of(caplog):
     assert "acts on nothing" in caplog.text
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_model_that_is_not_the_trained_one_is_told_of(own, caplog):
+    model, other = (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)) for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    clipper = AdaptiveClipper(optimizer=optimizer, model=model if own else other)
+    for _ in range(2):
+        model(torch.ones(2, 4)).sum().backward()
+        clipper.clip_(model.parameters())
+        optimizer.step()
+    told = [r.getMessage() for r in caplog.records if "none of its 4 tensors belongs to Sequential" in r.getMessage()]
+    assert len(told) == (not own)
+
+
 @pytest.mark.parametrize("way", ["class", "attach", "install"])
 def test_every_way_in(tmp_path, way):
     from transformers import Trainer
