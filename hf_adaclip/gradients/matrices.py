@@ -54,7 +54,9 @@ class HiddenMatrices:
         if not all(self._knows(p) for p in parameters):
             names = {id(p): name for name, p in named_parameters(self._models()).items()}
             hidden = hidden_matrices(self._models())
-            self._known = {id(p): (weakref.ref(p), None) for p in parameters}
+            # Those of earlier calls stay known: who asks for some and then for others is not to make this look again each time.
+            before = [p for ref, _ in self._known.values() if (p := ref()) is not None]
+            self._known = {id(p): (weakref.ref(p), None) for p in (*before, *parameters)}
             self._known |= {id(p): (weakref.ref(p), names[id(p)]) for p in hidden}
         return [self._known[id(p)][1] for p in parameters]
 

@@ -276,6 +276,29 @@ def test_a_parameter_that_is_made_later_is_looked_up():
     assert matrices.among([model.one.weight, model.head.weight, model.one.bias]) == ["one.weight", "head.weight", None]
 
 
+def test_models_are_gone_through_once_though_parts_are_asked_for_in_turn(monkeypatch):
+    """The range asks for all parameters, the agreement for those of one group after the other, in every step."""
+    model, looks = Plain(), []
+
+    def look(models):
+        looks.append(1)
+        return hidden_matrices(models)
+
+    monkeypatch.setattr("hf_adaclip.gradients.matrices.hidden_matrices", look)
+    matrices, everything = HiddenMatrices(lambda: [model]), list(model.parameters())
+    for _ in range(3):
+        for part in (everything, [p for p in everything if p.dim() > 1], [p for p in everything if p.dim() == 1]):
+            matrices.among(part)
+    for p in everything:
+        matrices.among([p])
+    assert len(looks) == 1
+    vectors_first = HiddenMatrices(lambda: [model])
+    for _ in range(3):
+        vectors_first.among([p for p in everything if p.dim() == 1])
+        vectors_first.among(everything)
+    assert len(looks) == 3
+
+
 def test_convolution_kernels_are_flattened():
     kernel = torch.randn(6, 4, 3, 3)
     model = Plain()
