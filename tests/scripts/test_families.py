@@ -13,8 +13,10 @@ from scripts.study import families, small_models
 
 def test_the_page_is_that_of_the_runs():
     runs = families.recorded(families.FOLDER / "runs.jsonl")
+    costs = families.recorded(families.FOLDER / "costs.jsonl")
     page = read_section("families", families.FOLDER / "README.md")
-    assert page == families.table(runs)
+    assert page == families.table(runs, costs)
+    assert {line["kind"] for line in costs} == families.KINDS.keys()
     assert len(page.splitlines()) == 2 + len(families.KINDS) + 3
 
 
@@ -42,6 +44,27 @@ def test_every_kind_learns_under_both_arms(kind, monkeypatch):
     assert stock[-1] < stock[0]
     assert ours[0] == stock[0] or ours[-1] < ours[0]
     assert stock != ours
+
+
+def test_the_cost_of_a_step_is_measured_in_turn(monkeypatch):
+    monkeypatch.setattr(families, "BLOCK", 2)
+    monkeypatch.setattr(families, "BLOCKS", 3)
+    monkeypatch.setattr(small_models, "_images", _images)
+    stepped, step = [], families.Training.step
+
+    def counted(training):
+        step(training)
+        stepped.append(training)
+        return float(len(stepped))
+
+    monkeypatch.setattr(families.Training, "step", counted)
+    line = families.cost("mlp", 1e-3, None)
+    stock, ours = stepped[0], stepped[2]
+    assert stepped == [stock, stock, ours, ours] * 4
+    assert stock._clipper is None
+    assert ours._clipper is not None
+    # The seconds of steps 5 and 6, which are 5 and 6, and so on; the first blocks do not count.
+    assert line["ratios"] == [round((4 * k + 3 + 4 * k + 4) / (4 * k + 1 + 4 * k + 2), 3) for k in (1, 2, 3)]
 
 
 def _images(_data, folder, _hub, count):
