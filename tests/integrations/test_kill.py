@@ -15,9 +15,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_killed_and_resumed(tmp_path):
+def test_killed_twice_and_resumed(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", kill_and_resume.__name__, "--kills", "1", "--output", str(tmp_path / "run")],
+        [sys.executable, "-m", kill_and_resume.__name__, "--kills", "2", "--output", str(tmp_path / "run")],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -25,11 +25,11 @@ def test_killed_and_resumed(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout[: done.stdout.rindex("}") + 1])
-    assert result["kills"] == 1
+    assert result["kills"] == 2
     assert result["same weights"]
     assert result["same controller state"]
     assert result["ledger verifies"]
-    assert result["segments"] == 2
+    assert result["segments"] == 3
 
 
 def test_a_checkpoint_that_was_torn_apart_is_passed_over(tmp_path):
