@@ -127,6 +127,85 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_one_of_other_parameters_is_refused
         ReachEstimate(parameters[:1], [optimizer], torch.device("cpu")).restore(saved, SCALAR)
 
 
+@pytest.mark.parametrize("ops", [SCALAR, tensor_ops(torch.device("cpu"))], ids=["host", "device"])
+def test_the_best_counts_from_where_the_rate_is_below_its_peak_and_until_it_is_there_again(ops):
+    parameters, goals = problem()
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = 1e-2
+    estimate = ReachEstimate(parameters, [optimizer], torch.device("cpu"))
+    rising, stays, falling = np.linspace(1e-3, 1e-2, 10), np.full(20, 1e-2), np.linspace(9e-3, 1e-3, 200)
+    found = []
+    for rate in [*rising, *stays, *falling, *stays, *falling[:3]]:
+        for group in optimizer.param_groups:
+            group["lr"] = float(rate)
+        for p, goal in zip(parameters, goals, strict=True):
+            p.grad = p.detach() - goal
+        gradients = collect(parameters)
+        reach = float(estimate.observe(gradients, global_norm(tensor_norms(gradients.tensors)), ops))
+        found.append((reach, None if estimate.best is None else float(estimate.best)))
+        optimizer.step()
+
+        saved = {name: tensor.clone() for name, tensor in estimate.tensors().items()}
+        estimate = ReachEstimate(parameters, [optimizer], torch.device("cpu"))
+        estimate.restore(saved, ops)
+    assert [best for _, best in found[:30]] == [None] * 30  # a warm-up is below a peak that has yet to come
+    reaches = [reach for reach, _ in found[30:230]]
+    assert [best for _, best in found[30:230]] == list(np.maximum.accumulate(np.maximum(reaches, 0.0)))
+    assert min(reaches[50:]) < max(reaches) / 2
+    assert [best for _, best in found[230:250]] == [None] * 20
+    assert [best for _, best in found[250:]] == list(
+        np.maximum.accumulate([max(reach, 0.0) for reach, _ in found[250:]])
+    )
+
+
+def test_a_reach_that_is_not_finite_is_no_best():
+    parameters, goals = problem()
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    estimate = ReachEstimate(parameters, [optimizer], torch.device("cpu"))
+    bests = []
+    for step in range(6):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        for p, goal in zip(parameters, goals, strict=True):
+            p.grad = p.detach() - goal
+        gradients = collect(parameters)
+        norm = global_norm(tensor_norms(gradients.tensors))
+        kept = parameters[0].detach().clone()
+        if step == 3:  # a weight that is not finite, and a norm that is
+            parameters[0].data.fill_(float("nan"))
+        estimate.observe(gradients, norm, SCALAR)
+        parameters[0].data.copy_(kept)
+        bests.append(estimate.best)
+        optimizer.step()
+    assert bests[0] is None
+    assert bests[3] == bests[2] > 0
+
+
+def test_a_checkpoint_of_before_the_best_was_kept_takes_the_rate_as_it_is_for_the_peak():
+    parameters, goals = problem()
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    one = ReachEstimate(parameters, [optimizer], torch.device("cpu"))
+    for p, goal in zip(parameters, goals, strict=True):
+        p.grad = p.detach() - goal
+    gradients = collect(parameters)
+    norm = global_norm(tensor_norms(gradients.tensors))
+    for rate in (1e-2, 5e-3):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        one.observe(gradients, norm, SCALAR)
+    old = {name: tensor for name, tensor in one.tensors().items() if name != "best"}
+    old["rates"] = old["rates"][:2]
+    other = ReachEstimate(parameters, [optimizer], torch.device("cpu"))
+    other.restore(old, SCALAR)
+    assert other.best is None
+    other.observe(gradients, norm, SCALAR)
+    assert other.best is None
+    optimizer.param_groups[0]["lr"] = 4e-3
+    other.observe(gradients, norm, SCALAR)
+    assert other.best is not None
+
+
 def test_the_sample_is_small_spread_out_and_the_same_for_a_weight_and_its_gradient():
     tensor = torch.arange(10_000.0).reshape(100, 100)
     grid = grid_of(10_000, EVERY)
