@@ -134,7 +134,7 @@ def _behind(controller: str, clip: str) -> dict[str, Any]:
     off = [*([] if paced else ["pace_"]), *([] if ranged else ["spectral_"])]
     kept = {name: v for name, v in found.items() if name not in given and not name.startswith(tuple(off))}
     kept["revision"] = revision_that_counts(controller, found["revision"], paced=paced)
-    return {**kept, **_revisions_of_parts(ranged, agreed, reaching=ours and paced)}
+    return {**kept, **_revisions_of_parts(ranged, agreed, reaching=ours and paced and ranged)}
 
 
 def _revisions_of_parts(ranged: bool, agreed: bool, *, reaching: bool) -> dict[str, int]:

@@ -201,9 +201,7 @@ class AdaptiveController(Controller[AdaptiveState]):
         range="[1, inf)",
     )
     pace_hold: float = setting(
-        1 / 3,
-        help="Part of the largest estimate that the pace keeps when the estimate falls and the learning rate is at its peak.",
-        range="[0, 1]",
+        1 / 3, help="Part of the largest estimate that the pace keeps when the estimate falls.", range="[0, 1]"
     )
     pace_growth: float = setting(1.25, help="Largest factor by which the pace grows per step.", range="(1, 2]")
     pace_shrink: float = setting(

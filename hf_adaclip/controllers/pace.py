@@ -14,14 +14,13 @@
 
 d answers "at which rate would this be quick?" from what has been travelled so far, and it is known only to a factor of two or three. So
 it speaks up only where it is more than `trust` times the given rate; below that, the given rate stands, after a start. An estimate that
-falls (a plateau, a detour) takes the pace back with it, to a third of the best. Where the schedule brings the rate down, the estimate does
-not do so as well: there the reach is the largest since (`hf_adaclip.gradients.distance`), as Prodigy's is throughout.
+falls (a plateau, a detour) takes the pace back with it, to a third of the best; it does not stay at its maximum, as Prodigy's does.
 
 Where the training loss is a twentieth of what it was in the first steps (`hf_adaclip.controllers.numerics.trend`), there is little left to
 learn. Gradients are noise then, and so is an estimate that is made of their directions; followed, it drives the weights away.
 
-Source: this package; model_cards/RESEARCH.md has the experiments (entry 39: the twentieth; 42: the schedule). The distance estimate:
-Mishchenko and Defazio, "Prodigy", 2023, algorithm 4.
+Source: this package; model_cards/RESEARCH.md has the experiments (entry 39: the twentieth). The distance estimate: Mishchenko
+and Defazio, "Prodigy", 2023, algorithm 4.
 """
 
 from typing import NamedTuple

@@ -172,14 +172,12 @@ class ClippingDriver:
         left = kept.scope.limit_(gradients, total, run.step, ops)
         seen_loss = self._losses.observe(loss, total.device)
         # Without a step before there is no reach of it.
-        last = kept.reach.reach if kept.reach is not None and self._shaping.ranges else None
-        shaped = last is not None
+        shaped = kept.reach is not None and kept.reach.reach is not None and self._shaping.ranges
         reach: Value | None = None
         if kept.reach is not None:
-            made = kept.reach.observe(gradients, total, ops) if last is None else last
-            reach = made if kept.reach.best is None else kept.reach.best
-            if self._fresh is not None:
-                reach = self._fresh.held(made, reach, run.step + run.steps_before - shaped, ops)
+            reach = kept.reach.reach if shaped else kept.reach.observe(gradients, total, ops)
+        if self._fresh is not None and reach is not None:
+            reach = self._fresh.held(reach, run.step + run.steps_before - shaped, ops)
         if self._overfit is not None and reach is not None:
             reach = self._judged_by_heart(self._overfit, seen_loss, reach)
         return Seen(gradients, total, norms, norm, finite, observed, seen_loss, left, reach, shaped)

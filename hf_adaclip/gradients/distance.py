@@ -17,8 +17,7 @@ x, g and s are looked at on a sample of the coordinates: one in 31, and not more
 over them, so the sample changes its noise and not its size.
 
 Source: Prodigy, Mishchenko and Defazio 2023, algorithm 4, with three differences: gradients of length 1, a memory of 50 steps instead of
-about 2000, and a running maximum only where the schedule brings the learning rate down (elsewhere the pace keeps a part of it). Why:
-model_cards/RESEARCH.md, entries 1 to 14, 38 and 42.
+about 2000, and no running maximum (the pace keeps a part of it). Why: model_cards/RESEARCH.md, entries 1 to 14 and 38.
 """
 
 import math
@@ -37,8 +36,8 @@ from hf_adaclip.gradients.observe import to_value
 from hf_adaclip.gradients.sharding import Layout, layout_of, local_part, sum_over_ranks_, summed_part
 from hf_adaclip.gradients.transfer import HOST, copy_into, moved
 
-REVISION: Final = 3
-"""To be raised with every change of what the estimate is, or of what the pace is told of it."""
+REVISION: Final = 2
+"""To be raised with every change of what the estimate is, where the spectral range acts."""
 DECAY: Final = 0.98
 _TINY: Final = 1e-30
 
@@ -55,14 +54,12 @@ class ReachEstimate:
     Attributes:
         pace: Of the step before.
         reach: The last one, d / lr_base, shape `[]`; None before the first step.
-        best: The largest since the learning rate is below its peak, at least 0, shape `[]`; None where it is at its peak. The pace goes
-            by it, for where the schedule brings the rate down already, an estimate that falls must not do so as well.
 
     Raises:
         ConfigError: An optimizer has no learning rate.
     """
 
-    NAMES: Final = frozenset({"start", "weighted", "gain", "rates", "pace", "reach", "best"})
+    NAMES: Final = frozenset({"start", "weighted", "gain", "rates", "pace", "reach"})
     """Of the tensors that a checkpoint keeps."""
 
     def __init__(
@@ -89,10 +86,9 @@ class ReachEstimate:
         self._sections = [
             (layout, sum(math.prod(grids[i][0]) for i in positions)) for layout, positions in layouts.items()
         ]
-        self._base = self._rate = self._peak = 0.0
+        self._base = self._rate = 0.0
         self.pace: Value | float = 1.0
         self.reach: Value | None = None
-        self.best: Value | None = None
         # Room for two samples, of weights and of gradients.
         count = sum(size for _, size in self._sections)
         rooms = torch.zeros((2, count), dtype=torch.float32, device=device).unbind()
@@ -103,7 +99,7 @@ class ReachEstimate:
         ]
         self._start = self._look(self._parameters, 0).clone()
         self._weighted = torch.zeros_like(self._start)
-        self._gain = self._best = self._nothing = torch.zeros((), dtype=torch.float32, device=device)
+        self._gain = torch.zeros((), dtype=torch.float32, device=device)
         self._kernels = Fused(_learn, device, (count,)), Fused(_weigh, device, ())
 
     def observe(
@@ -143,12 +139,9 @@ class ReachEstimate:
         planned = max(float(group.get("initial_lr", 0.0)) for group in groups)
         self._base = max(self._base, present, planned)
         self._rate = present / self._base if self._base > 0 else 0.0
-        self._peak = max(self._peak, self._rate)
         base = self._base if self._base > 0 else math.nan
-        self._gain, reach, best = weigh((), self._gain, norm, scale, taken, pace, rate, dot, length, base, self._best)
+        self._gain, reach = weigh((), self._gain, norm, scale, taken, pace, rate, dot, length, base)
         self.reach = to_value(reach, ops)
-        past_peak = self._rate < self._peak
-        self._best, self.best = (best, to_value(best, ops)) if past_peak else (self._nothing, None)
         return self.reach
 
     def moved(self, parameters: Sequence[Tensor], kept: Sequence[int]) -> "ReachEstimate":
@@ -169,8 +162,7 @@ class ReachEstimate:
                 if kept[position] >= 0:
                     new[place].copy_(old[position_of[kept[position]]])
         other._gain, other._base, other._rate, other.pace = self._gain, self._base, self._rate, self.pace
-        other._peak, other._best = self._peak, self._best
-        other.reach, other.best = self.reach, self.best
+        other.reach = self.reach
         return other
 
     def anew(self) -> "ReachEstimate":
@@ -185,15 +177,11 @@ class ReachEstimate:
         """What a checkpoint keeps; nothing where every rank holds a part of its own: there the estimate begins anew."""
         if any(layout is not None for layout, _ in self._sections):
             return {}
-        rates = torch.tensor([self._base, self._rate, self._peak], dtype=torch.float64, device=HOST)
+        rates = torch.tensor([self._base, self._rate], dtype=torch.float64, device=HOST)
         kept = {"start": self._start, "weighted": self._weighted, "gain": self._gain, "rates": rates}
         kept["pace"] = _as_tensor(self.pace)
         # Without a learning rate it is a NaN, which no checkpoint has.
-        if self.reach is not None and self._base > 0:
-            kept["reach"] = _as_tensor(self.reach)
-        if self.best is not None:
-            kept["best"] = self._best
-        return kept
+        return {**kept, "reach": _as_tensor(self.reach)} if self.reach is not None and self._base > 0 else kept
 
     def restore(self, tensors: dict[str, Tensor], ops: Ops) -> None:
         """Go on from what `tensors` gave.
@@ -209,16 +197,10 @@ class ReachEstimate:
             moved(tensors[name], self._device).to(torch.float32).clone()
             for name in ("start", "weighted", "gain", "pace")
         )
-        self._base, self._rate, *peak = tensors["rates"].tolist()
-        self._peak = max([self._rate, *peak])  # kept since revision 3
+        self._base, self._rate = tensors["rates"].tolist()
         self.pace = to_value(pace, ops)
-        self.reach, self.best = (
-            to_value(moved(tensors[name], self._device).to(torch.float32).reshape(()), ops)
-            if name in tensors
-            else None
-            for name in ("reach", "best")
-        )
-        self._best = moved(tensors["best"], self._device).clone() if "best" in tensors else self._nothing
+        reach = tensors.get("reach")
+        self.reach = None if reach is None else to_value(moved(reach, self._device).to(torch.float32).reshape(()), ops)
 
     @torch.no_grad()
     def _look(self, tensors: Sequence[Tensor | None], where: int) -> Tensor:
@@ -292,14 +274,12 @@ def _weigh(
     dot: Value,
     length: Value,
     base: float,
-    best: Value,
-) -> tuple[Value, Value, Value]:
-    """r_t, d_t over the learning rate, and the larger of that and the best."""
+) -> tuple[Value, Value]:
+    """r_t, and d_t over the learning rate."""
     ops = ops_of(norm)
     weight = pace * pace * rate / (norm * scale + ops(_TINY))
     after = ops.where(_teaches(norm, taken, ops), gain * ops(DECAY) + weight * dot, gain)
-    reach = after / (length + ops(_TINY)) / base
-    return after, reach, ops.where(reach > best, reach, best)
+    return after, after / (length + ops(_TINY)) / base
 
 
 def _teaches(norm: Value, taken: Value | bool, ops: Ops) -> Any:

@@ -32,12 +32,11 @@ class FreshData:
         self._most: Value | float = 0.0
         self._end: Value | float = 0.0
 
-    def held(self, reach: Value, counts: Value, step: int, ops: Ops) -> Value:
+    def held(self, reach: Value, step: int, ops: Ops) -> Value:
         """The estimate that counts.
 
         Args:
             reach: As the gradients of a step make it; NaN where it is not known, which stays so in the first epoch.
-            counts: What would count of it without this.
             step: Number of that step, counted from 0, over all that has been seen of the data.
             ops: The kind of numbers.
         """
@@ -45,8 +44,8 @@ class FreshData:
         if step < self.steps:
             known = reach == reach
             self._most, self._end = ops.maximum(most, ops.where(known, reach, most)), ops.where(known, reach, end)
-            return counts
-        return ops.where(end < ops(self._trust), ops(-math.inf), ops.minimum(counts, most))
+            return reach
+        return ops.where(end < ops(self._trust), ops(-math.inf), ops.minimum(reach, most))
 
     def tensor(self) -> Tensor:
         """What a checkpoint keeps, float64, shape `[3]`."""

@@ -199,9 +199,9 @@ def test_the_pace_goes_by_what_was_seen_for_the_first_time(lane, epoch):
 def test_an_estimate_that_comes_one_step_late_counts_for_the_step_that_made_it(lane, monkeypatch):
     told, held = [], FreshData.held
 
-    def hears(self, reach, counts, step, ops):
+    def hears(self, reach, step, ops):
         told.append((step, float(reach)))
-        return held(self, reach, counts, step, ops)
+        return held(self, reach, step, ops)
 
     monkeypatch.setattr(FreshData, "held", hears)
     paces(RunPlan(epochs=6, epoch_steps=10), 12, width=0.0)
