@@ -36,7 +36,7 @@ RESULT_FILE: Final = "result.json"
 LOG_FILE: Final = "log.txt"
 CAME_LATER: Final = {**SHAPE_OFF, "spectral_every": 1, "spectral_memory": 0.0, "snapshot_steps": 100, "max_rewinds": 3}
 """Settings younger than recorded runs, with the default that leaves a run what it was before there were any: only another one counts."""
-PACE_ONLY: Final = frozenset({4})
+PACE_ONLY: Final = frozenset({4, 5})
 """Revisions of `adaptive` that changed the pace and nothing else: where that is off, a run is that of the revision before."""
 
 

@@ -140,7 +140,7 @@ class AdaptiveController(Controller[AdaptiveState]):
     source: ClassVar[str] = "this package"
     choose: ClassVar[str] = "by default"
     paces: ClassVar[bool] = True
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
     looks_at_loss: ClassVar[bool] = True
     new_fields: ClassVar[frozenset[str]] = frozenset({"given", "quiet", *Memory._fields, "above", *_OF_THE_LOSS})
 
@@ -197,7 +197,7 @@ class AdaptiveController(Controller[AdaptiveState]):
     )
     pace_trust: float = setting(
         3.0,
-        help="The pace leaves 1 where the useful rate is estimated at this many times the given one.",
+        help="The pace leaves 1 once the useful rate is estimated at this many times the given one.",
         range="[1, inf)",
     )
     pace_hold: float = setting(

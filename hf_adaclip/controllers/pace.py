@@ -4,7 +4,7 @@
     best_t  = max(best_{t-1}, reach_t)
     floor_t = min(1, t / start)           the start: t counts from 1 the steps that were not left out
     aim_t   = min(max_pace, max(reach_t, hold best_t))
-    aim_t   = floor_t                     where it is below `trust`: the given rate is believed
+    aim_t   = floor_t                     while best_t is below `trust`: the given rate is believed
     pace_t  = min(aim_t, growth pace_{t-1})                  while it is below its aim
             = max(aim_t, shrink pace_{t-1})                  while it is above; and after an excursion upward or a skipped step
                                                              max(floor_t, shrink pace_{t-1})
@@ -13,14 +13,15 @@
     loss <= loss_0 / 20                  aim_t = floor_t from there on, for good, which best_t = -1 stands for
 
 d answers "at which rate would this be quick?" from what has been travelled so far, and it is known only to a factor of two or three. So
-it speaks up only where it is more than `trust` times the given rate; below that, the given rate stands, after a start. An estimate that
-falls (a plateau, a detour) takes the pace back with it, to a third of the best; it does not stay at its maximum, as Prodigy's does.
+it speaks up only where it is more than `trust` times the given rate; until then the given rate stands, after a start. An estimate that
+falls (a plateau, a detour) takes the pace back with it, to a third of the best, or to 1 where that is more; it does not stay at its
+maximum, as Prodigy's does.
 
 Where the training loss is a twentieth of what it was in the first steps (`hf_adaclip.controllers.numerics.trend`), there is little left to
 learn. Gradients are noise then, and so is an estimate that is made of their directions; followed, it drives the weights away.
 
-Source: this package; model_cards/RESEARCH.md has the experiments (entry 39: the twentieth). The distance estimate: Mishchenko
-and Defazio, "Prodigy", 2023, algorithm 4.
+Source: this package; model_cards/RESEARCH.md has the experiments (entry 39: the twentieth; 42: the way back). The distance estimate:
+Mishchenko and Defazio, "Prodigy", 2023, algorithm 4.
 """
 
 from typing import NamedTuple
@@ -75,7 +76,7 @@ def update_pace(
     done = little | (state.best < zero)
     best = ops.where(known, ops.maximum(state.best, reach), ops.where(back, zero, state.best))
     aim = ops.where(known, ops.maximum(reach, ops(pace.hold) * best), ops(pace.hold) * best)
-    aim = ops.where(done | (aim < ops(pace.trust)), floor, ops.minimum(aim, ops(pace.maximum)))
+    aim = ops.where(done | (best < ops(pace.trust)), floor, ops.minimum(aim, ops(pace.maximum)))
     less = state.pace * ops(pace.shrink)
     moved = ops.where(state.pace < aim, ops.minimum(aim, state.pace * ops(pace.growth)), ops.maximum(aim, less))
     moved = ops.where(trouble | left_out, less, moved)

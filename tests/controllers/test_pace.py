@@ -58,6 +58,15 @@ def test_an_estimate_that_falls_takes_the_pace_back_to_a_third_of_the_best():
     assert paces([*np.full(100, 9.0), *np.full(100, -1.0)], pace_hold=0.0)[-1] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("best", "then", "ends"), [(4.0, 2.2, 2.2), (4.0, 0.2, 4 / 3), (3.1, -5.0, 3.1 / 3), (2.9, 2.2, 1.0)]
+)
+def test_once_the_estimate_was_trusted_the_pace_follows_it_below_the_zone_too(best, then, ends):
+    """Else a third of all bests below 9 would be 1."""
+    seen = paces([*np.full(100, best), *np.full(150, then)])
+    assert seen[-1] == pytest.approx(ends)
+
+
 def falling(to, steps=200):
     """Losses around 2 that fall to `to` within 20 steps, and stay there."""
     return np.concatenate([np.full(100, 2.0), np.linspace(2.0, to, 20), np.full(steps - 120, to)])

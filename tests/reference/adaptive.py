@@ -223,7 +223,7 @@ class AdaptiveReference:
         if math.isfinite(reach):
             self.best = max(self.best, reach)
             useful = max(reach, self.pace_hold * self.best)
-        aim = floor if self.done or useful < self.pace_trust else min(useful, self.max_pace)
+        aim = floor if self.done or self.best < self.pace_trust else min(useful, self.max_pace)
         if spike or left_out:
             pace = self.pace_shrink * self.pace
         elif self.pace < aim:
